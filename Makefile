@@ -1,0 +1,62 @@
+# Two commands: `make lab` to read and run the workbook, `make test` to test all of it. Both set up first.
+# On the command line: make PYTHON=python3.12 lab · make test ARGS='-k wheel'
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+
+# figures are saved as text/html too, without 5 MB of plotly.js in each; this environment's own kernel, not one from ~
+export PLOTLY_RENDERER := plotly_mimetype+notebook_connected
+export JUPYTER_PREFER_ENV_PATH := 1
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+TOUR := nbs/tutorials/tour.ipynb
+ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help set-up lab test demo bench export docs docs-check lint wheel clean
+
+help: ## this list
+	@echo "noisyseg: train a segmentation network under weight noise, and see what the noise costs"
+	@echo
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+
+set-up: ## the virtual environment (.venv), with pinned dependencies; the others call it
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" .ci/set-up
+
+lab: set-up ## open JupyterLab on the tour
+	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
+
+test: set-up ## run everything: the notebooks, tests/, and that code, README and site fit the notebooks
+	@$(PY) -m pytest $(ARGS)
+
+demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
+	@$(PY) -m noisyseg.demo
+
+bench: set-up ## how fast clone, inject, recover is beside the plain loop
+	@$(PY) tests/bench.py
+
+export: set-up ## after editing notebooks: write modules and README from them, and clean them
+	$(VENV)/bin/nbdev-export
+	$(VENV)/bin/nbdev-clean
+	@$(PY) .ci/derive.py
+
+docs: set-up ## build the site into _docs/ (needs quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
+		echo "run this again. 'make docs-check' tests the site's sources without it."; exit 1; }
+	$(VENV)/bin/nbdev-docs
+
+docs-check: set-up ## test what can be tested of the site and README without quarto
+	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)
+
+lint: set-up ## ruff over notebooks, modules and tests
+	$(PY) -m ruff check
+
+wheel: set-up ## wheel and source archive into dist/
+	$(PY) -m build
+
+clean: ## remove what builds and tests left; .venv stays
+	rm -rf build dist *.egg-info _proc _docs .pytest_cache .ruff_cache .hypothesis test-screenshots
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

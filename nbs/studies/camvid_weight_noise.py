@@ -1,0 +1,82 @@
+"""The CamVid study: train UNet3+ clean and under weight noise, then measure all of them under noise.
+
+    python nbs/studies/camvid_weight_noise.py train --seeds 0 1     # a checkpoint for each n and seed; those that exist are kept
+    python nbs/studies/camvid_weight_noise.py sweep                 # rows of camvid_weight_noise.csv; resumes where it was stopped
+
+The validation images are not looked at before `sweep`: training runs a fixed number of epochs, and nothing is chosen by them.
+"""
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback, CancelValidException
+from fastai.torch_core import set_seed
+
+from noisyseg.data import camvid
+from noisyseg.laws import MaxGaussian
+from noisyseg.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.plots import sweep_table
+from noisyseg.sweeps import noise_sweep
+from noisyseg.training import load_model, save_model, segmentation_learner
+from noisyseg.unet3plus import unet3plus_small
+
+HERE = Path(__file__).parent
+MODELS, RESULTS = HERE/'camvid_models', HERE/'camvid_weight_noise.csv'
+SIZE, BS, EPOCHS, LR = (120, 160), 4, 18, 4e-3
+TRAIN_AT = (0., 0.05, 0.10)                                  # n of the training noise; 0 is clean
+LEVELS, DRAWS = (0., 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15), 10
+ALPHA = 2.                                                   # published default
+
+def name(n, seed): return f'{"clean" if n == 0 else f"n={n:g}"} seed {seed}'
+def file(n, seed): return MODELS/f'n{round(100 * n):02d}_seed{seed}.safetensors'
+
+class NoPeeking(Callback):
+    "Skip validation: the held-out images are for the sweep."
+    def before_validate(self): raise CancelValidException
+
+class EpochLog(Callback):
+    "A line for each epoch, for a log file."
+    order = 90
+    def after_train(self): print(f'  epoch {self.epoch + 1}/{self.n_epoch}: training loss {self.learn.smooth_loss:.4f}', flush=True)
+
+def train(n, seed, epochs):
+    if file(n, seed).exists(): return print(f'{name(n, seed)}: there already')
+    print(f'{name(n, seed)}: training', flush=True)
+    set_seed(seed)
+    start, dls = time.time(), camvid(size=SIZE, bs=BS, seed=seed)
+    law = MaxGaussian(n, alpha=ALPHA) if n else None
+    loss = DeepSupervisionLoss(HybridLoss(msssim=0, ignore_index=dls.ignore_index))
+    learn = segmentation_learner(dls, unet3plus_small, law, loss, arch_args=dict(upsample='after', deep_supervision=False),
+                                 noise_args=dict(seed=seed) if law else None, metrics=[], cbs=[NoPeeking(), EpochLog()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, LR)
+    save_model(learn, file(n, seed), half=True, dataset='CamVid, 11 classes, train (367 images)', size=SIZE, batch_size=BS, epochs=epochs, lr_max=LR, seed=seed,
+               train_level=n, loss='focal + IoU', hardware=f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)', seconds=round(time.time() - start))
+
+def label(n): return f'n = {n:.0%}'.replace('%', ' %') if n else 'clean'
+
+def trained():
+    "All the networks, by the noise they were trained under and their training seed."
+    return {(label(n), seed): load_model(f) for n in TRAIN_AT for seed in range(100) if (f := file(n, seed)).exists()}
+
+def validation(): return camvid(size=SIZE, bs=8, seed=0, augment=False).valid
+
+def sweep():
+    df = noise_sweep(trained(), validation(), MaxGaussian(alpha=ALPHA), LEVELS, draws=DRAWS, seed=0, store=RESULTS)
+    print(sweep_table(df).to_string())
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('what', choices=['train', 'sweep'])
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
+    p.add_argument('--epochs', type=int, default=EPOCHS)
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    MODELS.mkdir(exist_ok=True)
+    if a.what == 'sweep': sweep()
+    else:
+        for seed in a.seeds:
+            for n in TRAIN_AT: train(n, seed, a.epochs)

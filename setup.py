@@ -1,0 +1,35 @@
+"Hands the facts in settings.ini to setuptools: every field that pyproject.toml calls dynamic is set here."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+cfg = ConfigParser(delimiters=['='])
+cfg.read(here/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+
+
+def lines(key): return [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
+
+
+stages = {'1': 'Planning', '2': 'Pre-Alpha', '3': 'Alpha', '4': 'Beta', '5': 'Production/Stable'}
+
+setup(
+    version=cfg['version'],
+    keywords=cfg['keywords'].split(),
+    license_expression=cfg['license'],
+    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else cfg['description'],
+    long_description_content_type='text/markdown',
+    classifiers=[
+        f'Development Status :: {cfg["status"]} - {stages[cfg["status"]]}',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3 :: Only',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    install_requires=lines('requirements'),
+    extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},
+    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f'{cfg["lib_name"]} = {cfg["lib_name"]}._modidx:d']},
+    packages=find_packages(include=['noisyseg', 'noisyseg.*']),
+    package_data={'noisyseg': ['*.js', '*.css']},
+)

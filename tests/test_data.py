@@ -1,0 +1,272 @@
+"""Faults of datasets: whatever is broken, the message names the file. The lessons are in nbs/03*.ipynb."""
+import gc
+import hashlib
+import pickle
+import subprocess
+import sys
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.io import savemat
+from torch import nn
+from fastai.callback.progress import ProgressCallback # noqa: F401, gives Learner its no_bar
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from noisyseg import data as data_module
+from noisyseg.data import (MissingData, camvid, camvid_classes, check_dataset, colorize, custom_masks, data_root, denormalize, sbd, scenes,
+    voc, voc_palette)
+from noisyseg.masks import check_sizes, label_table, pair_files, read_colour_mask, read_image, read_mask
+from noisyseg.scenes import scene, scene_classes
+
+def write(file, pixels, **kwargs):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file, **kwargs)
+    return file
+
+@pytest.fixture
+def set8(tmp_path):
+    "Eight images and masks, 48x48, whole and right"
+    for i in range(8):
+        image, mask = scene(i, 48)
+        write(tmp_path/'images'/f'{i}.jpg', image)
+        write(tmp_path/'masks'/f'{i}.png', mask)
+    return tmp_path
+
+def load(root, **kwargs):
+    kwargs = dict(classes=scene_classes, size=48, bs=2, device='cpu', augment=False) | kwargs
+    return custom_masks(root/'images', root/'masks', **kwargs)
+
+def read_all(dls):
+    for dl in dls.loaders:
+        for _ in dl: pass
+
+def spoil(root, how):
+    "Break file 3; returns the name that the message must hold"
+    image, mask = root/'images'/'3.jpg', root/'masks'/'3.png'
+    pixels = np.array(Image.open(mask))
+    if how=='no mask': mask.unlink(); return '3.jpg'
+    if how=='no image': image.unlink(); return '3.png'
+    if how=='empty file': image.write_bytes(b''); return '3.jpg'
+    if how=='web page': mask.write_text('<html>404 Not Found</html>'); return '3.png'
+    if how=='half an image': image.write_bytes(image.read_bytes()[:-300]); return '3.jpg'
+    if how=='half a mask': mask.write_bytes(mask.read_bytes()[:len(mask.read_bytes())//2]); return '3.png'
+    if how=='flipped bits':
+        raw = bytearray(mask.read_bytes())
+        for k in range(60, len(raw), 7): raw[k] ^= 255
+        mask.write_bytes(raw)
+        return '3.png'
+    if how=='other size': write(mask, pixels[:40]); return '3.png'
+    if how=='label 7': write(mask, np.where(pixels==0, 7, pixels).astype(np.uint8)); return '3.png: label 7'
+    if how=='interpolated':
+        Image.fromarray(pixels*40).resize((48,48), Image.BILINEAR, box=(1.5,1.5,47,47)).save(mask)
+        return '3.png: label'
+    if how=='colours': write(mask, colorize(pixels, voc_palette)); return '3.png'
+    if how=='16-bit mask': write(mask, pixels.astype(np.uint16)); return '3.png'
+    if how=='16-bit image': image.unlink(); write(root/'images'/'3.png', pixels.astype(np.uint16)); return '3.png'
+    if how=='twice': write(root/'images'/'3.png', np.array(Image.open(image))); return '3.png'
+    if how=='no images': [f.unlink() for f in (root/'images').iterdir()]; return 'images'
+    if how=='no folder': (root/'masks').rename(root/'labels'); return 'masks'
+
+faults = ['no mask', 'no image', 'empty file', 'web page', 'half an image', 'half a mask', 'flipped bits', 'other size', 'label 7',
+          'interpolated', 'colours', '16-bit mask', '16-bit image', 'twice', 'no images', 'no folder']
+
+@pytest.mark.parametrize('how', faults)
+def test_fault_names_the_file(set8, how):
+    read_all(load(set8))                    # fine before
+    named = spoil(set8, how)
+    with pytest.raises(ValueError) as e: read_all(load(set8))
+    assert named in str(e.value)
+
+def test_fault_in_a_worker_process_names_the_file(set8):
+    spoil(set8, 'label 7')
+    with pytest.raises(ValueError, match='3.png: label 7'): read_all(load(set8, num_workers=1))
+
+def test_check_dataset_names_all(set8):
+    spoil(set8, 'half an image')
+    write(set8/'masks'/'5.png', np.full((48,48), 200, np.uint8))
+    with pytest.raises(ValueError) as e: check_dataset(load(set8), progress=False)
+    assert all(part in str(e.value) for part in ('2 faulty of 8', '3.jpg', '5.png: label 200'))
+    pairs = pair_files(set8/'images', set8/'masks')
+    with pytest.raises(ValueError, match='2 faulty of 8'): check_dataset(pairs, scene_classes, progress=False)
+    with pytest.raises(TypeError, match='classes='): check_dataset(pairs)
+
+def test_hidden_and_foreign_files_are_not_images(set8):
+    (set8/'images'/'.DS_Store').write_text('x')
+    (set8/'images'/'readme.txt').write_text('x')
+    assert len(load(set8).train_ds)==6
+
+def test_colour_masks(set8):
+    for f in (set8/'masks').iterdir(): write(f, colorize(np.array(Image.open(f)), voc_palette))
+    colours = dict(zip(voc_palette, scene_classes))
+    read_all(load(set8, colours=colours))
+    del colours[voc_palette[1]]
+    with pytest.raises(ValueError, match=r'png: colour \(128, 0, 0\)'): read_all(load(set8, colours=colours))
+    with pytest.raises(ValueError, match='colours has'): load(set8, colours={(0,0,0): 'house'})
+
+nonsense = [dict(bs=0), dict(bs='4'), dict(bs=True), dict(size=0), dict(size=(48,)), dict(size=4.5), dict(num_workers=-1), dict(seed=-1),
+    dict(seed='x'), dict(zoom=(2,1)), dict(zoom=1), dict(augment=3), dict(stats=([0],[1])), dict(valid=0), dict(valid=2),
+    dict(valid=['nobody']), dict(valid=[str(i) for i in range(8)]), dict(classes='abc'), dict(classes=[]), dict(classes=['a','a']),
+    dict(ignore_index=3), dict(ignore_index=300), dict(ignore_index=None), dict(valid_seed=-1), dict(nonsense=1)]
+
+@pytest.mark.parametrize('kwargs', nonsense)
+def test_nonsense_for_custom_masks(set8, kwargs):
+    with pytest.raises((ValueError, TypeError)) as e: load(set8, **kwargs)
+    assert next(iter(kwargs)) in str(e.value)
+
+@pytest.mark.parametrize('kwargs', [dict(n_train=0), dict(n_valid=-1), dict(n_train=2.5), dict(size=0), dict(size='96'), dict(bs=0),
+    dict(seed=-1), dict(classes=[]), dict(classes=['cube']), dict(classes='disc'), dict(augment='yes')])
+def test_nonsense_for_scenes(kwargs):
+    with pytest.raises((ValueError, TypeError)) as e: scenes(**dict(n_train=2, n_valid=2) | kwargs)
+    assert next(iter(kwargs)) in str(e.value)
+
+zeros, bytes_ = np.zeros((2,2)), np.zeros((2,2), int)
+calls = dict(voc_split=lambda: voc(split='nope'), voc_year=lambda: voc(year=1999), voc_valid=lambda: voc(valid_split=None),
+    sbd_split=lambda: sbd(split='trainaug'), camvid_path=lambda: camvid(path=3), no_classes=lambda: label_table(0),
+    many_classes=lambda: label_table(300), ignored_class=lambda: label_table(5, 2), codes=lambda: label_table(3, codes={0: 9}),
+    no_file=lambda: read_image(None), number_as_file=lambda: read_mask(3, label_table(2)), pairs=lambda: pair_files(3, 4),
+    array=lambda: denormalize(np.zeros((3,4,4)), ([0],[1])), flat=lambda: denormalize(torch.zeros(2,2), ([0],[1])),
+    logits=lambda: colorize(zeros, voc_palette), negative=lambda: colorize(bytes_ - 1, voc_palette),
+    palette=lambda: colorize(bytes_, [1,2,3]), check=lambda: check_dataset(3))
+
+@pytest.mark.parametrize('call', calls.values(), ids=calls.keys())
+def test_nonsense_elsewhere(call):
+    with pytest.raises((ValueError, TypeError)): call()
+
+def test_wrong_folders(tmp_path, monkeypatch):
+    for f in (camvid, voc, sbd):
+        with pytest.raises(MissingData, match=str(tmp_path)): f(tmp_path)
+    monkeypatch.setenv('NOISYSEG_DATA', str(tmp_path/'nowhere'))
+    with pytest.raises(MissingData, match='NOISYSEG_DATA'): data_root()
+    monkeypatch.setenv('NOISYSEG_DATA', str(tmp_path))
+    assert data_root()==tmp_path
+    (tmp_path/'camvid'/'train'/'images').mkdir(parents=True)
+    with pytest.raises(MissingData, match='images'): camvid()
+
+def test_data_root_walks_up(tmp_path, monkeypatch):
+    (tmp_path/'shared'/'data').mkdir(parents=True)
+    (tmp_path/'project'/'nbs').mkdir(parents=True)
+    monkeypatch.delenv('NOISYSEG_DATA', raising=False)
+    monkeypatch.chdir(tmp_path/'project'/'nbs')
+    assert data_root()==tmp_path/'shared'/'data'
+
+def test_without_a_network(tmp_path, monkeypatch):
+    "Says that it failed, why, and what to do; asks nothing of the network where download=False"
+    monkeypatch.setenv('NOISYSEG_DATA', str(tmp_path))
+    monkeypatch.setattr(data_module, 'fastai_path', lambda _: tmp_path/'fastai')
+    asked = []
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise OSError('Network is unreachable')
+    monkeypatch.setattr(data_module, 'untar_data', refuse)
+    monkeypatch.setattr('torchvision.datasets.voc.download_and_extract_archive', refuse)
+    monkeypatch.setattr('torchvision.datasets.sbd.download_and_extract_archive', refuse)
+    for f in (camvid, voc, sbd):
+        with pytest.raises(MissingData, match=r'(?s)Network is unreachable.*NOISYSEG_DATA.*scenes\(\)'): f()
+    assert len(asked)==3
+    for f in (camvid, voc, sbd):
+        with pytest.raises(MissingData, match='download=False'): f(download=False)
+    assert len(asked)==3
+
+def make_sbd(root, mask, names=('a','b','c')):
+    for n in names:
+        write(root/'img'/f'{n}.jpg', scene(0, 48)[0])
+        struct = np.zeros((1,1), [('Segmentation', object)])
+        struct[0,0] = (mask,)
+        (root/'cls').mkdir(exist_ok=True)
+        savemat(root/'cls'/f'{n}.mat', dict(GTcls=struct))
+    (root/'train.txt').write_text('a\nb\n')
+    (root/'val.txt').write_text('c\n')
+    return root
+
+def test_sbd_faults(tmp_path):
+    mask = scene(0, 48)[1]
+    root = make_sbd(tmp_path/'sbd', mask)
+    dls = sbd(root, size=48, bs=1, augment=False, device='cpu')
+    read_all(dls)
+    (root/'train_noval.txt').write_text('a\nc\nb\n')
+    with pytest.raises(ValueError, match='nothing is left'): sbd(root, split='train_noval')
+    (root/'val.txt').write_text('b\nc\n')
+    with pytest.warns(UserWarning, match='1 images'): assert len(sbd(root, size=48, bs=1, device='cpu').valid_ds)==1
+    file = root/'cls'/'a.mat'
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match='a.mat'): read_all(dls)
+    savemat(file, dict(other=1))
+    with pytest.raises(ValueError, match='a.mat'): read_all(dls)
+    make_sbd(root, mask[:40], 'a')
+    with pytest.raises(ValueError, match='a.mat: this mask is 48x40'): read_all(dls)
+    make_sbd(root, mask+20, 'a')
+    with pytest.raises(ValueError, match='a.mat: label'): read_all(dls)
+    file.unlink()
+    with pytest.raises(MissingData, match='a.mat'): sbd(root, valid_split='val')
+
+def test_camvid_of_other_classes(tmp_path):
+    for s in ('train','val'):
+        write(tmp_path/s/'images'/'a.png', scene(0, 48)[0])
+        write(tmp_path/s/'labels'/'a.png', np.full((48,48), 12, np.uint8))
+    with pytest.raises(ValueError, match=r'a.png: label 12 .* allowed are 0-11'): camvid(tmp_path, size=48).one_batch()
+    assert len(camvid_classes)==11
+
+def test_scenes_are_the_same_bytes_in_another_process():
+    code = ("import hashlib; from noisyseg.scenes import scene; "
+            "print(hashlib.sha1(b''.join(a.tobytes() for i in range(5) for a in scene(i))).hexdigest())")
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+    assert out==hashlib.sha1(b''.join(a.tobytes() for i in range(5) for a in scene(i))).hexdigest()
+
+def test_train_and_valid_share_no_scene():
+    dls = scenes(30, 30)
+    key = lambda ds: {image.tobytes() for image,_ in ds.items}
+    assert len(key(dls.train_ds))==len(key(dls.valid_ds))==30 and not key(dls.train_ds) & key(dls.valid_ds)
+
+def test_seed_none_follows_torch(set8):
+    def first():
+        torch.manual_seed(5)
+        return load(set8, augment=True).train.one_batch()[0]
+    a, b = first(), first()
+    assert torch.equal(a, b) and not torch.equal(a, load(set8, augment=True).train.one_batch()[0])
+
+def test_cache_changes_nothing(set8):
+    batches = lambda **kw: [x for _ in range(2) for x,_ in load(set8, augment=True, seed=1, **kw).train]
+    plain = batches()
+    for kw in (dict(cache=True), dict(cache=True, num_workers=2), dict(num_workers=1)):
+        assert all(torch.equal(a, b) for a,b in zip(plain, batches(**kw), strict=True))
+
+def test_pickle_new_and_device(set8):
+    dls = load(set8, augment=True, seed=1)
+    assert torch.equal(pickle.loads(pickle.dumps(dls.train_ds)).item(0, 4)[0], dls.train_ds.item(0, 4)[0])
+    assert isinstance(dls.train.new(shuffle=False), DataLoader) and dls.new_empty().vocab==scene_classes
+    assert dls.to('cpu').train.device==torch.device('cpu') and dls.one_batch()[0].device.type=='cpu'
+
+class Toy(nn.Sequential):
+    def __init__(self, n): super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, n, 1))
+
+def fit_one(dls):
+    loss = lambda p,y: F.cross_entropy(p, y, ignore_index=-100 if dls.ignore_index is None else dls.ignore_index)
+    learn = Learner(dls, Toy(dls.n_classes), loss_func=loss)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert np.isfinite(learn.recorder.values[-1]).all()
+    return learn
+
+def test_learner_on_scenes_and_pictures_of_results():
+    import matplotlib
+    matplotlib.use('agg')
+    learn = fit_one(scenes(32, 16, size=48))
+    learn.show_results(max_n=3)
+    learn.dls.show_batch(max_n=2)
+    assert len(learn.get_preds()[0])==16
+    gc.collect()
+
+def test_learner_on_camvid():
+    if not (data_root() and (data_root()/'camvid').is_dir()): pytest.skip('CamVid is not on this machine')
+    dls = camvid(size=(45,60), seed=0)
+    dls = DataLoaders(dls.train.new(n=16), dls.valid.new(n=8))
+    fit_one(dls)
+    x, y = dls.valid.one_batch()
+    assert x.shape==(8,3,45,60) and y.dtype==torch.int64 and set(y.unique().tolist())<=set(range(12))
+
+def test_sizes_in_headers(set8):
+    check_sizes(pair_files(set8/'images', set8/'masks'))
+    assert read_colour_mask(write(set8/'c.png', np.zeros((4,4,3), np.uint8)), {(0,0,0): 2}).tolist()==[[2]*4]*4

@@ -1,0 +1,196 @@
+"""Perturbing models and interrupting it in ways that do not belong in a lesson: every claim of the notebooks, on other people's networks."""
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from noisyseg.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
+from noisyseg.perturb import clone_weights, perturbed
+from noisyseg.select import conv_and_linear, conv_and_norm, kernels_and_scales, select
+
+
+def snapshot(model): return {k: (v.data_ptr(), v.stride(), v.clone()) for k, v in model.state_dict().items()}
+
+def same(a, b):
+    "Same names, same memory, same bits."
+    return list(a) == list(b) and all(p == q and s == r and torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8))
+                                      for (p, s, x), (q, r, y) in zip(a.values(), b.values()))
+
+class Tied(nn.Module):
+    "Embedding and output share a weight; a weight-normed and a spectral-normed layer between them."
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.out.weight = self.embed.weight
+        self.mid = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.LayerNorm(8), parametrizations.spectral_norm(nn.Linear(8, 8)))
+    def forward(self, x): return self.out(self.mid(self.embed(x.flatten(1)[:, :5].abs().long() % 11)))
+
+ZOO = {
+    'resnet18': lambda: torchvision.models.resnet18(), 'mobilenet_v3': lambda: torchvision.models.mobilenet_v3_small(),
+    'deeplab': lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None),
+    'vit (timm)': lambda: timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8), 'convnext (timm)': lambda: timm.create_model('convnext_atto'),
+    'efficientnet (timm)': lambda: timm.create_model('efficientnet_b0'),
+    'transformer': lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2), 'tied': Tied,
+    'lstm': lambda: nn.LSTM(4, 8, 2),
+}
+
+@pytest.mark.parametrize('name', ZOO)
+def test_other_peoples_networks(name):
+    torch.manual_seed(0)
+    model = ZOO[name]().train()
+    before = snapshot(model)
+    sites = select(model, kernels_and_scales)
+    assert sites
+    for law in (MaxGaussian(0.1, per='tensor'), AbsoluteGaussian(0.05), MultiplicativeGaussian(0.2)):
+        with torch.no_grad(): clean = [s.value().clone() for s in sites]
+        with perturbed(model, law, kernels_and_scales, generator=1), torch.no_grad():
+            noisy = [s.value().clone() for s in sites]
+        for s, w, v in zip(sites, clean, noisy):
+            z_like = (v - w).double()
+            says = {MaxGaussian: 0.1 * w.abs().max(), AbsoluteGaussian: torch.tensor(0.05), MultiplicativeGaussian: 0.2 * w.double().square().mean().sqrt()}
+            sigma = says[type(law)]
+            if w.numel() > 2000: assert abs(z_like.std() / sigma - (0.96 if isinstance(law, MaxGaussian) else 1)) < 0.12, (s.name, law)
+            if sigma > 0: assert not torch.equal(w, v), s.name
+        assert same(before, snapshot(model))
+
+def test_the_noise_reaches_the_output_and_leaves_with_it():
+    torch.manual_seed(0)
+    for name in ('resnet18', 'vit (timm)', 'tied'):
+        model, x = ZOO[name]().eval(), torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            clean = model(x)
+            with perturbed(model, MaxGaussian(0.1), kernels_and_scales, generator=0): noisy = model(x)
+            assert not torch.equal(clean, noisy) and torch.equal(clean, model(x)), name
+
+LAWS = [MaxGaussian(), MaxGaussian(per='channel'), MaxGaussian(per='tensor', clip='truncate'), AbsoluteGaussian(), MultiplicativeGaussian()]
+
+@settings(max_examples=60, deadline=None)
+@given(out=st.integers(1, 6), ins=st.integers(1, 6), k=st.integers(1, 4),
+       kind=st.sampled_from(['conv1d', 'conv2d', 'conv3d', 'linear', 'transposed']),
+       dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+       last=st.booleans(), seed=st.integers(0, 2**31 - 1), level=st.floats(0, 10), law=st.sampled_from(LAWS))
+def test_any_layer_any_law_recovers_and_repeats(out, ins, k, kind, dtype, last, seed, level, law):
+    make = {'conv1d': lambda: nn.Conv1d(ins, out, k), 'conv2d': lambda: nn.Conv2d(ins, out, k), 'conv3d': lambda: nn.Conv3d(ins, out, k),
+            'linear': lambda: nn.Linear(ins, out), 'transposed': lambda: nn.ConvTranspose2d(ins, out, k)}[kind]
+    m = make().to(dtype)
+    if last and kind in ('conv2d', 'transposed'): m = m.to(memory_format=torch.channels_last)
+    before, law = snapshot(m), law.at(level)
+    clone = clone_weights(m, conv_and_linear).inject(law, seed)
+    first = m.weight.detach().clone()
+    clone.inject(law, seed)
+    assert torch.equal(first, m.weight) or not first.isfinite().all()
+    if isinstance(law, MaxGaussian) and dtype in (torch.float32, torch.float64):
+        clean = before['weight'][2]
+        assert ((first - clean).abs() <= law.alpha * level * clean.abs().max() * (1 + 1e-5) + 1e-6).all()
+    clone.rescale(level / 2).recover()
+    assert same(before, snapshot(m))
+    clone.recover()
+    assert same(before, snapshot(m))
+
+def test_a_large_model_draws_ahead_in_a_thread_and_gets_the_same_noise():
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Conv2d(200, 200, 3) for _ in range(4)])   # above the size at which a thread draws
+    g = torch.Generator().manual_seed(5)
+    expected = [m.weight + 0.3 * torch.empty(m.weight.shape).normal_(generator=g) for m in net]
+    with perturbed(net, AbsoluteGaussian(0.3), generator=5):
+        for m, e in zip(net, expected): assert torch.equal(m.weight, e)
+    def fails(w, z): raise ZeroDivisionError
+    before = snapshot(net)
+    with pytest.raises(ZeroDivisionError): clone_weights(net).inject(fails)
+    assert same(before, snapshot(net))
+
+def test_compiled_and_scripted_models_see_the_noise():
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval(), torch.randn(1, 1, 8, 8)
+    traced = torch.jit.trace(model, x)
+    with torch.no_grad():
+        clean = traced(x)
+        with perturbed(traced, AbsoluteGaussian(0.5), lambda name, module, weight: weight.ndim == 4, generator=0): noisy = traced(x)
+        assert not torch.equal(clean, noisy) and torch.equal(clean, traced(x))
+
+def test_a_cached_parametrization_does_not_hide_the_noise():
+    m, x = parametrizations.weight_norm(nn.Conv2d(1, 2, 3)), torch.randn(1, 1, 8, 8)
+    with torch.no_grad(), nn.utils.parametrize.cached():
+        clean = m(x)
+        with perturbed(m, AbsoluteGaussian(0.5), generator=0): assert not torch.equal(m(x), clean)
+        assert torch.equal(m(x), clean)
+
+def test_gradients_of_a_parametrized_layer_are_those_at_the_noisy_weight():
+    torch.manual_seed(0)
+    m, x = parametrizations.weight_norm(nn.Linear(5, 3)), torch.randn(7, 5)
+    with perturbed(m, AbsoluteGaussian(0.3), conv_and_linear, generator=2):
+        w = m.weight
+        w.retain_grad()
+        nn.functional.linear(x, w, m.bias).square().sum().backward()
+        noisy = w.detach().clone()
+    expected = 2 * (x @ noisy.T + m.bias.detach()).T @ x
+    torch.testing.assert_close(w.grad, expected)
+    assert m.parametrizations.weight.original1.grad.abs().sum() > 0
+
+@pytest.mark.parametrize('nonsense, error', [
+    (lambda m: clone_weights(3), TypeError), (lambda m: clone_weights(m, where=3), TypeError), (lambda m: clone_weights(m, where='no.such.*'), ValueError),
+    (lambda m: clone_weights(m, gradient='half'), ValueError), (lambda m: clone_weights(m).inject(None), TypeError),
+    (lambda m: clone_weights(m).inject(MaxGaussian(), 'x'), TypeError),
+    (lambda m: clone_weights(m).inject(lambda w, z: w[:1]), ValueError), (lambda m: clone_weights(m).rescale(1), RuntimeError),
+    (lambda m: perturbed(m, 0.5).__enter__(), TypeError), (lambda m: perturbed(m, MaxGaussian(), conv_and_norm.first(-1)).__enter__(), ValueError),
+])
+def test_nonsense_is_refused_and_the_model_untouched(nonsense, error):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = snapshot(model)
+    with pytest.raises(error) as e: nonsense(model)
+    assert len(str(e.value)) > 20
+    assert same(before, snapshot(model))
+
+@pytest.mark.parametrize('level', [-1, float('nan'), 'loud', None])
+def test_a_level_that_is_none_leaves_the_noise_as_it_was(level):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = snapshot(model)
+    clone = clone_weights(model).inject(MaxGaussian(0.1), 0)
+    noisy = snapshot(model)
+    with pytest.raises(ValueError): clone.rescale(level)
+    assert same(noisy, snapshot(model))
+    clone.recover()
+    assert same(before, snapshot(model))
+
+CTRL_C = '''
+import os, sys, torch
+from torch import nn
+from noisyseg.laws import MaxGaussian
+from noisyseg.perturb import perturbed
+torch.manual_seed(0)
+net = nn.Sequential(*[nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)) for _ in range(6)])
+clean, x, caught = [p.detach().clone() for p in net.parameters()], torch.randn(1, 32, 8, 8), 0
+net.eval()
+print('ready', flush=True)
+while caught < 40:
+    try:
+        while True:
+            with perturbed(net, MaxGaussian(0.1)): net(x).sum().backward()
+    except KeyboardInterrupt:
+        caught += 1
+        bad = sum(not torch.equal(p, c) for p, c in zip(net.parameters(), clean))
+        print('left', bad, flush=True)
+'''
+
+def test_ctrl_c_at_random_moments_leaves_clean_weights():
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(CTRL_C)], stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        assert p.stdout.readline() == 'ready\n'
+        left = []
+        for i in range(40):
+            time.sleep(0.003 + (i * 37 % 101) / 5000)   # anywhere in a step of a few milliseconds
+            p.send_signal(signal.SIGINT)
+            left.append(p.stdout.readline())
+        assert left == ['left 0\n'] * 40, left
+    finally: p.kill()

@@ -1,0 +1,370 @@
+"Sweeps against accidents: interrupts, kills, damaged stores, loaders and networks of other houses. Figures and the report in a browser."
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from pandas.testing import assert_frame_equal
+from scipy import stats
+from test_lab import browser_path, flags
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from noisyseg.data import scenes
+from noisyseg.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
+from noisyseg.perturb import perturbed
+from noisyseg.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
+from noisyseg.report import report_html
+from noisyseg.sweeps import draw_seed, layer_sensitivity, load_sweep, noise_sweep, paired_difference, summarise
+from noisyseg.unet3plus import unet3plus_tiny
+
+law, levels = MaxGaussian(per='channel'), [0, 0.05, 0.2]
+
+
+class Net(nn.Sequential):
+    "A small network; `pause` makes it slow enough to be interrupted, `log` counts its forward passes."
+    def __init__(self, seed=0, pause=0.):
+        torch.manual_seed(seed)
+        super().__init__(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.Conv2d(6, 3, 1))
+        self.pause, self.calls = pause, 0
+
+    def forward(self, x):
+        self.calls += 1
+        time.sleep(self.pause)
+        return super().forward(x)
+
+
+def batches(n=3):
+    g = torch.Generator().manual_seed(1)
+    return [(torch.rand(4, 3, 12, 12, generator=g), torch.randint(0, 3, (4, 12, 12), generator=g)) for _ in range(n)]
+
+
+def models(**kw): return {'a': Net(0, **kw), ('b', 0): Net(1, **kw), ('b', 1): Net(2, **kw)}
+
+
+def sweep(ms=None, draws=3, levels=levels, store=None, **kw):
+    return noise_sweep(ms or models(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, store=store, progress=False, **kw)
+
+
+def bits(model): return [v.clone() for v in model.state_dict().values()]
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope='module')
+def whole(): return sweep()
+
+
+# --- interrupted and killed -------------------------------------------------------------------------------------------------------
+
+def run_in_child(store, log):
+    "What the process to be disturbed does; it notes how it ended and whether its networks are as they were."
+    ms = models(pause=0.004)
+    before, ended = [bits(m) for m in ms.values()], 'finished'
+    try: sweep(ms, store=store)
+    except KeyboardInterrupt as e: ended = ' '.join(e.__notes__)
+    untouched = all(same(bits(m), b) and m.training for m, b in zip(ms.values(), before))
+    log.write_text(f'{ended}; untouched: {untouched}')
+
+
+def start(store):
+    "A sweep in a process of its own, which has begun to measure."
+    ctx = multiprocessing.get_context('forkserver')  # imports once, for all processes: it finds this module by PYTHONPATH
+    ctx.set_forkserver_preload([__name__])
+    p = ctx.Process(target=run_in_child, args=(store, store.with_name('log')))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)
+        p.start()
+    side, until = store.with_name(store.name + '.grid.json'), time.monotonic() + 120
+    while not side.exists() and p.is_alive() and time.monotonic() < until: time.sleep(0.001)
+    assert side.exists()
+    return p
+
+
+def resume(store, whole):
+    "What is missing is measured, and only that; the rows are those of a sweep that nothing disturbed."
+    kept = len(load_sweep(store).drop_duplicates(['model', 'train_seed', 'level', 'draw'])) if store.exists() else 0
+    ms = models()
+    assert_frame_equal(sweep(ms, store=store), whole, check_exact=True)
+    total = len(whole.drop_duplicates(['model', 'train_seed', 'level', 'draw']))
+    assert sum(m.calls for m in ms.values()) == 3 * (total - kept) + len(ms)  # three batches a cell; one to look at each network
+    return kept, total
+
+
+def test_ctrl_c_keeps_and_resumes(tmp_path, whole):
+    store = tmp_path/'sweep.csv'
+    p = start(store)
+    time.sleep(0.15)
+    os.kill(p.pid, signal.SIGINT)
+    p.join(60)
+    out = (tmp_path/'log').read_text()
+    told = re.match(r'interrupted: (\d+) of 21 cells were measured; their rows are in .*sweep.csv, .*; untouched: True$', out)
+    assert told, out
+    kept, total = resume(store, whole)
+    assert kept == int(told[1]) < total
+    assert load_sweep(store).shape == whole.shape
+
+
+@pytest.mark.parametrize('moment', range(6))
+def test_kill_keeps_and_resumes(tmp_path, whole, moment):
+    store = tmp_path/'sweep.csv'
+    p = start(store)
+    time.sleep(random.Random(moment).uniform(0, 0.3))
+    p.kill()
+    p.join(60)
+    resume(store, whole)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['sweep.csv', 'sweep.csv.grid.json']
+
+
+def test_ctrl_c_without_a_store_returns_what_there_is(whole):
+    class Interrupts(Net):
+        def forward(self, x):
+            if self.calls == 20: raise KeyboardInterrupt
+            return super().forward(x)
+    net = Interrupts()
+    before = bits(net)
+    with pytest.warns(UserWarning, match='interrupted: 6 of 7 cells'): part = sweep({'a': net})
+    assert same(bits(net), before)
+    full = whole[whole['model'] == 'a']
+    assert_frame_equal(part, full.merge(part[['level', 'draw']].drop_duplicates()).reindex(columns=full.columns), check_exact=True)
+
+
+# --- stores that something happened to --------------------------------------------------------------------------------------------
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_store_is_measured_again(tmp_path, whole, data):
+    "Lines lost, cut or scribbled over: what is whole is kept, the rest is measured again."
+    store = tmp_path/'sweep.csv'
+    sweep(store=store)
+    lines = store.read_text().splitlines(keepends=True)
+    how = data.draw(st.sampled_from(['cut', 'lose', 'scribble', 'twice']))
+    at = data.draw(st.integers(1, len(lines) - 1))
+    if how == 'cut': text = ''.join(lines)[:data.draw(st.integers(len(lines[0]), len(''.join(lines))))]
+    elif how == 'lose': text = ''.join(lines[:at] + lines[at + data.draw(st.integers(1, 5)):])
+    elif how == 'twice': text = ''.join(lines[:at] + lines[at - 1:])
+    else: text = ''.join([*lines[:at], lines[at].replace(',', ';', data.draw(st.integers(1, 5))), *lines[at + 1:]])
+    store.write_text(text)
+    assert_frame_equal(sweep(store=store), whole, check_exact=True)
+    in_order = lambda df: df.sort_values(list(df)).reset_index(drop=True)
+    assert_frame_equal(in_order(load_sweep(store)), in_order(whole))
+    for f in tmp_path.iterdir(): f.unlink()
+
+
+def test_store_is_one_experiment(tmp_path):
+    store = tmp_path/'deep'/'folder'/'sweep.csv'
+    sweep({'a': Net(0)}, store=store)
+    held = store.read_bytes()
+    for what, kw in {'law': dict(law=AbsoluteGaussian()), 'seed': dict(seed=1), 'where': dict(where='0.*'), 'data': dict(dl=batches(2)),
+                     'classes': dict(class_names=['x', 'y', 'z']), 'ignore_index': dict(ignore_index=9)}.items():
+        with pytest.raises(ValueError, match=what): sweep({'a': Net(0)}, store=store, **kw)
+    with pytest.raises(ValueError, match="model 'a': other weights"): sweep({'a': Net(5)}, store=store)
+    with pytest.raises(ValueError, match='models: a there, c now'): sweep({'c': Net(0)}, store=store)
+    shifted = Net(0)
+    shifted[1].running_mean.add_(1)
+    with pytest.raises(ValueError, match='other weights'): sweep({'a': shifted}, store=store)
+    assert store.read_bytes() == held
+    assert set(json.loads((store.parent/'sweep.csv.grid.json').read_text())['versions']) == {'noisyseg', 'torch', 'python'}
+
+
+def test_store_extends(tmp_path):
+    store = tmp_path/'sweep.csv'
+    first = Net(0)
+    sweep({'a': first}, draws=2, levels=[0.1], store=store)
+    calls = first.calls
+    grown = sweep({'a': first, 'c': Net(3)}, draws=3, levels=[0, 0.1, 0.3], store=store)
+    assert_frame_equal(grown, sweep({'a': Net(0), 'c': Net(3)}, draws=3, levels=[0, 0.1, 0.3]), check_exact=True)
+    assert first.calls - calls == 1 + 3 * (1 + 6 - 2)
+    less = dict(draws=2, levels=[0.1])
+    assert_frame_equal(sweep({'a': first}, store=store, **less), sweep({'a': Net(0)}, **less), check_exact=True)
+    assert len(load_sweep(store)) == len(grown)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0, 10, allow_nan=False), min_size=1, max_size=4), st.permutations(['a', 'b']))
+def test_cells_do_not_depend_on_company(found, order):
+    "A cell's value is the same alone, among other levels, and in any order of models."
+    nets, dl = {'a': Net(0), 'b': Net(1)}, batches(1)
+    company = sweep({k: nets[k] for k in order}, levels=found, draws=2, dl=dl)
+    one = company['level'].iloc[0]
+    alone = sweep({'b': nets['b']}, levels=[one], draws=2, dl=dl)
+    there = company[(company['model'] == 'b') & (company['level'] == one)]
+    assert_frame_equal(alone, there.reset_index(drop=True), check_exact=True)
+
+
+# --- what may be handed over ------------------------------------------------------------------------------------------------------
+
+def test_loaders_agree(whole):
+    x, y = (torch.cat(t) for t in zip(*batches()))
+    loader = DataLoader(TensorDataset(x, y), 4)
+    for dl in (loader, iter(batches()), (b for b in batches()), tuple(batches()), DataLoader(TensorDataset(x, y), 4, num_workers=1)):
+        assert_frame_equal(sweep(dl=dl), whole, check_exact=True)
+    assert_frame_equal(sweep(dl=loader, cache_mb=0), whole, check_exact=True)
+
+
+def test_fastai_loaders_bring_their_names():
+    dls = scenes(n_train=4, n_valid=6, size=32, bs=3, seed=0)
+    torch.manual_seed(0)
+    net = unet3plus_tiny(dls.n_classes)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    expected = random.random(), np.random.rand(), torch.rand(2)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    by_dls = noise_sweep(net, dls, law, [0, 0.1], draws=2, progress=False)
+    assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(2), expected[2])
+    assert list(by_dls['class'].unique()) == [*dls.vocab, '']
+    assert_frame_equal(by_dls, noise_sweep(net, dls.valid, law, [0, 0.1], draws=2, class_names=dls.vocab, progress=False), check_exact=True)
+    with pytest.raises(ValueError, match='shuffles'): noise_sweep(net, dls.train, law, [0.1], progress=False)
+    sens = layer_sensitivity(net, dls, law.at(0.1), draws=2, progress=False)
+    assert {'encoder.levels.0', 'decoder.0', 'heads'} <= set(sens['group'])
+
+
+def test_networks_of_other_houses():
+    lraspp = pytest.importorskip('torchvision').models.segmentation.lraspp_mobilenet_v3_large
+    timm = pytest.importorskip('timm')
+    class Timm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = timm.create_model('resnet18', features_only=True, out_indices=(1,))
+            self.head = nn.Conv2d(64, 3, 1)
+        def forward(self, x): return nn.functional.interpolate(self.head(self.body(x)[0]), x.shape[-2:])
+    tied = Net(0)
+    tied.append(nn.Conv2d(3, 3, 1)).append(nn.Conv2d(3, 3, 1))
+    tied[6].weight = tied[5].weight
+    normed = Net(0)
+    nn.utils.parametrizations.weight_norm(normed[0])
+    found = {'lraspp': lraspp(weights=None, weights_backbone=None, num_classes=3), 'timm': Timm(), 'tied': tied, 'normed': normed,
+             'half': Net(0).to(torch.bfloat16), 'double': Net(0).double(), 'channels last': Net(0).to(memory_format=torch.channels_last)}
+    g = torch.Generator().manual_seed(0)
+    dl = [(torch.rand(2, 3, 64, 64, generator=g), torch.randint(0, 3, (2, 64, 64), generator=g))]
+    before, flags = {k: bits(m) for k, m in found.items()}, {k: [s.training for s in m.modules()] for k, m in found.items()}
+    df = noise_sweep(found, dl, law, [0, 0.1], draws=2, progress=False)
+    for k, m in found.items(): assert same(bits(m), before[k]) and [s.training for s in m.modules()] == flags[k], k
+    assert set(df['model']) == set(found) and df[df['metric'] == 'mIoU']['value'].between(0, 1).all()
+
+
+def test_pixels_that_do_not_count():
+    x, y = batches(1)[0]
+    void = y.clone()
+    void[:, :4] = 255
+    net = Net(0).eval()
+    df = sweep({'a': net}, levels=[0], dl=[(x, void)], ignore_index=255)
+    right = (net(x).argmax(1) == y)[:, 4:].float().mean().item()
+    assert df[df['metric'] == 'pixel accuracy']['value'].item() == pytest.approx(right)
+    assert df['n_pixels'].iloc[-1] == y[:, 4:].numel()
+    with pytest.raises(ValueError, match='ignore_index'): sweep({'a': net}, dl=[(x, void)])
+
+
+def test_laws_and_hand_made_noise():
+    net, dl = Net(0).eval(), batches(1)
+    for which in (MaxGaussian(alpha=1.5), AbsoluteGaussian(), MultiplicativeGaussian()):
+        df = sweep({'a': net}, law=which, levels=[0.3], draws=2, dl=dl)
+        with perturbed(net, which.at(0.3), generator=draw_seed(0, 1)), torch.no_grad():
+            right = (net(dl[0][0]).argmax(1) == dl[0][1]).float().mean().item()
+        assert df[(df['draw'] == 1) & (df['metric'] == 'pixel accuracy')]['value'].item() == pytest.approx(right, abs=2 / 576)
+
+
+def test_nan_weights_are_told_and_recovered():
+    class Breaks(Net):
+        def forward(self, x): return super().forward(x) * (float('nan') if self[0].weight.abs().max() > 1 else 1)
+    net = Breaks(0)
+    before = bits(net)
+    with pytest.warns(UserWarning, match='nan'): sweep({'a': net}, levels=[50.], draws=1, law=AbsoluteGaussian())
+    assert same(bits(net), before)
+
+
+def test_memory_stays_flat():
+    import resource
+    net, dl = Net(0), batches(1)
+    sweep({'a': net}, dl=dl, draws=30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3): sweep({'a': net}, dl=dl, draws=60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # kB
+
+
+# --- means and intervals ----------------------------------------------------------------------------------------------------------
+
+def test_intervals_against_scipy(whole):
+    d = whole[(whole['model'] == 'b') & (whole['metric'] == 'mIoU') & (whole['level'] == 0.2)]
+    draws, seeds = (d.groupby(c)['value'].mean().to_numpy() for c in ('draw', 'train_seed'))
+    for unit, v in (('draw', draws), ('seed', seeds)):
+        s = summarise(whole, unit=unit).query("model == 'b' and level == 0.2").iloc[0]
+        low, high = stats.t.interval(0.95, len(v) - 1, v.mean(), stats.sem(v))
+        assert (s['mean'], s['low'], s['high'], s['n']) == pytest.approx((v.mean(), low, high, len(v)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        p = paired_difference(whole, 'a', 'b')
+    assert p['level'].tolist() == levels and p['n'].tolist() == [1, 3, 3]
+
+
+def test_a_draw_that_is_only_half_there_is_left_out(whole):
+    cut = whole[~((whole['model'] == 'b') & (whole['train_seed'] == 1) & (whole['draw'] == 2))]
+    assert summarise(cut).query("model == 'b'")['n'].tolist() == [1, 2, 2]
+    assert paired_difference(cut, 'a', 'b')['n'].tolist() == [1, 2, 2]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------------------
+
+def figures(df):
+    trained_at = {'a': 0, 'b': 0.2}
+    sens = layer_sensitivity(Net(0), batches(), law.at(0.2), draws=3, progress=False)
+    x, y = batches(1)[0]
+    picture = plot_prediction(x[0], y[0], Net(0)(x)[0])
+    return {'sweep': plot_sweep(df), 'seeds': plot_sweep(df, unit='seed'), 'classes': plot_classes(df),
+            'protocols': plot_protocols(df, trained_at), 'sensitivity': plot_sensitivity(sens), 'prediction': picture}
+
+
+def test_figures_hold_the_numbers(whole):
+    figs = figures(whole)
+    line = next(t for t in figs['sweep'].data if t.name == 'a')
+    assert list(line.y) == pytest.approx(100 * summarise(whole).query("model == 'a'")['mean'])
+    assert list(line.x) == pytest.approx([0, 5, 20])
+    colour = {t.name: t.line.color for t in figs['sweep'].data if t.name}
+    only_b = whole[whole['model'] == 'b']
+    assert {t.line.color for t in plot_sweep(only_b).data if t.name == 'b'} == {colour['b']} != {colour['a']}
+    assert sweep_table(whole).loc['a', 'n = 20 %'].count('±') == 1
+    for name, f in figs.items():
+        layout = f.to_dict()['layout']
+        assert layout['template']['layout']['paper_bgcolor'] == 'rgba(0,0,0,0)', name
+        assert len(f.to_json()) < 200_000, name
+
+
+def test_single_draws_levels_and_many_classes():
+    x, y = torch.rand(2, 3, 16, 16), torch.randint(0, 21, (2, 16, 16))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 21, 1))
+    df = noise_sweep(net, [(x, y)], law, [0.1], draws=1, progress=False)
+    for f in (plot_sweep(df), plot_classes(df)): assert f.to_json()
+    assert '±' not in sweep_table(df).to_string()
+
+
+def test_report_offline_in_a_browser(tmp_path, whole):
+    browser_path()
+    sync_api = pytest.importorskip('playwright.sync_api')
+    figs = figures(whole)
+    items = {**figs, 'In numbers': sweep_table(whole), 'text': 'a < b'}
+    path = report_html(items, tmp_path/'report.html', title='A <report>', meta={'seed': 0})
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_path(), args=flags)
+        page = browser.new_context(offline=True, viewport={'width': 1000, 'height': 900}).new_page()
+        told, asked = [], []
+        page.on('pageerror', lambda e: told.append(str(e)))
+        page.on('console', lambda m: told.append(m.text) if m.type == 'error' else None)
+        page.on('request', lambda r: asked.append(r.url))
+        page.goto(path.as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.plotly-graph-div .main-svg').length >= {len(figs)}", timeout=20_000)
+        lines = page.evaluate("document.querySelectorAll('#figure-0 .scatterlayer .trace').length")
+        box = page.locator('#figure-0 .point').last.bounding_box()
+        page.mouse.move(box['x'] + 4, box['y'] + 4)
+        page.wait_for_selector('#figure-0 .hoverlayer .legendtext, #figure-0 .hoverlayer .hovertext', timeout=5_000)
+        wide = page.evaluate('document.documentElement.scrollWidth')
+        browser.close()
+    assert told == [] and lines >= 2 and wide <= 1000
+    assert [u for u in asked if not u.startswith(('file:', 'data:', 'blob:'))] == []

@@ -1,0 +1,156 @@
+"The notebooks run, are clean and small, and what they export is what lies in noisyseg/."
+import ast
+import builtins
+import importlib
+import os
+import re
+
+import derive
+import pytest
+from conftest import nb_id, notebooks, read_nb, root
+
+numbers = {name: number for number, name in derive.numbered()}
+each = pytest.mark.parametrize('path', notebooks(), ids=nb_id)
+
+
+@each
+def test_runs(path, sh):
+    "Every cell, top to bottom, in a process of its own. NOISYSEG_FLAGS=slow runs the cells marked `#| slow` too."
+    out = sh('nbdev-test', path, '--flags', os.environ.get('NOISYSEG_FLAGS', ''))
+    assert 'Success.' in out, out
+
+
+def modules(folder): return {p.name: p.read_text() for p in (folder/'noisyseg').glob('*.py')}
+
+
+def exported(project, sh):
+    "What nbdev-export writes, from notebooks alone"
+    for p in (project/'noisyseg').glob('*.py'):
+        if p.name not in ('__init__.py', 'all.py'): p.unlink()
+    sh('nbdev-export', cwd=project)
+    return modules(project)
+
+
+def diff(have, want): return sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+
+
+def test_code_equals_notebooks(project, sh):
+    "`make export` would change nothing in noisyseg/"
+    assert not (d := diff(modules(root), exported(project, sh))), f'{d} differ from what the notebooks export: run `make export`'
+
+
+def test_code_equals_notebooks_can_fail(project, sh):
+    "An edit of a module, and a module that no notebook exports, are both seen"
+    mod = next(p for p in sorted((project/'noisyseg').glob('*.py')) if p.name not in ('__init__.py', '_modidx.py', 'all.py'))
+    mod.write_text(mod.read_text() + '\nedited = True\n')
+    (project/'noisyseg'/'stray.py').write_text('')
+    have = modules(project)
+    assert diff(have, exported(project, sh)) == sorted([mod.name, 'stray.py'])
+
+
+def unclean(project, sh):
+    "The notebooks that nbdev-clean changes"
+    files = sorted((project/'nbs').rglob('*.ipynb'))
+    before = {p: p.read_bytes() for p in files}
+    sh('nbdev-clean', cwd=project)
+    return [str(p.relative_to(project)) for p in files if p.read_bytes() != before[p]]
+
+
+def test_notebooks_are_clean(project, sh):
+    "`make export` would change no notebook: no execution counts, no editor's metadata"
+    assert not (d := unclean(project, sh)), f'{d} are not clean: run `make export`'
+
+
+def test_notebooks_are_clean_can_fail(project, sh):
+    "One execution count is seen"
+    unclean(project, sh)
+    path = next(p for p in sorted((project/'nbs').glob('*.ipynb')) if '"execution_count": null' in p.read_text())
+    path.write_text(path.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
+    assert unclean(project, sh) == [str(path.relative_to(project))]
+
+
+@each
+def test_small(path):
+    "Saved outputs stay small: under 1 MB a notebook"
+    assert path.stat().st_size < 1_000_000
+
+
+@each
+def test_shape(path):
+    "Title and one-line description first; no saved error; numbered notebooks name their module"
+    nb = read_nb(path)
+    assert re.match(r'# .+\n+> .+', nb.cells[0].source), 'the first cell should be "# Title" and "> what it is, in one line"'
+    errors = [o.ename for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
+    assert not errors
+    if m := re.match(r'\d\w*?_(\w+)$', path.stem):
+        assert re.findall(r'^#\|\s*default_exp (\S+)', '\n'.join(c.source for c in nb.cells), re.M) == [m[1]]
+
+
+def code(path):
+    "The Python of a notebook, without lines for IPython"
+    for c in read_nb(path).cells:
+        if c.cell_type == 'code' and not c.source.startswith('%%'):
+            yield re.sub(r'^(\s*)[%!].*$', r'\1pass', c.source, flags=re.M)
+
+
+def imported(source):
+    "The noisyseg modules that Python source imports"
+    for o in ast.walk(ast.parse(source)):
+        if isinstance(o, ast.Import): yield from (a.name.split('.')[1] for a in o.names if a.name.startswith('noisyseg.'))
+        elif isinstance(o, ast.ImportFrom):
+            mod = ('noisyseg.' if o.level else '') + (o.module or '')
+            if mod.rstrip('.') == 'noisyseg': yield from (a.name for a in o.names if a.name != '__version__')
+            elif mod.startswith('noisyseg.'): yield mod.split('.')[1]
+
+
+@pytest.mark.parametrize('number, name', derive.numbered(), ids=numbers)
+def test_imports_point_down(number, name):
+    "A numbered notebook imports from lower numbers only (or from the module that it is itself)"
+    path = root/'nbs'/f'{number}_{name}.ipynb'
+    wrong = {m for source in code(path) for m in imported(source) if numbers.get(m, 'none') > number}
+    assert not wrong, f'{path.name} imports {sorted(wrong)}'
+
+
+def foreign(source):
+    "The names that Python source uses and does not itself import, define or assign"
+    nodes = list(ast.walk(ast.parse(source)))
+    used = {o.id for o in nodes if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Load)}
+    known = {o.id for o in nodes if isinstance(o, ast.Name) and not isinstance(o.ctx, ast.Load)}
+    known |= {o.name for o in nodes if isinstance(o, (ast.FunctionDef, ast.ClassDef))} | {o.arg for o in nodes if isinstance(o, ast.arg)}
+    known |= {(a.asname or a.name).split('.')[0] for o in nodes if isinstance(o, (ast.Import, ast.ImportFrom)) for a in o.names}
+    return used - known - set(dir(builtins))
+
+
+@pytest.mark.parametrize('number, name', derive.numbered(), ids=numbers)
+def test_imports_stand_alone(number, name):
+    "Building the site runs the cells that import something and the exported ones, and no others: so the first must not need the rest"
+    for source in code(root/'nbs'/f'{number}_{name}.ipynb'):
+        if re.search(r'^#\| *export', source, re.M) or 'nbdev_export()' in source: continue
+        if not any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.walk(ast.parse(source))): continue
+        assert not foreign(source), f'move the import out of:\n{source}'
+
+
+def test_foreign():
+    "Names from elsewhere are found"
+    assert foreign('import copy as c\nx = 1\ndef f(a): return a + x\nc.copy(f(len([y])))\n[o for o in z]') == {'y', 'z'}
+
+
+def test_imported():
+    "The finder of imports finds them, in all their spellings"
+    source = 'import torch, noisyseg.a\nfrom noisyseg.b import x\nfrom noisyseg import c\nfrom .d import y\ndef f():\n  from . import e'
+    assert list(imported(source)) == ['a', 'b', 'c', 'd', 'e']
+    assert not list(imported('from noisyseg import __version__'))
+
+
+def test_all_modules():
+    "`from noisyseg.all import *` is every module with a notebook, in reading order"
+    assert (root/'noisyseg'/'all.py').read_text() == derive.all_py(), 'run `make export`'
+
+
+def test_all_at_a_prompt():
+    "It imports, and no module's name hides another's"
+    everything = importlib.import_module('noisyseg.all')
+    for name in numbers:
+        mod = importlib.import_module(f'noisyseg.{name}')
+        hidden = [k for k in mod.__all__ if getattr(everything, k) is not getattr(mod, k)]
+        assert not hidden, f'{hidden} of noisyseg.{name} are hidden by names of another module'

@@ -1,0 +1,232 @@
+"The package's facts are the same everywhere, and what is built from it works where nothing of ours is installed."
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from configparser import ConfigParser
+from importlib.metadata import distribution, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from conftest import copy_project, notebooks, project_files, root
+from fastcore.docments import docments
+from packaging.requirements import Requirement
+from test_tooling_notebooks import code
+
+cfg = ConfigParser(delimiters=['='])
+cfg.read(root/'settings.ini')
+cfg = cfg['DEFAULT']
+toml = tomllib.loads((root/'pyproject.toml').read_text())
+own = sorted(p.stem for p in (root/'noisyseg').glob('*.py') if not p.stem.startswith('_'))
+
+
+def canon(name): return re.sub(r'[-_.]+', '-', name).lower()
+
+
+def lines(key): return [Requirement(o) for o in cfg[key].split('\n') if o.strip()]
+
+
+def test_facts_are_the_same_everywhere():
+    "settings.ini is the one place; what nbdev, pip and people read elsewhere agrees with it"
+    import noisyseg
+    version = cfg['version']
+    assert noisyseg.__version__ == version
+    assert f'__version__ = "{version}"' in (root/'noisyseg'/'__init__.py').read_text()
+    assert re.search(rf'^## {re.escape(version)}\b', (root/'CHANGELOG.md').read_text(), re.M)
+    project = toml['project']
+    assert project['name'] == cfg['lib_name'] and project['description'] == cfg['description']
+    assert project['requires-python'] == f'>={cfg["min_python"]}'
+    assert project['authors'] == [{'name': cfg['author']}]
+    assert project['urls'] == dict(Repository=cfg['git_url'], Documentation=cfg['doc_url'])
+    quarto = (root/'_quarto.yml').read_text()
+    for key in 'description', 'git_url', 'doc_url', 'branch': assert cfg[key] in quarto, key
+
+
+def test_pyproject_is_thin():
+    "Only what nbdev has to read there; every other field is dynamic"
+    assert set(toml['project']) == {'name', 'description', 'requires-python', 'authors', 'urls', 'dynamic'}
+    assert toml['tool']['nbdev']['tst_flags'] == 'notest slow' and toml['tool']['nbdev']['update_pyproject'] is False
+
+
+def imports(source):
+    "Third-party top-level names that Python source imports, wherever in it"
+    names = set()
+    for o in ast.walk(ast.parse(source)):
+        if isinstance(o, ast.Import): names |= {a.name.split('.')[0] for a in o.names}
+        elif isinstance(o, ast.ImportFrom) and not o.level: names.add(o.module.split('.')[0])
+    return names - set(sys.stdlib_module_names) - {'noisyseg'}
+
+
+def dists(names):
+    "The distributions that hold these top-level names"
+    table = packages_distributions()
+    missing = {o for o in names if o not in table}
+    assert not missing, f'not installed here, so not looked up: {missing}'
+    return {canon(table[o][0]) for o in names}
+
+
+def test_requirements_fit_the_imports():
+    "requirements = what noisyseg/*.py imports: nothing missing, nothing more"
+    used = dists(set().union(*(imports((root/'noisyseg'/f'{m}.py').read_text()) for m in own)))
+    optional = {canon(o.name) for k in cfg if k.endswith('_requirements') and k != 'dev_requirements' for o in lines(k)}
+    assert {canon(o.name) for o in lines('requirements')} == used - optional
+    assert 'nbdev' not in used
+
+
+def test_dev_requirements_fit_the_imports():
+    "dev_requirements name what notebooks and tests import on top"
+    scripts = [p for folder in ('tests', '.ci') for p in (root/folder).glob('*.py')]
+    used = set().union(*(imports(s) for p in notebooks() for s in code(p)), *(imports(p.read_text()) for p in scripts))
+    used -= {p.stem for p in scripts}
+    named = {canon(o.name) for k in ('requirements', 'dev_requirements') for o in lines(k)}
+    assert dists(used) - closure(named) == set()
+
+
+def closure(names):
+    "These distributions and all that they require, installed here"
+    todo, done = [Requirement(o) if isinstance(o, str) else o for o in names], {}
+    while todo:
+        o = todo.pop()
+        have = done.setdefault(canon(o.name), set())
+        extras = {''} | o.extras
+        if extras <= have: continue
+        have |= extras
+        for line in requires(o.name) or []:
+            r = Requirement(line)
+            if not r.marker or any(r.marker.evaluate(dict(extra=e)) for e in extras): todo.append(r)
+    return set(done)
+
+
+def test_constraints():
+    "Names and versions only, one per line; every requirement is pinned, to a version that it allows"
+    pins = dict(re.fullmatch(r'([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)', o).groups()
+                for o in (root/'constraints.txt').read_text().splitlines() if o and not o.startswith('#'))
+    pins = {canon(k): v for k, v in pins.items()}
+    assert 'noisyseg' not in pins
+    for o in lines('requirements') + lines('dev_requirements'): assert o.specifier.contains(pins[canon(o.name)]), o
+    assert not (d := closure(lines('requirements') + lines('dev_requirements')) - pins.keys()), f'not pinned: {sorted(d)}'
+
+
+def test_dependencies_are_coherent(sh): sh(sys.executable, '-m', 'pip', 'check')
+
+
+def test_no_registry_is_named():
+    "Where packages come from is pip's own configuration, not this project's business"
+    hosts = ['py' + 'pi.org', 'python' + 'hosted', 'download.' + 'pytorch', 'conda.' + 'anaconda', 'npm' + 'js', 'index-' + 'url http']
+    named = {(str(p.relative_to(root)), h) for p in project_files() for h in hosts if h.encode() in p.read_bytes()}
+    assert not named
+
+
+@pytest.fixture(scope='session')
+def built(tmp_path_factory):
+    "Source archive, and the wheel built from that archive (not from the checkout): dict(sdist=..., wheel=...)"
+    out, copy = tmp_path_factory.mktemp('dist'), copy_project(tmp_path_factory.mktemp('source')/'project')
+    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, copy], text=True, capture_output=True)
+    said = r.stdout + r.stderr
+    assert r.returncode == 0, said
+    assert not re.search('overwritten in `pyproject.toml`|defined outside of `pyproject.toml`|DeprecationWarning', said), said
+    return dict(wheel=next(out.glob('*.whl')), sdist=next(out.glob('*.tar.gz')))
+
+
+@pytest.fixture(scope='session')
+def empty(tmp_path_factory, built):
+    "A fresh virtual environment with the wheel and nothing else; gives its python and site-packages"
+    home = tmp_path_factory.mktemp('empty')
+    venv.create(home, with_pip=False)
+    python = home/'bin'/'python'
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--python', python]
+    subprocess.run([*pip, 'install', '--no-deps', '--no-index', built['wheel']], check=True)
+    return python, next(home.glob('lib/python*/site-packages'))
+
+
+def bare(python, code):
+    "Runs code with an environment's Python, away from this folder"
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
+    return subprocess.run([python, '-c', code], cwd='/', env=env, text=True, capture_output=True)
+
+
+def test_wheel_in_an_empty_environment(empty):
+    "`import noisyseg` needs nothing at all, and the metadata is that of settings.ini"
+    r = bare(empty[0], 'import noisyseg, json; from importlib.metadata import metadata\n'
+                       'print(noisyseg.__file__); print(json.dumps(metadata("noisyseg").json))')
+    assert r.returncode == 0, r.stderr
+    where, meta = r.stdout.splitlines()
+    meta = json.loads(meta)
+    assert Path(where).parent.parent == empty[1]
+    assert (meta['name'], meta['version'], meta['summary']) == (cfg['lib_name'], cfg['version'], cfg['description'])
+    assert meta['license_expression'] == cfg['license'] == 'Apache-2.0' and meta['requires_python'] == f'>={cfg["min_python"]}'
+    assert ','.join(meta['keywords']).split(',') == cfg['keywords'].split()
+    assert meta['description'].strip() == (root/'README.md').read_text().strip()
+    needs = [Requirement(o) for o in meta['requires_dist']]
+    assert {(o.name, o.specifier) for o in needs if not o.marker} == {(o.name, o.specifier) for o in lines('requirements')}
+    assert {o.name for o in needs if o.marker and o.marker.evaluate(dict(extra='dev'))} - {o.name for o in lines('requirements')} \
+        == {o.name for o in lines('dev_requirements')}
+
+
+def test_wheel_with_its_requirements_only(empty):
+    """Every module imports where there is the wheel, its requirements and what these require, and no nbdev.
+    The requirements are not installed again: they are linked from here, one by one, so that nothing else is to be seen."""
+    python, site = empty
+    linked = closure(lines('requirements'))
+    for name in linked:
+        d = distribution(name)
+        for top in {f.parts[0] for f in d.files if f.parts[0] not in ('..', '__pycache__')}:
+            if not (site/top).exists(): (site/top).symlink_to(d.locate_file(top))
+    assert 'nbdev' not in linked and 'torch' in linked
+    r = bare(python, f'import importlib, noisyseg\nfor o in {own!r}: importlib.import_module("noisyseg." + o)\nprint(noisyseg.__file__)')
+    assert r.returncode == 0, r.stderr
+    assert bare(python, 'import nbdev').returncode and not bare(python, 'import torch').returncode, 'the linking is wrong'
+    assert Path(r.stdout.splitlines()[-1]).parent.parent == site
+
+
+def test_wheel_holds_the_package(built):
+    "The modules and the licence; no notebooks, tests or data"
+    from zipfile import ZipFile
+    names = ZipFile(built['wheel']).namelist()
+    assert {f'noisyseg/{m}.py' for m in own} <= set(names)
+    assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
+    assert any(o.endswith('licenses/LICENSE') for o in names)
+    assert Path(built['wheel']).stat().st_size < 1_000_000
+
+
+def public():
+    "(module, name, object) for each public function and class"
+    for m in own:
+        if m == 'all': continue
+        try: mod = importlib.import_module(f'noisyseg.{m}')
+        except Exception as e:               # a test that fails, not a file of tests that cannot be collected
+            yield pytest.param(e, id=m)
+            continue
+        for name in mod.__all__:
+            o = getattr(mod, name)
+            if inspect.isclass(o) or (inspect.isfunction(o) and o.__code__.co_filename == mod.__file__):
+                yield pytest.param(o, id=f'{m}.{name}')
+
+
+def written(o):
+    "The parameters written in the definition of a function, of a class's own `__init__`, or the fields of a dataclass"
+    if '__dataclass_fields__' in vars(o): return [f.name for f in dataclasses.fields(o) if f.init]
+    code = (o if inspect.isfunction(o) else vars(o)['__init__']).__code__
+    return [k for k in code.co_varnames[:code.co_argcount + code.co_kwonlyargcount] if k != 'self']
+
+
+@pytest.mark.parametrize('o', list(public()))
+def test_public_names_are_documented(o):
+    "A docstring for each, and a comment beside each parameter (docments)"
+    if isinstance(o, Exception): raise o
+    assert (inspect.getdoc(o) or '').strip(), 'no docstring'
+    if inspect.isfunction(o): assert 'self' not in inspect.signature(o).parameters, 'a method in __all__: put `@patch` above it'
+    if inspect.isclass(o) and not {'__dataclass_fields__', '__init__'} & set(vars(o)): return
+    own_init = inspect.isclass(o) and '__dataclass_fields__' not in vars(o)
+    described = docments(vars(o)['__init__'] if own_init else o, full=True)
+    assert not (bare := [k for k in written(o) if not described[k].docment]), f'no comment beside {bare}'
+
+
+def test_lint(sh): sh(sys.executable, '-m', 'ruff', 'check')

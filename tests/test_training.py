@@ -1,0 +1,56 @@
+"""Weight noise in two real processes: the same noise for all, or each its own, and the same clean weights at the end."""
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+WORKER = '''
+import os, sys, torch, torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.data.all import DataLoaders
+from fastai.learner import Learner
+from torch import nn
+from noisyseg.laws import MaxGaussian
+from noisyseg.training import WeightNoise
+
+shared, seed = sys.argv[1] == 'shared', None if sys.argv[2] == 'None' else int(sys.argv[2])
+dist.init_process_group('gloo')
+rank = dist.get_rank()
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+torch.manual_seed(100 + rank)                                     # the processes see different images, and would draw different seeds
+batches = [(torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 8, 8))) for _ in range(3)]
+
+class Spy(Callback):
+    order = 100
+    def before_batch(self): self.noisy = net[0].weight.detach().clone()
+    def after_batch(self): self.clean = net[0].weight.detach().clone()
+
+spy, noise = Spy(), WeightNoise(MaxGaussian(0.2), seed=seed, shared=shared, where='0.*')   # the pattern is on the model's own names, not on DDP's
+learn = Learner(DataLoaders(batches, []), nn.parallel.DistributedDataParallel(net), nn.CrossEntropyLoss(), lr=0.1, cbs=[noise, spy])
+with learn.no_bar(), learn.no_logging(): learn.fit(1)
+mine = {'noisy': spy.noisy, 'clean': net[0].weight.detach(), 'injected': noise._clone.injected}
+both = [None, None]
+dist.all_gather_object(both, mine)
+assert torch.equal(both[0]['clean'], both[1]['clean']), 'the processes ended with different weights'
+assert not torch.equal(spy.noisy, spy.clean) and not mine['injected']
+print('same' if torch.equal(both[0]['noisy'], both[1]['noisy']) else 'different', flush=True)
+dist.destroy_process_group()
+'''
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+@pytest.mark.parametrize('how, seed, expected', [('shared', '7', 'same'), ('shared', 'None', 'same'), ('own', '7', 'different')])
+def test_two_processes(how, seed, expected):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': ''}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER), how, seed], env={**env, 'RANK': str(r)},
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    outs = [p.communicate(timeout=300) for p in ps]
+    assert [p.returncode for p in ps] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
+    assert all(o[0].splitlines()[-1] == expected for o in outs), outs
