@@ -9,6 +9,8 @@ PY := $(VENV)/bin/python
 # figures are saved as text/html too, without 5 MB of plotly.js in each; this environment's own kernel, not one from ~
 export PLOTLY_RENDERER := plotly_mimetype+notebook_connected
 export JUPYTER_PREFER_ENV_PATH := 1
+# what fastai's import says of itself on today's torch and pandas, and nobody who runs a notebook can change
+export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning,ignore:The 'mode.chained_assignment' option:Warning
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 TOUR := nbs/tutorials/tour.ipynb

@@ -28,7 +28,11 @@ class Law:
     "Base of all laws: a dataclass whose first field is the level, and `(weight, z) -> perturbed weight`."
     registry: ClassVar[dict] = {}  # class name -> class, for `law_from_dict` and for menus
 
-    def __init_subclass__(cls, **kw): super().__init_subclass__(**kw); Law.registry[cls.__name__] = cls
+    def __init_subclass__(cls, **kw):
+        super().__init_subclass__(**kw)
+        Law.registry[cls.__name__] = cls
+        # what a parent promised does not hold for a child that computes something else
+        if cls.__dict__.keys() & {'noise', '__call__'} and 'rowwise' not in cls.__dict__: cls.rowwise = Law.rowwise
 
     def __call__(self,
         weight: Tensor,  # clean weight, floating point, any shape
@@ -37,6 +41,12 @@ class Law:
         "Perturb one weight."
         raise TypeError(f"{type(self).__name__} does not say what it does to a weight: define __call__(self, weight, z), "
                         "or noise(self, weight, z) on an AdditiveLaw")
+
+    def rowwise(self,
+        weight: Tensor,  # clean weight
+    ) -> bool:  # may it be given a few rows (along dimension 0) at a time, with the same result?
+        "A promise that makes large weights faster: in pieces they stay in the processor's cache. A law that must see all of a weight says no."
+        return False
 
     @property
     def level(self) -> float: return getattr(self, dataclasses.fields(self)[0].name)
@@ -86,14 +96,17 @@ def law_from_dict(
 # %% ../nbs/02_laws.ipynb #7883b0e9
 GRAINS = ('kernel', 'channel', 'tensor')
 
+def _first_reduced(weight, per):
+    "The first of the dimensions that share a maximum."
+    if per not in GRAINS: raise ValueError(f"per= is one of {', '.join(GRAINS)}, got {per!r}")
+    return {'kernel': 2 if weight.ndim > 2 else 0, 'channel': 1, 'tensor': 0}[per]
+
 def max_abs(
     weight: Tensor,  # (out, in, *spatial) for a convolution, (out, in) for a linear layer, (channels,) for a norm
     per: str = 'kernel',  # 'kernel', 'channel' (dimension 0) or 'tensor'
 ) -> Tensor:  # the largest |w| of each group, with its reduced dimensions kept as 1, so that it broadcasts
     "The largest absolute weight at a grain."
-    if per not in GRAINS: raise ValueError(f"per= is one of {', '.join(GRAINS)}, got {per!r}")
-    first = {'kernel': 2 if weight.ndim > 2 else 0, 'channel': 1, 'tensor': 0}[per]
-    dims = tuple(range(first, weight.ndim))
+    dims = [d for d in range(_first_reduced(weight, per), weight.ndim) if weight.shape[d] != 1]
     return weight.abs().amax(dims, keepdim=True) if dims else weight.abs()
 
 # %% ../nbs/02_laws.ipynb #21daf205
@@ -126,6 +139,7 @@ class MaxGaussian(AdditiveLaw):
 
     # Sigma is formed before it meets z, as in the published code: so the noise agrees with torch.normal(0, sigma) to the last bit.
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return clip_normal(z, self.alpha, self.clip) * (self.n * max_abs(weight, self.per))
+    def rowwise(self, weight: Tensor) -> bool: return _first_reduced(weight, self.per) > 0
 
 # %% ../nbs/02_laws.ipynb #5f6a9175
 @dataclass(frozen=True)
@@ -135,6 +149,7 @@ class AbsoluteGaussian(AdditiveLaw):
 
     def __post_init__(self): _number(self, 'strength', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.strength * z
+    def rowwise(self, weight: Tensor) -> bool: return True
 
 @dataclass(frozen=True)
 class MultiplicativeGaussian(AdditiveLaw):
@@ -143,3 +158,4 @@ class MultiplicativeGaussian(AdditiveLaw):
 
     def __post_init__(self): _number(self, 'sigma', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.sigma * weight * z
+    def rowwise(self, weight: Tensor) -> bool: return True

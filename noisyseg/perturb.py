@@ -11,6 +11,7 @@ __all__ = ['WeightClone', 'clone_weights', 'HoldInterrupts', 'perturbed']
 import signal, threading, warnings, weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -99,28 +100,34 @@ def _changes_weights(f):
         with torch.inference_mode(False), torch.no_grad(): return f(self, *args, **kwargs)
     return wrapped
 
+_BLOCK = 2**15 - 1  # elements: operations on more of them PyTorch shares out among threads, and they outgrow the cache
+
+def _blocks(rowwise, *tensors):
+    "Large tensors in blocks of the same rows, where that makes no difference; else whole."
+    t = tensors[0]
+    if not rowwise or t.is_cuda or t.numel() <= _BLOCK: return [tensors]
+    return zip(*(o.split(max(1, _BLOCK * len(t) // t.numel())) for o in tensors))
+
 @patch
 @_changes_weights
 def store(self:WeightClone):
     "Take the clone anew from the current weights, in the same buffers. `inject` does so by itself whenever no noise is in."
     if self.injected: raise RuntimeError("the weights hold noise now: recover() before taking the clone anew")
-    n = len(self._params)
-    if n: torch._foreach_copy_(self._clean[:n], [p.detach() for p in self._params])
-    for c, s in zip(self._clean[n:], self._computed): c.copy_(s.value())
+    for p, c in zip(self._params, self._clean):
+        for pb, cb in _blocks(True, p.detach(), c): cb.copy_(pb)
+    for c, s in zip(self._clean[len(self._params):], self._computed): c.copy_(s.value())
     self._unit = None
 
 @patch
-def _draws(self:WeightClone, generator, redraw):
-    "The draws, one tensor after another; on a CPU, for large models, a thread draws ahead of the law."
-    if not redraw and self._z is not None: yield from self._z; return
+@contextmanager
+def _drawing(self:WeightClone, generator, redraw):
+    "The draws, one tensor after another; on a CPU, for large models, a thread begins at once and runs ahead of the law."
+    if not redraw and self._z is not None: yield iter(self._z); return
     if self._z is None: self._z = [torch.empty(c.shape, device=c.device) for c in self._clean]
-    if self.n_weights < 2**20 or any(z.is_cuda for z in self._z):
-        for z in self._z: yield _fill_normal(z, generator)
-        return
+    if self.n_weights < 2**20 or any(z.is_cuda for z in self._z): yield (_fill_normal(z, generator) for z in self._z); return
     with ThreadPoolExecutor(1) as pool:
         futures = [pool.submit(_fill_normal, z, generator) for z in self._z]
-        try:
-            for f in futures: yield f.result()
+        try: yield (f.result() for f in futures)
         finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/01b_perturb.ipynb #46b64f3c
@@ -154,13 +161,17 @@ def inject(self:WeightClone,
     "Write `law`'s noise into the weights, starting from the clean ones; noise that was in is replaced."
     if not callable(law): raise TypeError(f"a law is a function (weight, z) -> perturbed weight, got {law!r}")
     generator = _as_generator(generator)
-    if not self.injected: self.store()
-    self._begin()
-    try:
-        for i, z in enumerate(self._draws(generator, redraw)): self._write(i, _apply(law, self._clean[i], z))
-    except BaseException:
-        self.recover()
-        raise
+    with self._drawing(generator, redraw) as draws:
+        if not self.injected: self.store()
+        self._begin()
+        try:
+            for i, z in enumerate(draws):
+                if i >= len(self._params): self._write(i, _apply(law, self._clean[i], z)); continue
+                rowwise = getattr(law, 'rowwise', lambda w: False)(self._clean[i])
+                for p, c, zb in _blocks(rowwise, self._params[i], self._clean[i], z): p.copy_(_apply(law, c, zb))
+        except BaseException:
+            self.recover()
+            raise
     self.law, self._unit = law, None
     self._settle()
     return self

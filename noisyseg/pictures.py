@@ -10,6 +10,7 @@ __all__ = ['OKABE_ITO', 'INK', 'LINE', 'noisyseg_template', 'SYMBOLS', 'DASHES',
 # %% ../nbs/14a_pictures.ipynb #d8770af8
 import base64, io, math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -141,14 +142,18 @@ def _titles(masks, ignore_index):
 
 def _panels(pixels, masks, palette, vocab, ignore_index, alpha, title, side):
     name = lambda c: 'not counted' if c == ignore_index else vocab[c]
-    tell = lambda r, c: ', '.join(f'{key}: {name(int(m[r, c]))}' for key, m in masks.items())
+    first = next(iter(masks.values()))  # the truth, where there is one; the plain image tells its classes
+
+    def tell(m, r, c):
+        said, true = name(int(m[r, c])), masks.get('truth', m)[r, c]
+        return said if m[r, c] == true or true == ignore_index else f'{said}, not {name(int(true))}'
     titles = list(_titles(masks, ignore_index))
     fig = make_subplots(1, len(titles), subplot_titles=titles, horizontal_spacing=0.015)
     for col, m in enumerate([None, *masks.values()], 1):
         shown = pixels if m is None else _blend(pixels, m, masks.get('truth'), palette, ignore_index, alpha)
         uri, size = _data_uri(shown, side)
         fig.add_image(source=uri, zsmooth='fast' if m is None else False, hoverinfo='skip', row=1, col=col)
-        fig.add_trace(_hover(pixels.shape[:2], size, tell), row=1, col=col)
+        fig.add_trace(_hover(pixels.shape[:2], size, partial(tell, first if m is None else m)), row=1, col=col)
     for c in sorted(set().union(*(np.unique(m).tolist() for m in masks.values()))):
         colour = '#808080' if c == ignore_index else f"rgb({','.join(map(str, palette[c]))})"
         marker = dict(symbol='square', size=12, color=colour, line=dict(width=1, color='rgba(128,128,128,0.6)'))

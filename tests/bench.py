@@ -5,6 +5,8 @@ median of each is taken, because a shared machine is noisy.
 """
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -56,8 +58,12 @@ def compare(name, model, rounds):
     slider = clone_weights(model, conv_and_norm).inject(law, g()).rescale(0.04)
     level = iter(0.01 + 0.0001 * i for i in range(10**6))
     def rescale(): slider.rescale(next(level))
+    draw = [torch.empty(w.shape) for w in clean]
+    def draw_alone():
+        generator = g()
+        for z in draw: z.normal_(generator=generator)
 
-    times = {f: [] for f in (naive, ours, context, rescale)}
+    times = {f: [] for f in (naive, ours, context, draw_alone, rescale)}
     for i in range(rounds + 2):
         for f, ts in times.items():
             start = time.perf_counter()
@@ -66,16 +72,21 @@ def compare(name, model, rounds):
     slider.recover()
     base = statistics.median(times[naive])
     print(f'\n{name}: {clone.n_weights:,} weights in {len(modules)} tensors, {torch.get_num_threads()} thread(s), {torch.get_default_dtype()}')
-    print(f'  {"":44}{"ms":>9}{"ns/weight":>11}{"times as fast":>15}')
+    print(f'  {"":46}{"ms":>9}{"ns/weight":>11}{"times as fast":>15}')
     for f, label in ((naive, 'plain loop: clone, inject, recover'), (ours, 'a kept WeightClone: inject, recover'),
-                     (context, 'with perturbed(…)'), (rescale, 'rescale of a fixed draw (a slider step)')):
+                     (context, 'with perturbed(…)'), (draw_alone, 'drawing the numbers alone: the floor of these'), (rescale, 'rescale of a fixed draw (a slider step)')):
         t = statistics.median(times[f])
-        print(f'  {label:44}{t * 1e3:9.2f}{t / clone.n_weights * 1e9:11.2f}{base / t:15.1f}')
+        print(f'  {label:46}{t * 1e3:9.2f}{t / clone.n_weights * 1e9:11.2f}{base / t:15.1f}')
+
+MODELS = {'UNet3+ with ResNet34': lambda: unet3plus_resnet34(21, pretrained=False), 'ResNet50': torchvision.models.resnet50}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--rounds', type=int, default=15)
+    p.add_argument('--model', choices=MODELS, help='only this one; without it each in a process of its own')
     a = p.parse_args()
-    torch.manual_seed(0)
-    compare('UNet3+ with ResNet34', unet3plus_resnet34(21, pretrained=False), a.rounds)
-    compare('ResNet50', torchvision.models.resnet50(), a.rounds)
+    if a.model:
+        torch.manual_seed(0)
+        compare(a.model, MODELS[a.model](), a.rounds)
+    else:   # a process each: what one model leaves in the memory allocator would change the other's times
+        for name in MODELS: subprocess.run([sys.executable, __file__, '--rounds', str(a.rounds), '--model', name], check=True)

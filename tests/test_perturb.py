@@ -98,6 +98,29 @@ def test_any_layer_any_law_recovers_and_repeats(out, ins, k, kind, dtype, last, 
     clone.recover()
     assert same(before, snapshot(m))
 
+@pytest.mark.parametrize('law', [*LAWS, MaxGaussian(per='channel', clip='truncate')], ids=str)
+@pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels_last'])
+def test_a_large_weight_in_blocks_gets_the_noise_of_the_whole(law, last):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(130, 70, 3), nn.Linear(300, 301), nn.Conv2d(70, 600, 1), nn.BatchNorm1d(40_000))
+    if last: net[0].to(memory_format=torch.channels_last)
+    clone, z = clone_weights(net, '*.weight'), []
+    clone.inject(lambda w, draw: (z.append(draw.clone()), w)[1], generator=3).recover()
+    with torch.no_grad(): whole = [law(m.weight, d) for m, d in zip(net, z)]
+    clone.inject(law, generator=3)
+    assert all(torch.equal(m.weight, w) for m, w in zip(net, whole))
+    clone.recover()
+
+def test_a_law_that_changes_what_its_parent_computes_does_not_inherit_its_promise():
+    class Centred(MultiplicativeGaussian):
+        def noise(self, weight, z): return super().noise(weight, z - z.mean())
+    class Louder(MultiplicativeGaussian): pass
+    w = torch.ones(3, 2)
+    assert MultiplicativeGaussian().rowwise(w) and Louder().rowwise(w) and not Centred().rowwise(w)
+    net = nn.Conv2d(300, 200, 1)
+    with perturbed(net, Centred(0.1), 'weight', 0) as clone:
+        assert torch.equal(net.weight, Centred(0.1)(clone._clean[0], clone._z[0]))
+
 def test_a_large_model_draws_ahead_in_a_thread_and_gets_the_same_noise():
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Conv2d(200, 200, 3) for _ in range(4)])   # above the size at which a thread draws
