@@ -81,7 +81,8 @@ def run_demo(
     verdict = (f'From {level:.0%} of each kernel\'s largest weight on, the noise-trained network is clearly better.' if level else
                'At no level is the noise-trained network clearly better: train longer (--epochs).')
     print(f'\n{table.to_string()}\n\n{verdict}')
-    items = [('Under noise', plot_sweep(df)), table, verdict, ('What it looks like', _pictures(models, dls, law.at(0.2))), ('Which classes go first', plot_classes(df))]
+    items = [('Under noise', plot_sweep(df)), table, verdict,
+             ('What it looks like', _pictures(models, dls, law.at(0.2))), ('Which classes go first', plot_classes(df))]
     meta = {'data': f'{n_train} + {n_valid} procedural scenes, 64×64', 'law': str(law.at(0)).replace('n=0, ', ''), 'draws': draws, 'epochs': epochs,
             'training seconds': ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), 'device': str(default_device()), 'torch': torch.__version__}
     path = report_html(items, out, 'noisyseg: what weight noise costs', meta)

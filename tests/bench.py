@@ -74,7 +74,8 @@ def compare(name, model, rounds):
     print(f'\n{name}: {clone.n_weights:,} weights in {len(modules)} tensors, {torch.get_num_threads()} thread(s), {torch.get_default_dtype()}')
     print(f'  {"":46}{"ms":>9}{"ns/weight":>11}{"times as fast":>15}')
     for f, label in ((naive, 'plain loop: clone, inject, recover'), (ours, 'a kept WeightClone: inject, recover'),
-                     (context, 'with perturbed(…)'), (draw_alone, 'drawing the numbers alone: the floor of these'), (rescale, 'rescale of a fixed draw (a slider step)')):
+                     (context, 'with perturbed(…)'), (draw_alone, 'drawing the numbers alone: the floor of these'),
+                     (rescale, 'rescale of a fixed draw (a slider step)')):
         t = statistics.median(times[f])
         print(f'  {label:46}{t * 1e3:9.2f}{t / clone.n_weights * 1e9:11.2f}{base / t:15.1f}')
 
