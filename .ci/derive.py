@@ -1,14 +1,20 @@
-"""Write what nbdev does not: README.md from nbs/index.ipynb (nbdev-readme needs Quarto), and noisyseg/all.py.
+"""Write what nbdev does not: README.md from nbs/index.ipynb (nbdev-readme needs Quarto), nbs/llms.txt and noisyseg/all.py.
 
-`python .ci/derive.py` writes both; tests call `readme()` and `all_py()` and hold the files to them."""
+`python .ci/derive.py` writes them; tests call `readme()`, `llms_txt()` and `all_py()` and hold the files to them."""
 import posixpath
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
+import yaml
 from nbconvert import MarkdownExporter
+from nbdev.config import nbpath2html
 
 root = Path(__file__).resolve().parents[1]
+settings = ConfigParser()
+settings.read(root/'settings.ini')
+settings = settings['DEFAULT']
 note = '<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n'
 
 
@@ -19,20 +25,27 @@ def _from_root(m):
     return before + posixpath.normpath(posixpath.join('nbs', target)) + after
 
 
+def _site_only(cell):
+    "Scripts run on the site; GitHub would show them as text"
+    return cell.cell_type == 'raw' or (cell.cell_type == 'markdown' and '<script' in re.sub(r'^```.*?^```', '', cell.source, flags=re.M | re.S))
+
+
 def readme(nb_path=root/'nbs'/'index.ipynb'):
     "The text of README.md"
     nb = nbformat.read(nb_path, as_version=4)
     cells = []
     for c in nb.cells:
         directives = re.findall(r'^#\|\s*(\w+)', c.source, re.M)
-        if 'hide' in directives: continue
+        if 'hide' in directives or _site_only(c): continue
         if c.cell_type == 'code':
             c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
             # GitHub shows no widgets and no plotly: text and pictures only
             shown = {'text/plain', 'text/markdown', 'image/png'}
             c.outputs = [o for o in c.outputs if o.output_type == 'stream' or shown & set(o.get('data', {}))]
             for o in c.outputs: o.get('data', {}).pop('text/html', None)
-        else: c.source = re.sub(r'(\]\(|\bsrc=")([^)"\s]+)([)"\s])', _from_root, c.source)
+        else:
+            c.source = re.sub(r'^``` *\{=html\}.*?^```\n?', '', c.source, flags=re.M | re.S)
+            c.source = re.sub(r'(\]\(|\bsrc=")([^)"\s]+)([)"\s])', _from_root, c.source)
         cells.append(c)
     nb.cells, nb.metadata['language_info'] = cells, dict(name='python')
     body, resources = MarkdownExporter().from_notebook_node(nb)
@@ -52,6 +65,32 @@ def all_py():
     return '"Everything public, for people at a prompt. Modules and notebooks name what they import instead."\n' + '\n'.join(stars) + '\n'
 
 
+def title(nb_path):
+    "A notebook's title and its one-line description"
+    first = nbformat.read(nb_path, as_version=4).cells[0].source
+    m = re.fullmatch(r'# (.+)\n+> (.+)', first.strip())
+    if not m: raise ValueError(f'{nb_path} should begin with "# Title" and "> one line of description", and begins with {first[:200]!r}')
+    return m.groups()
+
+
+def page_url(nb_id):
+    "Where the site has a notebook as markdown: `02_laws.ipynb` is the page laws.html, and beside it laws.html.md"
+    return f'{settings["doc_url"]}/{nbpath2html(nb_id).as_posix()}.md'
+
+
+def llms_txt():
+    "The text of nbs/llms.txt: what each page of the site is about, and where its markdown is"
+    name, description = title(root/'nbs'/'index.ipynb')
+    parts = [f'# {name}', f'> {description}', f'[The front page]({page_url("index.ipynb")}) has the map, ten lines of use and how to install it. Each page '
+             f'is a notebook of {settings["git_url"]}; under API, `laws` is the module `noisyseg.laws`, and so on.']
+    for section in yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']:
+        if isinstance(section, str): continue
+        pages = [(page_url(o), *title(root/'nbs'/o)) for o in section['contents']]
+        parts.append('\n'.join([f'## {section["section"]}', '', *(f'- [{name}]({url}): {description}' for url, name, description in pages)]))
+    return '\n\n'.join(parts) + '\n'
+
+
 if __name__ == '__main__':
     (root/'README.md').write_text(readme(), encoding='utf-8')
+    (root/'nbs'/'llms.txt').write_text(llms_txt(), encoding='utf-8')
     (root/'noisyseg'/'all.py').write_text(all_py(), encoding='utf-8')

@@ -11,7 +11,7 @@ __all__ = ['GRAINS', 'Law', 'AdditiveLaw', 'law_from_dict', 'max_abs', 'clip_nor
 # %% ../nbs/02_laws.ipynb #a0563862
 import dataclasses, math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def _number(law, name, low, strict=False):
 class Law:
     "Base of all laws: a dataclass whose first field is the level, and `(weight, z) -> perturbed weight`."
     registry: ClassVar[dict] = {}  # class name -> class, for `law_from_dict` and for menus
+    top: ClassVar[float] = 1.  # where sliders of the level end; nothing else depends on it
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
@@ -129,8 +130,9 @@ class MaxGaussian(AdditiveLaw):
     "Gaussian noise with sigma = n · max |W| at a grain, clipped at ±alpha · sigma, with the defaults published for UNet3+ under weight perturbation."
     n: float = 0.02  # sigma as a share of max |W|: 0.02 is 2 %
     alpha: float = 2.  # clipping bound in sigmas; inf for none
-    per: str = 'kernel'  # grain of the maximum: 'kernel', 'channel' or 'tensor'
-    clip: str = 'clamp'  # 'clamp' or 'truncate'
+    per: Literal['kernel', 'channel', 'tensor'] = 'kernel'  # grain of the maximum
+    clip: Literal['clamp', 'truncate'] = 'clamp'  # to the bound, or truncate the distribution there
+    top: ClassVar[float] = 0.3
 
     def __post_init__(self):
         _number(self, 'n', 0); _number(self, 'alpha', 0, strict=True)
@@ -146,6 +148,7 @@ class MaxGaussian(AdditiveLaw):
 class AbsoluteGaussian(AdditiveLaw):
     "Gaussian noise of one strength for all weights, in the weights' own unit (noise-aware training)."
     strength: float = 0.02  # standard deviation of the noise
+    top: ClassVar[float] = 0.2
 
     def __post_init__(self): _number(self, 'strength', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.strength * z

@@ -1,9 +1,11 @@
 """README and site, as far as they can be held without Quarto: what it is given is processed by nbdev, well formed and complete.
-That Quarto then renders it is seen only where the site is built (.github/workflows/docs.yml)."""
+That Quarto then renders it is seen only where the site is built (.github/workflows/docs.yml): `test_built_site` looks at the result."""
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import unquote
 
 import derive
@@ -12,7 +14,10 @@ import pytest
 import yaml
 from conftest import copy_project, nb_id, notebooks, project_files, read_nb, root
 from nbconvert import HTMLExporter
+from nbdev.config import nbpath2html
+from test_lab import browser_page
 
+settings = derive.settings
 pages = notebooks() + sorted(p for p in project_files() if p.suffix == '.md')
 
 
@@ -29,6 +34,47 @@ def test_readme_can_fail(project):
     nb = project/'nbs'/'index.ipynb'
     nb.write_text(nb.read_text().replace('make lab', 'make dinner', 1))
     assert (root/'README.md').read_text() != derive.readme(nb)
+
+
+def landing(): return read_nb(root/'nbs'/'index.ipynb').cells[1]
+
+
+def test_landing_explorer():
+    "The front page shows the explorer right below its title; README.md, where no script runs, has nothing of it"
+    assert re.fullmatch(r'<div class="noisyseg-explorer" data-src="explorer/"></div>\n<script type="module">\n.*</script>', landing().source, re.S)
+    assert "from './explorer/explorer.js'" in landing().source
+    text = (root/'README.md').read_text()
+    assert '<script' not in text and 'noisyseg-explorer' not in text and '{=html}' not in text
+
+
+def test_landing_explorer_can_fail(tmp_path):
+    "What only the site can show is left out of README.md in each spelling; an example in a code block stays"
+    nb, script = read_nb(root/'nbs'/'index.ipynb'), '<script type="module">go()</script>'
+    nb.cells[1].source = f'Shown. Said.\n\n```html\n{script}\n```'
+    nb.cells[2].source += f'\n\n```{{=html}}\n{script.replace("go", "secret")}\n```\n\nLast words.'
+    nb.cells[3:3] = [nbformat.v4.new_raw_cell('raw secret'), nbformat.v4.new_markdown_cell(script.replace('go', 'secret'))]
+    nbformat.write(nb, tmp_path/'index.ipynb')
+    text = derive.readme(tmp_path/'index.ipynb')
+    assert 'secret' not in text and script in text and 'Last words.' in text
+
+
+def llms_links(text): return re.findall(r'\]\((\S+?)\)', text)
+
+
+def test_llms_txt():
+    "nbs/llms.txt is made from the notebooks, and names each of them"
+    text = (root/'nbs'/'llms.txt').read_text()
+    assert text == derive.llms_txt(), 'run `make export`'
+    assert sorted(llms_links(text)) == sorted(derive.page_url(nb_id(p)) for p in notebooks())
+    assert len(text) < 20_000
+
+
+def test_llms_txt_can_fail(project):
+    "A notebook without its line of description is said to lack it"
+    nb = project/'nbs'/'02_laws.ipynb'
+    assert derive.title(nb)[0] == 'Laws'
+    nb.write_text(nb.read_text().replace('> What noise does', 'What noise does', 1))
+    with pytest.raises(ValueError, match='02_laws.*one line of description'): derive.title(nb)
 
 
 def listed(o):
@@ -50,11 +96,109 @@ def test_quarto_yml():
     assert set(listed(cfg['website']['navbar'])) <= set(side)
 
 
+# Quarto refuses a key it does not know under `project`, `website` and what is in them, and silently ignores one elsewhere.
+# These are keys of its reference (quarto.org/docs/reference, projects/websites and formats/html), by where they may stand.
+nav = 'text href icon aria-label menu'
+known = {
+    '': 'project format execute website',
+    'project': 'title type render execute-dir output-dir lib-dir resources brand preview pre-render post-render',
+    'format': 'html commonmark',
+    'format.html': 'theme css toc toc-depth code-copy code-tools include-in-header include-before-body include-after-body format-links '
+                   'respect-user-color-scheme link-external-newwindow lightbox',
+    'format.html.theme': 'light dark',
+    'format.html.format-links': 'format text icon',
+    'execute': 'enabled freeze cache echo',
+    'website': 'title description favicon site-url site-path repo-url repo-subdir repo-branch repo-actions issue-url search navbar sidebar body-header '
+               'body-footer margin-header margin-footer page-navigation back-to-top-navigation bread-crumbs page-footer image image-alt open-graph '
+               'twitter-card llms-txt reader-mode announcement',
+    'website.navbar': 'title logo logo-alt logo-href background foreground search pinned collapse collapse-below left right',
+    'website.navbar.left': nav, 'website.navbar.left.menu': nav, 'website.navbar.right': nav, 'website.navbar.right.menu': nav,
+    'website.sidebar': 'id title logo search tools contents style background foreground border alignment collapse-level pinned header footer',
+    'website.sidebar.contents': 'section text href icon contents', 'website.sidebar.contents.contents': 'section text href icon contents'}
+
+
+def unknown(o, at=''):
+    "The keys in a piece of _quarto.yml that Quarto's reference does not have there"
+    if isinstance(o, list): return [k for v in o for k in unknown(v, at)]
+    if not isinstance(o, dict): return []
+    here = {k: f'{at}.{k}'.strip('.') for k in o}
+    return [p for k, p in here.items() if k not in known.get(at, '').split()] + [k for v, p in zip(o.values(), here.values()) for k in unknown(v, p)]
+
+
+def quarto_yml(): return yaml.safe_load((root/'_quarto.yml').read_text())
+
+
+def test_quarto_keys():
+    "Each key is one that Quarto knows, and the facts are those of settings.ini"
+    cfg = quarto_yml()
+    assert not unknown(cfg)
+    site = cfg['website']
+    assert [site[k] for k in ('title', 'description', 'site-url', 'repo-url', 'repo-branch')] == \
+        [settings[k] for k in ('lib_name', 'description', 'doc_url', 'git_url', 'branch')]
+    assert set(cfg['format']['html']['theme']) == {'light', 'dark'} and site['navbar']['search'] is True
+
+
+def test_quarto_keys_can_fail():
+    "A misspelt key is found where it stands, in lists too"
+    cfg = quarto_yml()
+    cfg['website']['repo_subdir'] = cfg['website'].pop('repo-subdir')
+    cfg['website']['navbar']['left'][0]['url'] = 'x'
+    assert unknown(cfg) == ['website.repo_subdir', 'website.navbar.left.url']
+
+
+def source_url(cfg, page):
+    "Where Quarto's \"View source\" leads from a page"
+    site = cfg['website']
+    return '/'.join([site['repo-url'], 'blob', site['repo-branch'], *filter(None, [site.get('repo-subdir')]), page])
+
+
+def lost(cfg):
+    "The notebooks whose \"View source\" leads to nothing that is in the project"
+    start = f'{settings["git_url"]}/blob/{settings["branch"]}/'
+    urls = [source_url(cfg, nb_id(p)) for p in notebooks()]
+    return [u for u in urls if not u.startswith(start) or root/u.removeprefix(start) not in project_files()]
+
+
+def test_source_links():
+    "\"View source\", and with it \"Open in Colab\", leads from each page to its notebook"
+    cfg = quarto_yml()
+    assert 'source' in cfg['website']['repo-actions'] and not lost(cfg)
+    assert len(lost({**cfg, 'website': {**cfg['website'], 'repo-subdir': 'docs'}})) == len(notebooks())
+
+
+page_html = """<!doctype html><header id="title-block-header"><h1>A page</h1></header>
+<nav role="doc-toc"><div class="toc-actions"><ul><li><a class="toc-action" href="{source}">View source</a></li></ul></div></nav>
+<main><a href="../{up}LICENSE">licence</a> <a href="../index.html">up</a> <a href="laws.html">beside</a></main>
+{script}"""
+
+
+@pytest.mark.parametrize('page', ['02_laws.ipynb', 'tutorials/tour.ipynb', None], ids=str)
+def test_page_links(page, tmp_path):
+    "On a page as Quarto lays it out: the link to Colab, and links that leave the site lead to GitHub; without \"View source\", nothing changes"
+    deep = page is not None and '/' in page
+    source = source_url(quarto_yml(), page) if page else 'https://github.com/noisyseg/noisyseg/issues/new'
+    file = tmp_path/'page.html'
+    file.write_text(page_html.format(source=source, up='../' if deep else '', script=(root/'nbs'/'page_links.html').read_text()))
+    with browser_page(tmp_path/'profile') as tab:
+        tab.goto(file.as_uri())
+        tab.wait_for_function('document.readyState == "complete"')
+        hrefs = [a.get_attribute('href') for a in tab.query_selector_all('main a')]
+        colab = [a.get_attribute('href') for a in tab.query_selector_all('#title-block-header .open-in-colab a')]
+        assert not tab.complaints
+    if page is None:
+        assert not colab and hrefs == ['../LICENSE', '../index.html', 'laws.html']
+        return
+    assert colab == [f'https://colab.research.google.com/github/noisyseg/noisyseg/blob/main/nbs/{page}']
+    repo = f'{settings["git_url"]}/blob/{settings["branch"]}'
+    assert hrefs == [f'{repo}/LICENSE', '../index.html' if deep else f'{repo}/index.html', 'laws.html']
+
+
 def test_workflows():
     "They parse, and do what people do on the command line"
     read = lambda name: yaml.safe_load((root/'.github'/'workflows'/name).read_text())['jobs']
     steps = {name: [o.get('run') for job in read(name).values() for o in job['steps']] for name in ('test.yml', 'docs.yml')}
     assert '.ci/run' in steps['test.yml'] and 'make docs' in steps['docs.yml']
+    assert any('built_site' in (o or '') for o in steps['docs.yml'])
     assert re.search(r'^make test\b', (root/'.ci'/'run').read_text(), re.M)
 
 
@@ -77,7 +221,7 @@ def anchors(path):
     return {slug(h) for h in re.findall(r'^#+ (.+)$', markdown(path), re.M)}
 
 
-def links(path): return re.findall(r'\]\(<?([^)>\s]+)>?(?:\s+"[^"]*")?\)|\b(?:src|href)="([^"]+)"', markdown(path))
+def links(path): return re.findall(r'\]\(<?([^)>\s]+)>?(?:\s+"[^"]*")?\)|(?<![\w-])(?:src|href)="([^"]+)"', markdown(path))
 
 
 @pytest.mark.parametrize('path', pages, ids=lambda p: str(p.relative_to(root)))
@@ -146,3 +290,71 @@ def test_site_is_complete(processed):
     assert (processed/'_quarto.yml').read_text() == (root/'_quarto.yml').read_text()
     pictures = [p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.png') if '.ipynb_checkpoints' not in p.parts]
     assert all((processed/p).exists() for p in pictures)
+
+
+def front(page):
+    "The front matter that nbdev gave a page"
+    return yaml.safe_load(next(c['source'] for c in read_nb(page).cells if c.cell_type == 'raw').strip().strip('-'))
+
+
+def test_page_names(processed):
+    "llms.txt, and whoever links to a page, has the names that nbdev gives them; no two are the same"
+    names = {}
+    for p in notebooks():
+        page = processed/nb_id(p)
+        names[p] = str((page.parent/front(page)['output-file']).relative_to(processed))
+    assert names == {p: str(nbpath2html(nb_id(p))) for p in notebooks()}
+    assert len(set(names.values())) == len(names)
+
+
+def named_files(cfg):
+    "What _quarto.yml names that must be there as a file: links of navbar and sidebar, style sheet, included HTML"
+    def texts(o): return [t for v in (o.values() if isinstance(o, dict) else o) for t in texts(v)] if isinstance(o, (dict, list)) else [o]
+    html = cfg['format']['html']
+    found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body']])
+    return sorted({o for o in found if isinstance(o, str) and not re.match(r'[a-z]+:', o) and re.search(r'\.[a-z]+$', o)})
+
+
+def unmatched(cfg, folder):
+    "The patterns under `resources` that no file matches, and the files named that are not there"
+    is_there = lambda pattern: any(p.is_file() and not p.is_symlink() for p in folder.glob(pattern.replace('**', '**/*')))
+    return [o for o in cfg['project']['resources'] if not is_there(o)] + [o for o in named_files(cfg) if not (folder/o).is_file()]
+
+
+def test_resources(processed):
+    "What _quarto.yml wants copied and what it links to came along, as files"
+    assert not unmatched(quarto_yml(), processed)
+
+
+def test_resources_can_fail(tmp_path):
+    "In an empty folder all of it is missing"
+    missing = unmatched(quarto_yml(), tmp_path)
+    assert {'images/**', 'explorer/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'page_links.html', 'index.ipynb'} <= set(missing)
+    (tmp_path/'images').mkdir()
+    (tmp_path/'images'/'hero.png').touch()
+    assert 'images/**' not in unmatched(quarto_yml(), tmp_path)
+
+
+def test_landing_is_processed(processed):
+    "nbdev hands the front page's explorer on word for word, and what it asks for is there, the link to explorer.js as a file"
+    first = [c.source for c in read_nb(processed/'index.ipynb').cells if c.cell_type == 'markdown' and not c.source.startswith('<!--')][0]
+    assert first == landing().source
+    assert (processed/'explorer'/'manifest.json').is_file() and not (processed/'explorer'/'explorer.js').is_symlink()
+    assert (processed/'explorer'/'explorer.js').read_bytes() == (processed.parent/'noisyseg'/'explorer.js').read_bytes()
+
+
+if site := os.environ.get('NOISYSEG_SITE'):  # the folder of the built site: a test only where there is one
+    def test_built_site():
+        "In what Quarto made: every page as HTML and as markdown with its source link, the explorer, the search index, llms.txt and what that links to"
+        built, cfg, bad = root/site, quarto_yml(), []
+        for p in notebooks():
+            page = built/nbpath2html(nb_id(p))
+            if not page.is_file() or not Path(f'{page}.md').is_file(): bad.append(str(page))
+            elif source_url(cfg, nb_id(p)) not in page.read_text(): bad.append(f'no source link: {page}')
+        bad += [o for o in llms_links((built/'llms.txt').read_text()) if not (built/o.removeprefix(settings['doc_url'] + '/')).is_file()]
+        assert not bad
+        text = (built/'index.html').read_text()
+        assert 'data-src="explorer/"' in text and "from './explorer/explorer.js'" in text
+        assert 'open-in-colab' in text and (built/'search.json').is_file()
+        made = {p.relative_to(root/'nbs') for p in (root/'nbs'/'explorer').rglob('*') if p.is_file()}
+        assert made and all((built/p).read_bytes() == (root/'nbs'/p).read_bytes() for p in made)

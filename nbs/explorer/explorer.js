@@ -1,0 +1,1 @@
+../../noisyseg/explorer.js

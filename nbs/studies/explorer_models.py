@@ -1,0 +1,50 @@
+"""Train the two networks that the explorer shows when it is given none; they are packaged in noisyseg/models.
+
+    python nbs/studies/explorer_models.py clean        # and: noise-trained
+    python nbs/studies/explorer_models.py gallery      # what they predict, for the explorer on the site: nbs/explorer
+"""
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from fastai.torch_core import set_seed
+
+import noisyseg
+from noisyseg.data import scenes
+from noisyseg.explorer import NoiseExplorer
+from noisyseg.laws import MaxGaussian
+from noisyseg.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.training import save_model, segmentation_learner
+from noisyseg.unet3plus import unet3plus_tiny
+
+FOLDER = Path(noisyseg.__file__).parent/'models'
+SIZE, N_TRAIN, EPOCHS, LR, SEED = 128, 800, 40, 8e-3, 0
+LAWS = {'clean': None, 'noise-trained': MaxGaussian(0.15)}
+
+def train(name):
+    start, law = time.time(), LAWS[name]
+    set_seed(SEED)
+    dls = scenes(n_train=N_TRAIN, n_valid=48, size=SIZE, bs=16, seed=SEED)
+    arch = dict(upsample='after', deep_supervision=False, width=16, filters=(16, 32, 48, 64))
+    learn = segmentation_learner(dls, unet3plus_tiny, law, DeepSupervisionLoss(HybridLoss(msssim=0)), arch_args=arch, noise_args=dict(seed=SEED) if law else None)
+    with learn.no_bar(): learn.fit_one_cycle(EPOCHS, LR)
+    FOLDER.mkdir(exist_ok=True)
+    save_model(learn, FOLDER/f'scenes_{name.replace("-", "_")}.safetensors', half=True, dataset=f'{N_TRAIN} procedural scenes', size=SIZE, batch_size=16, epochs=EPOCHS,
+               lr_max=LR, seed=SEED, loss='focal + IoU', hardware=f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)', seconds=round(time.time() - start))
+
+def gallery():
+    "The first held-out scenes, as they come, under three draws."
+    explorer = NoiseExplorer(law=MaxGaussian(0.15))
+    layers = [name for name in explorer.info['layers'] if name.endswith('conv.weight')]
+    print(explorer.to_site(FOLDER.parents[1]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2), layers=[layers[0], layers[-1]]), 'bytes')
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('name', choices=[*LAWS, 'gallery'])
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    gallery() if a.name == 'gallery' else train(a.name)

@@ -1,0 +1,254 @@
+"""The explorer as people use it: in a real JupyterLab and as a page without a kernel, in a real browser (see test_lab.py for when it is skipped)."""
+import functools
+import http.server
+import json
+import os
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import copy_project, root
+from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook
+
+cells = ['from noisyseg.explorer import NoiseExplorer\nfrom noisyseg.laws import Law\nfrom dataclasses import dataclass',
+         '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): raise RuntimeError("this law fails")',
+         'e = NoiseExplorer()\ne']
+
+
+def write_notebook(path, sources):
+    code = lambda i, source: dict(cell_type='code', id=f'cell{i}', metadata={}, source=source, outputs=[], execution_count=None)
+    path.write_text(json.dumps(dict(cells=[code(i, o) for i, o in enumerate(sources)], nbformat=4, nbformat_minor=5,
+                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3')))))
+
+
+class Seen:
+    "What a person does with an explorer on a page, and sees there"
+    def __init__(self, page):
+        self.page, self.root = page, page.locator('.nse').last
+        self.root.wait_for()
+        self.wait(lambda: self.data('level') is not None)
+
+    def data(self, key): return self.root.get_attribute(f'data-{key}')
+    def js(self, code, *args): return self.root.evaluate(code, *args)
+
+    def wait(self, f, seconds=15):
+        for _ in range(int(seconds * 50)):
+            if f(): return
+            self.page.wait_for_timeout(20)
+        raise AssertionError(f'waited {seconds} s in vain; level {self.data("level")}, error {self.root.locator(".error").inner_text()!r}')
+
+    def pixels(self):
+        "A number for each panel that changes with its picture"
+        return self.js('''el => [...el.querySelectorAll('canvas')].map(c => {
+            const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data
+            let h = 0; for (let i = 0; i < d.length; i += 4) h = (h * 31 + d[i] + 2 * d[i + 1] + 3 * d[i + 2]) | 0
+            return h })''')
+
+    def levelled(self, level): self.wait(lambda: abs(float(self.data('level')) - level) < 1e-3)
+    def slide(self, fraction):
+        "Drag the slider's thumb to a share of its way"
+        self.root.locator('.level').scroll_into_view_if_needed()
+        box = self.root.locator('.level input[type=range]').bounding_box()
+        now = self.js('el => { const s = el.querySelector(".level input[type=range]"); return s.value / s.max }')
+        y, at = box['y'] + box['height'] / 2, lambda f: box['x'] + 8 + f * (box['width'] - 16)
+        self.page.mouse.move(at(now), y)
+        self.page.mouse.down()
+        self.page.mouse.move(at(fraction), y, steps=8)
+        self.page.mouse.up()
+
+
+def use(seen):
+    "Everything that both kinds of explorer do"
+    page, root = seen.page, seen.root
+    before = seen.pixels()
+    assert len(before) == 6 and len(set(before)) >= 5
+    seen.slide(0.6)
+    seen.wait(lambda: float(seen.data('level')) > 0.1)
+    seen.wait(lambda: seen.pixels() != before)
+    after = seen.pixels()
+    assert after[0] == before[0] and after[3] == before[3]                          # image and truth stay
+    assert after[1] != before[1] and after[2] != before[2] and after[4] != before[4]  # masks and errors change
+    root.locator('.level input[type=number]').fill('0.15')
+    root.locator('.level input[type=number]').press('Enter')
+    seen.levelled(0.15)
+    root.locator('svg.curve').scroll_into_view_if_needed()
+    curve = root.locator('svg.curve').bounding_box()
+    page.mouse.click(curve['x'] + 34 + 0.9 * (curve['width'] - 42), curve['y'] + 60)
+    seen.wait(lambda: float(seen.data('level')) > 0.24)
+    root.focus()
+    level, shown = float(seen.data('level')), seen.pixels()
+    page.keyboard.press('ArrowLeft')
+    seen.wait(lambda: float(seen.data('level')) < level)
+    page.keyboard.press(']')
+    seen.wait(lambda: seen.data('sample') == '1' and seen.pixels()[0] != shown[0])
+    seed = seen.data('seed')
+    page.keyboard.press('r')
+    seen.wait(lambda: seen.data('seed') != seed)
+    shown = seen.pixels()
+    page.keyboard.press('m')
+    seen.wait(lambda: seen.pixels()[1] == seen.pixels()[0] != shown[1])             # no mask: the plain picture
+    page.keyboard.press('m')
+    seen.wait(lambda: seen.pixels() == shown)
+    chip = root.locator('.chip').first
+    chip.click()
+    seen.wait(lambda: chip.get_attribute('aria-pressed') == 'false' and seen.pixels()[1] != shown[1])
+    root.locator('.only').first.click()
+    root.locator('.only').first.click()
+    seen.wait(lambda: seen.pixels() == shown)
+    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') >= 13)   # the curve fills by itself
+    root.locator('canvas').nth(1).scroll_into_view_if_needed()
+    page.mouse.move(*[v + 40 for v in map(root.locator('canvas').nth(1).bounding_box().get, 'xy')])
+    seen.wait(lambda: '% sure' in root.locator('.hover').inner_text())
+    page.mouse.wheel(0, -600)
+    seen.wait(lambda: seen.pixels()[0] != shown[0])
+    page.keyboard.press('Escape')
+    root.locator('canvas').nth(1).dblclick()
+    page.mouse.move(0, 0)
+    seen.wait(lambda: seen.pixels() == shown)
+    with page.expect_download() as saved: root.get_by_role('button', name='save the panels as a PNG').click()
+    assert saved.value.suggested_filename == 'noisyseg.png'
+    unlabelled = seen.js('''el => [...el.querySelectorAll('button, input, select')]
+        .filter(e => !(e.getAttribute('aria-label') || e.textContent.trim())).length''')
+    assert not unlabelled
+
+
+drag = '''async ({root, moves}) => {
+    // one event after another without waiting, as a dragging hand makes them; then how long until the last is shown
+    const s = root.querySelector('.level input[type=range]')
+    for (let i = 1; i <= moves; i++) {
+        s.value = (.2 + .7 * i / moves) * s.max; s.dispatchEvent(new Event('input'))
+        await new Promise(r => setTimeout(r, 16))
+    }
+    const last = performance.now()
+    while (Math.abs(root.dataset.level - s.value) > 1e-6) await new Promise(r => setTimeout(r, 2))
+    return performance.now() - last }'''
+
+
+@contextmanager
+def live(tmp_path, sources):
+    "A notebook with an explorer, run in JupyterLab"
+    browser_path()
+    project = copy_project(tmp_path/'project')
+    write_notebook(project/'nbs'/'live.ipynb', sources)
+    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
+        page.set_viewport_size(dict(width=1300, height=1500))
+        found = run_notebook(page, url, token, 'nbs/live.ipynb', 120)
+        assert not list(problems(found))
+        try: yield page
+        except BaseException:
+            page.screenshot(path=Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))/'explorer.png')
+            raise
+
+
+@pytest.mark.timeout(180)
+def test_explorer_in_jupyterlab(tmp_path):
+    with live(tmp_path, cells) as page:
+        seen = Seen(page)
+        use(seen)
+        root = seen.root
+        root.get_by_label('noise law').select_option('MultiplicativeGaussian')
+        seen.wait(lambda: root.locator('.level b').inner_text() == 'noise sigma')
+        root.get_by_label('noise law').select_option('Failing')                     # a law that fails is told of, and the explorer lives on
+        seen.wait(lambda: 'RuntimeError: this law fails' in root.locator('.error').inner_text())
+        root.get_by_label('noise law').select_option('MaxGaussian')
+        seen.wait(lambda: not root.locator('.error').is_visible())
+        root.get_by_label('per of the law').select_option('tensor')
+        root.get_by_label('alpha of the law').fill('-1')
+        root.get_by_label('alpha of the law').press('Enter')
+        seen.wait(lambda: 'alpha' in root.locator('.error').inner_text())
+        root.get_by_label('alpha of the law').fill('3')
+        root.get_by_label('alpha of the law').press('Enter')
+        seen.wait(lambda: not root.locator('.error').is_visible())
+        root.get_by_label('which layers get noise').select_option('first 5 layers')
+        root.evaluate(f'(root) => ({drag})({{root, moves: 60}})')                   # comes back when the last move is shown
+        page.set_viewport_size(dict(width=900, height=1200))
+        assert seen.js('el => el.scrollWidth <= el.clientWidth + 1')
+        assert not ours(page.complaints)
+
+
+@contextmanager
+def served(folder):
+    "A plain file server"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try: yield f'http://127.0.0.1:{server.server_port}'
+        finally: server.shutdown()
+
+
+@pytest.mark.timeout(120)
+def test_explorer_without_a_kernel(tmp_path):
+    "The gallery of the site: alive from a file server, with its state in the address"
+    browser_path()
+    with served(root/'nbs') as url, browser_page(tmp_path/'profile') as page:
+        page.set_viewport_size(dict(width=1200, height=1300))
+        page.goto(f'{url}/explorer/index.html')
+        seen = Seen(page)
+        use(seen)
+        page.wait_for_timeout(300)
+        state, shown = {k: seen.data(k) for k in ('level', 'sample', 'seed')}, seen.pixels()
+        link = page.url
+        page.goto('about:blank')
+        page.goto(link)
+        again = Seen(page)
+        again.wait(lambda: again.pixels() == shown)
+        assert {k: again.data(k) for k in state} == state
+        assert not page.complaints
+        asked = page.evaluate('performance.getEntriesByType("resource").map(e => e.name)')
+        assert asked and all(o.startswith(url) for o in asked)                      # no content network
+
+
+def test_a_saved_page_needs_nothing_else(tmp_path):
+    "One HTML file, opened from disk"
+    browser_path()
+    import torch
+    from noisyseg.explorer import NoiseExplorer
+    from noisyseg.unet3plus import unet3plus_tiny
+    torch.manual_seed(0)
+    data = torch.rand(2, 3, 32, 48), torch.randint(0, 3, (2, 32, 48))
+    e = NoiseExplorer(unet3plus_tiny(3, upsample='after', deep_supervision=False), data, sample=1, level=0.1)
+    e.to_html(tmp_path/'saved.html')
+    with browser_page(tmp_path/'profile') as page:
+        page.goto((tmp_path/'saved.html').as_uri())
+        seen = Seen(page)
+        before = seen.pixels()
+        seen.levelled(0.1)
+        seen.slide(0.9)
+        seen.wait(lambda: seen.pixels() != before)
+        assert not page.complaints
+
+
+def test_memory_stays_flat():
+    "A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than the cache"
+    import torch
+    from ipywidgets.widgets.widget import _instances
+    from noisyseg import explorer
+    from noisyseg.unet3plus import unet3plus_tiny
+
+    class Shell:
+        run = 0
+        def get_parent(self): return dict(metadata=dict(cellId='a cell'), header=dict(msg_id=self.run))
+    shell = Shell()
+    before = explorer.get_ipython
+    explorer.get_ipython = lambda: shell
+    net, images = unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(2, 3, 16, 16)
+    widgets, observers = [], []
+    try:
+        for shell.run in range(50):
+            e = explorer.NoiseExplorer(net, images, cache_mb=0.01)
+            widgets.append(len(_instances))
+            observers.append(sum(len(v) for by in e._trait_notifiers.values() for v in by.values()))
+    finally: explorer.get_ipython = before
+    assert widgets[-1] == widgets[1] and len(set(observers)) == 1
+    for i in range(1000): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 4000}, have=0), [])
+    assert e.lens._bytes <= 0.01 * 2**20 and len(e.lens._cache) <= 21 and len(e.lens._clones) == 1
+    e.close()
+
+
+def test_the_gallery_is_small_and_made_of_this_code():
+    folder = root/'nbs'/'explorer'
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 6e6
+    assert sum(p.stat().st_size for p in (root/'noisyseg'/'models').iterdir()) < 3e6
+    assert (folder/'explorer.js').read_text() == (root/'noisyseg'/'explorer.js').read_text()
