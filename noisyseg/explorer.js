@@ -46,7 +46,8 @@ const css = `
 .nse .bars span > i { display: block; height: 100%; width: 0; border-radius: 3px }
 .nse .hover, .nse .error { min-height: 20px; color: var(--soft); font-variant-numeric: tabular-nums }
 .nse .error { display: none; white-space: pre-wrap; color: var(--ink); border-left: 3px solid #D55E00; background: color-mix(in srgb, #D55E00 12%, transparent);
-  padding: 6px 10px; margin-bottom: 8px; border-radius: 0 6px 6px 0 } .nse .error.on { display: block }
+  padding: 6px 10px; margin-bottom: 8px; border-radius: 0 6px 6px 0 }
+.nse.failed .error { display: block } .nse.failed .panels, .nse.failed .under { opacity: .4 }
 .nse details { margin-top: 6px; color: var(--soft) } .nse kbd { border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; font: 12px ui-monospace, monospace }
 @media (max-width: 640px) { .nse .panels { grid-template-columns: repeat(2, minmax(0, 1fr)) !important } .nse .under { grid-template-columns: minmax(0, 1fr) } }`
 
@@ -432,18 +433,22 @@ export class Explorer {
       try {
         const frame = await this.host.frame(state)
         if (this.closed) return
-        this.error.classList.remove('on')
+        this.el.classList.remove('failed')
         this.frame = {...frame, state}
         this.remember(this.frame)
         this.show()
       } catch (e) {
         if (this.closed) return
-        this.error.textContent = e.message
-        this.error.classList.add('on')
+        this.fail(e)
       }
     } while (this.waiting)
     this.busy = false
     this.idle = setTimeout(() => this.fill(), 500)
+  }
+
+  fail(e) {                                                  // said where it is seen; what was shown before stays, pale
+    this.error.textContent = e.message
+    this.el.classList.add('failed')
   }
 
   key_of(s) { return JSON.stringify([s.law, s.params, s.where, s.seed, s.sample]) }
@@ -462,7 +467,7 @@ export class Explorer {
     const s = {...this.host.state}, {top} = this.law, points = this.points(s)
     const grid = this.host.info.fixed?.levels || Array.from({length: 13}, (_, i) => +(i * top / 12).toFixed(6))
     const missing = grid.filter(v => !points.has(v))
-    if (this.busy || this.closed || !missing.length || document.hidden || this.error.classList.contains('on')) return
+    if (this.busy || this.closed || !missing.length || document.hidden || this.el.classList.contains('failed')) return
     this.busy = true
     try { this.remember({...await this.host.frame({...s, level: missing[0], layer: ''}), state: {...s, level: missing[0]}}) } catch { this.busy = false; return }
     this.busy = false
@@ -530,7 +535,7 @@ export class Explorer {
   savePNG() { if (this.frame) this.png().toBlob(blob => download(blob, 'noisyseg.png')) }
   async saveHTML() {
     try { download(new Blob([await this.host.html()], {type: 'text/html'}), 'noisyseg.html') }
-    catch (e) { this.error.textContent = e.message; this.error.classList.add('on') }
+    catch (e) { this.fail(e) }
   }
 }
 

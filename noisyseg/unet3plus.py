@@ -27,7 +27,8 @@ def pool_to(
 ) -> Tensor:  # (batch, channels, *size)
     "Max-pool a feature map to a size: strided where the sizes allow it, adaptively elsewhere."
     (h, w), (th, tw) = x.shape[-2:], size
-    for k, ceil in ((math.ceil(h / th), True), (h // th, False)):
+    # Levels differ by powers of two, so those come first: at odd sizes another window can fit too, and is not the published one.
+    for k, ceil in (*((2**i, True) for i in range(1, 12)), (math.ceil(h / th), True), (h // th, False)):
         n = (lambda s: math.ceil(s / k)) if ceil else (lambda s: s // k)
         if (n(h), n(w)) == (th, tw): return F.max_pool2d(x, k, k, ceil_mode=ceil)
     return F.adaptive_max_pool2d(x, size)
@@ -72,7 +73,7 @@ class Level(nn.Module):
         self.fuse = ConvBlock(width * len(sources), width * len(sources), bias=bias)
 
     def _source(self, conv, x, size):
-        finer = x.shape[-1] >= size[1]
+        finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
         if self.after and not finer: return resize_to(conv(x), size, align_corners=True)
         return conv(resize_to(x, size))
 

@@ -2,25 +2,32 @@
 
     python nbs/studies/camvid_weight_noise.py train --seeds 0 1     # a checkpoint for each n and seed; those that exist are kept
     python nbs/studies/camvid_weight_noise.py sweep                 # rows of camvid_weight_noise.csv; resumes where it was stopped
+    python nbs/studies/camvid_weight_noise.py absolute              # rows of camvid_absolute_noise.csv; likewise
+    python nbs/studies/camvid_weight_noise.py layers                # camvid_layer_sensitivity.csv, measured anew
 
 The validation images are not looked at before `sweep`: training runs a fixed number of epochs, and nothing is chosen by them.
 """
 import argparse
+import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 
+from noisyseg import __version__
+from noisyseg.conditions import Batches, digest
 from noisyseg.data import camvid
-from noisyseg.laws import MaxGaussian
+from noisyseg.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.plots import sweep_table
-from noisyseg.sweeps import noise_sweep
-from noisyseg.training import load_model, save_model, segmentation_learner
+from noisyseg.sweeps import law_text, layer_sensitivity, noise_sweep, stages
+from noisyseg.training import load_model, save_model, segmentation_learner, write_atomic
 from noisyseg.unet3plus import unet3plus_small
 
 HERE = Path(__file__).parent
@@ -29,6 +36,10 @@ SIZE, BS, EPOCHS, LR = (120, 160), 4, 18, 4e-3
 TRAIN_AT = (0., 0.05, 0.10)                                  # n of the training noise; 0 is clean
 LEVELS, DRAWS = (0., 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15), 10
 ALPHA = 2.                                                   # published default
+ABSOLUTE = HERE/'camvid_absolute_noise.csv'
+STRENGTHS = (0., 0.005, 0.01, 0.015, 0.02, 0.03)             # 7 to 42 % of the convolutions' root mean square, 0.072 in all six networks
+LAYERS = HERE/'camvid_layer_sensitivity.csv'
+LAYERS_OF, LAYERS_AT, SHARE = (0., 0.10), 0.10, 0.2          # n of the training, n of the noise; stages of at most a fifth of the weight tensors
 
 def name(n, seed): return f'{"clean" if n == 0 else f"n={n:g}"} seed {seed}'
 def file(n, seed): return MODELS/f'n{round(100 * n):02d}_seed{seed}.safetensors'
@@ -67,16 +78,42 @@ def sweep():
     df = noise_sweep(trained(), validation(), MaxGaussian(alpha=ALPHA), LEVELS, draws=DRAWS, seed=0, store=RESULTS)
     print(sweep_table(df).to_string())
 
+def companion(results): return results.with_name(results.name + '.grid.json')
+
+def made_by(): return {'command': ' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
+                       'hardware': f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)'}
+
+def absolute():
+    made = json.loads(companion(ABSOLUTE).read_text()).get('made by') if companion(ABSOLUTE).exists() else None
+    df = noise_sweep(trained(), validation(), AbsoluteGaussian(), STRENGTHS, draws=DRAWS, seed=0, store=ABSOLUTE)
+    grid = json.loads(companion(ABSOLUTE).read_text())
+    write_atomic(companion(ABSOLUTE), json.dumps({**grid, 'made by': made or made_by()}, indent=1, ensure_ascii=False) + '\n')
+    print(sweep_table(df).to_string())
+
+def layers():
+    "Of each network's rows, those of mIoU and pixel accuracy."
+    law, valid, nets = MaxGaussian(LAYERS_AT, alpha=ALPHA), validation(), {k: m for k, m in trained().items() if k[0] in map(label, LAYERS_OF)}
+    grid = dict(law=law_text(law), level=LAYERS_AT, where='conv_and_norm', seed=0, draws=DRAWS, classes=list(valid.vocab), ignore_index=valid.ignore_index,
+                data=Batches(valid).fingerprint(),
+                models={f'{name} (training seed {seed})': {'weights': digest(*m.state_dict().values())} for (name, seed), m in nets.items()},
+                versions={'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()})
+    found = []
+    for (name, seed), m in sorted(nets.items(), key=lambda item: item[0][1]):
+        df = layer_sensitivity(m, valid, law, stages(m, share=SHARE), draws=DRAWS, seed=0, name=name)
+        found.append(df[df['metric'] != 'IoU'].assign(train_seed=seed))
+        write_atomic(LAYERS, pd.concat(found).to_csv(index=False))
+        write_atomic(companion(LAYERS), json.dumps({**grid, 'made by': made_by()}, indent=1, ensure_ascii=False) + '\n')
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=['train', 'sweep'])
+    p.add_argument('what', choices=['train', 'sweep', 'absolute', 'layers'])
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     p.add_argument('--epochs', type=int, default=EPOCHS)
     p.add_argument('--threads', type=int, default=os.cpu_count())
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     MODELS.mkdir(exist_ok=True)
-    if a.what == 'sweep': sweep()
-    else:
+    if a.what == 'train':
         for seed in a.seeds:
             for n in TRAIN_AT: train(n, seed, a.epochs)
+    else: {'sweep': sweep, 'absolute': absolute, 'layers': layers}[a.what]()

@@ -29,11 +29,13 @@ def train(name):
     set_seed(SEED)
     dls = scenes(n_train=N_TRAIN, n_valid=48, size=SIZE, bs=16, seed=SEED)
     arch = dict(upsample='after', deep_supervision=False, width=16, filters=(16, 32, 48, 64))
-    learn = segmentation_learner(dls, unet3plus_tiny, law, DeepSupervisionLoss(HybridLoss(msssim=0)), arch_args=arch, noise_args=dict(seed=SEED) if law else None)
+    learn = segmentation_learner(dls, unet3plus_tiny, law, DeepSupervisionLoss(HybridLoss(msssim=0)), arch_args=arch,
+                                 noise_args=dict(seed=SEED) if law else None)
     with learn.no_bar(): learn.fit_one_cycle(EPOCHS, LR)
     FOLDER.mkdir(exist_ok=True)
-    save_model(learn, FOLDER/f'scenes_{name.replace("-", "_")}.safetensors', half=True, dataset=f'{N_TRAIN} procedural scenes', size=SIZE, batch_size=16, epochs=EPOCHS,
-               lr_max=LR, seed=SEED, loss='focal + IoU', hardware=f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)', seconds=round(time.time() - start))
+    hardware = f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)'
+    save_model(learn, FOLDER/f'scenes_{name.replace("-", "_")}.safetensors', half=True, dataset=f'{N_TRAIN} procedural scenes', size=SIZE, batch_size=16,
+               epochs=EPOCHS, lr_max=LR, seed=SEED, loss='focal + IoU', hardware=hardware, seconds=round(time.time() - start))
 
 def gallery():
     "The first held-out scenes, as they come, under three draws."

@@ -1,0 +1,166 @@
+"""UNet3+ beside a second one, written straight from its paper (arXiv 2004.08790) as functions of a dictionary of weights.
+It shares no code with noisyseg and has no layers: pooling, interpolation and batch norm are spelled out."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from noisyseg.unet3plus import PlainEncoder, UNet3Plus, resnet_encoder
+
+FILTERS = (4, 6, 8, 10, 12)
+
+
+class Reference:
+    "The weights by name, whether batch norm uses the batch, and what it then remembers"
+    def __init__(self, model, upsample):
+        self.w = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        for k, _ in model.named_parameters(): self.w[k].requires_grad_()
+        self.training, self.corners = model.training, upsample == 'after'
+
+    def conv(self, x, name, stride=1):
+        w = self.w[f'{name}.weight']
+        return F.conv2d(x, w, self.w.get(f'{name}.bias'), stride, (w.shape[-1] - 1)//2)
+
+    def norm(self, x, name):
+        mean, var = self.w[f'{name}.running_mean'], self.w[f'{name}.running_var']
+        if self.training:
+            n, old_mean, old_var, mean = x.numel()/x.shape[1], mean, var, x.mean((0, 2, 3))
+            var = ((x - mean[:, None, None])**2).mean((0, 2, 3))
+            self.w[f'{name}.running_mean'] = (0.9*old_mean + 0.1*mean).detach()
+            self.w[f'{name}.running_var'] = (0.9*old_var + 0.1*var*n/(n - 1)).detach()
+        x = (x - mean[:, None, None])/(var[:, None, None] + 1e-5).sqrt()
+        return x*self.w[f'{name}.weight'][:, None, None] + self.w[f'{name}.bias'][:, None, None]
+
+    def block(self, x, name, stride=1): return self.norm(self.conv(x, f'{name}.conv', stride), f'{name}.bn').relu()
+
+    def down(self, x, k):
+        "The largest of each k×k pixels; windows at the border may be smaller"
+        x = F.pad(x, (0, -x.shape[3] % k, 0, -x.shape[2] % k), value=-torch.inf)
+        return x.unflatten(3, (-1, k)).unflatten(2, (-1, k)).amax((3, 5))
+
+    def up(self, x, size):
+        "Bilinear: a matrix for the rows and one for the columns"
+        return self.weights(x.shape[2], size[0]) @ x @ self.weights(x.shape[3], size[1]).T
+
+    def weights(self, n, m):
+        out = torch.zeros(m, n, dtype=torch.double)
+        for i in range(m):
+            at = i*(n - 1)/max(m - 1, 1) if self.corners else max((i + 0.5)*n/m - 0.5, 0)
+            low, high = int(at), min(int(at) + 1, n - 1)
+            out[i, low] += 1 - (at - low)
+            out[i, high] += at - low
+        return out
+
+    def plain(self, x, stride):
+        maps = []
+        for i in range(len(FILTERS)):
+            x = self.block(self.down(x, 2) if i else x, f'encoder.levels.{i}.0', 1 if i else stride)
+            maps.append(x := self.block(x, f'encoder.levels.{i}.1'))
+        return maps
+
+    def resnet34(self, x):
+        x = self.norm(self.conv(x, 'encoder.conv1', 2), 'encoder.bn1').relu()
+        maps, x = [x], F.max_pool2d(x, 3, 2, 1)
+        for stage, n_blocks in enumerate((3, 4, 6, 3), 1):
+            for k in range(n_blocks):
+                p, stride = f'encoder.layer{stage}.{k}', 2 if stage > 1 and k == 0 else 1
+                y = self.norm(self.conv(x, f'{p}.conv1', stride), f'{p}.bn1').relu()
+                y = self.norm(self.conv(y, f'{p}.conv2'), f'{p}.bn2')
+                if stride == 2: x = self.norm(self.conv(x, f'{p}.downsample.0', 2), f'{p}.downsample.1')
+                x = (x + y).relu()
+            maps.append(x)
+        return maps
+
+    def decoder(self, e):
+        "The five maps, finest first: decoder 1 to 4, and the encoder's deepest"
+        if 'compress.0.weight' in self.w: e = [self.conv(x, f'compress.{i}') for i, x in enumerate(e)]
+        d = [None, None, None, None, e[4]]
+        for i in (3, 2, 1, 0):
+            size, parts = e[i].shape[2:], []
+            for j in range(5):
+                name = f'decoder.{i}.branches.{j}'
+                if j <= i: parts.append(self.block(self.down(e[j], 2**(i - j)), name))
+                elif self.corners: parts.append(self.up(self.block(d[j], name), size))
+                else: parts.append(self.block(self.up(d[j], size), name))
+            d[i] = self.block(torch.cat(parts, 1), f'decoder.{i}.fuse')
+        return d
+
+    def __call__(self, x, kind, heads):
+        d = self.decoder(self.resnet34(x) if kind == 'resnet34' else self.plain(x, 2 if kind == 'strided' else 1))
+        self.deepest = d[4]
+        return [self.up(self.conv(d[i], f'heads.{i}'), x.shape[2:]) for i in range(heads)]
+
+
+def network(kind, n_classes, in_channels, **kw):
+    "Small, in double precision, with signals that survive the encoder and batch norms that do something, also in evaluation"
+    torch.manual_seed(0)
+    encoder = resnet_encoder('resnet34', in_channels) if kind == 'resnet34' else PlainEncoder(in_channels, FILTERS, stem_stride=2 if kind == 'strided' else 1)
+    m = UNet3Plus(encoder, n_classes, width=3, in_channels=in_channels, **kw).double()
+    for conv in (o for o in encoder.modules() if isinstance(o, nn.Conv2d)): nn.init.kaiming_normal_(conv.weight)
+    for bn in (o for o in m.modules() if isinstance(o, nn.BatchNorm2d)):
+        for t, low, high in (bn.weight, 0.5, 1.5), (bn.bias, -0.2, 0.2), (bn.running_mean, -0.3, 0.3), (bn.running_var, 0.5, 2): nn.init.uniform_(t, low, high)
+    return m
+
+
+def images(*shape, seed=1): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def close(got, want, what=''):
+    assert got.shape == want.shape, what
+    assert (got - want).abs().max() <= 1e-10*max(1, want.abs().max()), f'{what}: off by {(got - want).abs().max():.2g}'
+
+
+CASES = [  # encoder, size, classes, channels of the image, further arguments
+    ('plain', (97, 131), 4, 1, {}),
+    ('strided', (97, 131), 3, 3, {}),
+    ('strided', (101, 131), 3, 1, {}),
+    ('strided', (250, 16), 2, 1, {}),
+    ('strided', (130, 250), 1, 1, dict(deep_supervision=False, compress=(3, 4, 5, 6, 7), bias=False)),
+    ('resnet34', (97, 131), 2, 3, dict(deep_supervision=False)),
+    ('resnet34', (130, 250), 5, 1, {})]
+
+
+@pytest.mark.parametrize('upsample', ['before', 'after'])
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('kind, size, n_classes, in_channels, kw', CASES, ids=[f'{kind}-{h}x{w}' for kind, (h, w), *_ in CASES])
+def test_reference(kind, size, n_classes, in_channels, kw, training, upsample):
+    "The same logits from every head, the same gradients for every parameter and the image, the same running statistics"
+    m = network(kind, n_classes, in_channels, upsample=upsample, **kw).train(training)
+    ref, heads = Reference(m, upsample), len(m.heads)
+    x, y = (images(2 if training and kind != 'resnet34' else 1, in_channels, *size).requires_grad_() for _ in range(2))
+    got, want = m(x, all_levels=True), ref(y, kind, heads)
+    assert len(got) == len(want) == (5 if kw.get('deep_supervision', True) else 1)
+    if not training:
+        with torch.no_grad(): close(m(x), want[0], 'by default')
+    for i, (a, b) in enumerate(zip(got, want)): close(a, b, f'head {i}')
+    for outs in (got, want): sum((o*images(*o.shape, seed=2 + i)).sum() for i, o in enumerate(outs)).backward()
+    close(x.grad, y.grad, 'image')
+    for k, p in m.named_parameters(): close(p.grad, ref.w[k].grad, k)
+    for k, b in m.named_buffers():
+        if 'running' in k: close(b, ref.w[k], k)
+
+
+def test_reference_can_fail():
+    "The two orders are two functions, and the reference tells them apart"
+    m = network('strided', 3, 3).eval()
+    x = images(1, 3, 101, 131)
+    assert (m(x) - Reference(m, 'after')(x, 'strided', 1)[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('upsample', ['before', 'after'])
+@pytest.mark.parametrize('n_classes', [1, 4])
+def test_classification_guided(n_classes, upsample):
+    "Each head's probabilities times those of presence, image by image: neither neighbours nor their order and number change a result"
+    m, x = network('strided', n_classes, 1, upsample=upsample, cgm=True).eval(), images(3, 1, 101, 131)
+    x[1] *= 5                                            # a picture unlike the others
+    ref = Reference(m, upsample)
+    raw = ref(x, 'strided', 5)
+    there = torch.cat([ref.conv(o[None], 'presence.1').amax((2, 3), keepdim=True).sigmoid() for o in ref.deepest])
+    assert there.std(0).max() > 1e-3                     # the images differ in it
+    got, presence = m(x, all_levels=True)
+    close(presence.sigmoid(), there[..., 0, 0], 'presence')
+    for i, (a, b) in enumerate(zip(got, raw)):
+        p = b.sigmoid()*there if n_classes == 1 else b.softmax(1)*there/(b.softmax(1)*there).sum(1, keepdim=True)
+        close(a.sigmoid() if n_classes == 1 else a.softmax(1), p, f'head {i}')
+    for batch in ([0], [1], [2], [2, 0], [1, 1, 0, 2]): close(m(x[batch]), got[0][batch], f'batch {batch}')
