@@ -6,6 +6,7 @@ from noisyseg.scenes import *
 from noisyseg.masks import *
 from noisyseg.loaders import *
 from noisyseg.data import *
+from noisyseg.upconv import *
 from noisyseg.unet3plus import *
 from noisyseg.metrics import *
 from noisyseg.losses import *

@@ -51,7 +51,7 @@ def _masks(model, x, y, law, where, seed):
             with perturbed(model, law, where, seed): masks['noisy weights'] = predict()
     return masks
 
-# %% ../nbs/15b_monitor.ipynb #dc580ad1
+# %% ../nbs/15b_monitor.ipynb #57f40004
 def _pixels(x, stats):
     "An image tensor (1, channels, height, width) as bytes (height, width, 3)."
     a = x[0].detach().cpu().float()
@@ -69,8 +69,8 @@ def _img(pixels, alt, side=320):
             'style="display:block;width:100%;max-width:none;margin:0;image-rendering:pixelated">')
 
 def _panel(pixels, title, note, alt):
-    return (f'<figure style="margin:0;flex:1 1 150px;max-width:250px">{_img(pixels, alt)}<figcaption style="line-height:1.35;margin-top:4px">'
-            f'<b>{escape(title)}</b><br>{escape(note)}</figcaption></figure>')
+    caption = f'<figcaption style="line-height:1.35;margin-top:4px"><b>{escape(title)}</b><br>{escape(note)}</figcaption>'
+    return f'<figure style="margin:0;flex:1 1 100px;min-width:0;max-width:230px;overflow-wrap:anywhere">{_img(pixels, alt)}{caption}</figure>'
 
 # %% ../nbs/15b_monitor.ipynb #f6bcaa02
 def _right(mask, truth, ignore_index):
@@ -92,7 +92,7 @@ def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
     return ('<div style="color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif"><div style="display:flex;flex-wrap:wrap;gap:12px">'
             f'{"".join(panels)}</div><div style="display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:6px">{"".join(key)}</div></div>')
 
-# %% ../nbs/15b_monitor.ipynb #859bbfa7
+# %% ../nbs/15b_monitor.ipynb #19b721c7
 def _thinned(points, most=400):
     "x and y of a list of pairs, at most `most + 1` of them, always with the last."
     kept = points[::max(1, -(-len(points) // most))]
@@ -102,18 +102,18 @@ def _thinned(points, most=400):
 def _curves(series, score, note=''):
     "The figure of some series of (epoch, value): the losses on the left, the score on the right."
     left, right = [('train_loss', 'training loss, smoothed'), ('valid_loss', 'validation loss')], [(score, f'{score}{note}')] if score else []
-    fig = make_subplots(1, 1 + bool(right), horizontal_spacing=0.1)
+    fig = make_subplots(1, 1 + bool(right), horizontal_spacing=0.14)
     for i, (key, name) in enumerate(left + right):
         x, y = _thinned(series.get(key, []))
         style = dict(mode='lines+markers', marker=dict(symbol=('circle', 'square', 'diamond')[i], size=7)) if i else dict(mode='lines')
         fig.add_scatter(x=x, y=y, name=name, meta=key, line=dict(color=OKABE_ITO[i], width=2), row=1, col=1 + (i > 1), **style)
-    fig.update_layout(template=noisyseg_template, height=270, margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
+    fig.update_layout(template=noisyseg_template, autosize=True, height=270, margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
     return fig.update_xaxes(title_text='epoch', rangemode='tozero').update_yaxes(title_text='loss', col=1).update_yaxes(title_text=score or '', col=2)
 
-# %% ../nbs/15b_monitor.ipynb #1ac83286
+# %% ../nbs/15b_monitor.ipynb #f3825c0f
 def _hear_at_once(widget):
     "Let messages of this widget go to the shell that the browser names, also where another one is busy with a cell."
-    if hasattr(widget.comm, '_reply_subshell_for'): widget.comm._reply_subshell_for = None   # ipykernel >= 7.4
+    if hasattr(widget.comm, '_reply_subshell_for'): widget.comm._reply_subshell_for = None   # ipykernel 7.4
 
 def _in_notebook():
     "Is there a kernel, and so somebody who may look at widgets?"
@@ -127,10 +127,11 @@ class _Dashboard:
         try: import anywidget, ipywidgets as W  # noqa: F401  here, because a fit without a dashboard needs neither; plotly's widget needs anywidget
         except ImportError as e: raise ImportError(f"the dashboard needs ipywidgets and anywidget ({e}): install both, or pass show=False") from e
         self.state, self.progress, self.sample = W.HTML(), W.HTML(), W.HTML()
-        self.stop = W.Button(description='Stop', icon='stop', tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
+        self.stop = W.Button(description='Stop', tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
         self.stop.on_click(lambda _: on_stop())
         _hear_at_once(self.stop)
         self.figure = go.FigureWidget(figure)
+        self.figure._config = dict(responsive=True, displayModeBar=False)   # as wide as there is room for, and nothing that leads elsewhere
         top = W.Box([self.stop, self.state, self.progress], layout=W.Layout(flex_flow='row wrap', align_items='center'))
         for w in (self.state, self.progress): w.layout.margin = '2px 12px'
         self.box = W.VBox([top, self.figure, self.sample], layout=W.Layout(width='100%'))
@@ -310,12 +311,12 @@ def before_fit(self:TrainingMonitor):
     self._look()
     self._update()
 
-# %% ../nbs/15b_monitor.ipynb #8eb58995
+# %% ../nbs/15b_monitor.ipynb #0e31d9ad
 @patch
 def after_batch(self:TrainingMonitor):
     if not self._on: return
     if self.training:
-        self._batch, self._n, loss = self._batch + 1, self._n + 1, float(self.learn.loss)
+        self._batch, self._n, loss = self._batch + 1, self._n + 1, float(self.learn.loss.detach())
         self._x = self._began + self.epoch + (self.iter + 1) / self.n_iter
         self._mean = 0.98 * self._mean + 0.02 * loss
         self._note('batch_loss', loss)

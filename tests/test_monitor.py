@@ -1,0 +1,81 @@
+"""The monitor as people meet it: a fit runs in a real JupyterLab, its dashboard grows in a real browser, and a click on Stop ends it."""
+import json
+import secrets
+
+import pytest
+from conftest import copy_project
+from test_lab import browser_page, browser_path, jupyterlab, ours
+
+FIT = '''
+from noisyseg.all import *
+from noisyseg.monitor import TrainingMonitor
+dls = scenes(n_train=48, n_valid=16, size=64, seed=0)
+monitor = TrainingMonitor(interval=0.1)
+learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.1), loss_func=DeepSupervisionLoss(HybridLoss(msssim=0)), cbs=monitor,
+                             arch_args=dict(upsample='after', deep_supervision=False))
+with learn.no_bar(), learn.no_logging(): learn.fit(500)
+'''
+AFTER = '''
+import json
+stopped = dict(state=monitor.state, batches=monitor._batch, injected=learn.weight_noise._clone.injected, rows=len(monitor.history))
+with learn.no_bar(), learn.no_logging(): learn.fit(1)
+print(json.dumps({**stopped, 'then': monitor.state, 'further': monitor._batch - stopped['batches']}))
+'''
+
+
+def code(source): return dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=source, outputs=[], execution_count=None)
+
+
+def notebook(path, *sources):
+    "A new notebook"
+    path.write_text(json.dumps(dict(cells=[code(s) for s in sources], nbformat=4, nbformat_minor=5,
+                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3')))))
+
+
+def start(page, url, token, path):
+    "Opens a notebook and runs its cells, without waiting for their end: `window.outcome` says when that is"
+    page.goto(f'{url}/lab/tree/{path}?token={token}&reset')
+    page.wait_for_function('''() => {
+        const panel = window.jupyterapp?.shell.currentWidget
+        return panel?.sessionContext?.isReady && panel.content.model?.cells.length > 0
+            && panel.sessionContext.session?.kernel?.status === "idle" }''', timeout=60_000)
+    page.evaluate('''() => {
+        window.outcome = null
+        jupyterapp.commands.execute("notebook:run-all-cells").finally(() => { window.outcome = "done" }) }''')
+
+
+def outputs(page):
+    return page.evaluate('() => [...jupyterapp.shell.currentWidget.content.model.cells].map(c => c.toJSON().outputs)')
+
+
+@pytest.mark.timeout(240)
+def test_stop_in_jupyterlab(tmp_path):
+    "Curves and masks appear and change while the fit runs; a click on Stop ends it; the learner goes on from clean weights"
+    browser_path()
+    project = copy_project(tmp_path/'project')
+    notebook(project/'nbs'/'fit.ipynb', FIT, AFTER)
+    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
+        page.set_viewport_size(dict(width=900, height=1000))
+        start(page, url, token, 'nbs/fit.ipynb')
+        stop = page.get_by_role('button', name='Stop', exact=True).first
+        stop.wait_for(timeout=60_000)
+        page.wait_for_function('''() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length >= 3
+            && [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")].every(p => p.getAttribute("d").length > 20)''', timeout=60_000)
+        picture = page.locator('img[alt^="Mask predicted with noisy weights"]').first
+        seen = picture.get_attribute('src')
+        page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src !== seen', arg=seen, timeout=30_000)
+        assert page.locator('progress[aria-label="Progress of the fit"]').first.evaluate('p => p.value') < 0.9
+        assert page.get_by_role('status').filter(has_text='training').count() == 1
+        size = page.locator('.js-plotly-plot').first.evaluate('p => [p._fullLayout.width, p.closest(".jp-OutputArea-output").clientWidth]')
+        assert size[0] <= size[1] + 1, f'curves {size[0]} pixels wide where there are {size[1]}'
+        assert page.evaluate('() => window.outcome') is None
+        stop.click()
+        page.wait_for_function('() => window.outcome !== null', timeout=60_000)
+        last = outputs(page)[1][-1]
+        assert last['output_type'] == 'stream', last
+        told = json.loads(last['text'])
+        assert told['state'] == 'stopped' and told['batches'] < 1500 and not told['injected'], told
+        assert told['then'] == 'finished' and told['further'] == 3, told
+        page.get_by_role('status').filter(has_text='finished').first.wait_for(timeout=10_000)
+        assert stop.is_disabled()
+        assert not ours(page.complaints)
