@@ -18,6 +18,7 @@ from noisyseg.sweeps import *
 from noisyseg.pictures import *
 from noisyseg.plots import *
 from noisyseg.report import *
+from noisyseg.predictor import *
 from noisyseg.explorer import *
 from noisyseg.monitor import *
 from noisyseg.demo import *

@@ -4,7 +4,7 @@
    - in Jupyter, `render` (called by anywidget) makes a KernelHost: each frame is asked of the Python side, noisyseg/explorer.py;
    - on a web page, `mount` makes a StaticHost: frames were computed before and are read from files (or from the page itself).
 
-   A host has   info          what there is: classes, palette, models, laws, … (see `NoiseExplorer._info`)
+   A host has   info          what there is: classes, palette, models, laws, … (see `NoiseExplorer.info`)
                 state         level, law, params, where, seed, lock, sample, opacity, mask, hidden, layer
                 set(changes)  change the state; `onChange` is called when it changed, from here or from elsewhere
                 frame(state)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists}
