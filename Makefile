@@ -36,8 +36,9 @@ test: set-up ## run everything: the notebooks, tests/, and that code, README and
 demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
 	@$(PY) -m noisyseg.demo
 
-bench: set-up ## how fast clone, inject, recover is beside the plain loop, and the explorer's slider in a browser
+bench: set-up ## measured ratios: perturbing beside the plain loop, the decoder beside the plain one, the explorer's slider
 	@$(PY) tests/bench.py
+	@$(PY) tests/bench_decoder.py
 	@$(PY) tests/bench_explorer.py
 
 export: set-up ## after editing notebooks: write modules and README from them, and clean them

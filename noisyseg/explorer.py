@@ -66,7 +66,7 @@ def _rgb(x, stats):
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
     return (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).contiguous().numpy()
 
-# %% ../nbs/15b_explorer.ipynb #3685e87b
+# %% ../nbs/15b_explorer.ipynb #85386806
 WHERES = {'conv and norm': conv_and_norm, 'conv and linear': conv_and_linear, 'kernels and scales': kernels_and_scales,
           'first 5 layers': conv_and_norm.first(5), 'last 5 layers': conv_and_norm.last(5)}
 STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'opacity', 'mask', 'hidden', 'layer')
@@ -106,6 +106,7 @@ class NoiseExplorer(anywidget.AnyWidget):
         vocab = list(map(str, about['vocab'] or range(n)))
         if len(vocab) < n: raise ValueError(f"classes: {len(vocab)} names, but there is a class number {n - 1} in the masks or predictions")
         palette = [list(map(int, c)) for c in (about['palette'] or distinct_palette(len(vocab)))]
+        if len(palette) < len(vocab): raise ValueError(f"palette: {len(palette)} colours for {len(vocab)} classes")
         names = [[s.name for s in weight_sites(m)] for m in models.values()]
         layers = [k for k in names[0] if all(k in others for others in names)]
         info = dict(models=list(models), classes=vocab, palette=palette, ignore=about['ignore_index'], truth=y is not None, samples=len(x),
@@ -117,6 +118,12 @@ class NoiseExplorer(anywidget.AnyWidget):
 
     @traitlets.validate('where', 'law', 'layer', 'level', 'seed', 'sample', 'opacity')
     def _validated(self, proposal): return self._check(proposal)
+
+    @traitlets.observe('law')
+    def _other_law(self, change):
+        "Another law has other parameters: those that it does not know give way to its defaults."
+        fields = {f['name']: f['default'] for f in law_form(Law.registry[self.law])['fields']}
+        if set(self.params) - set(fields): self.params = fields
 
     def close(self):
         "Take the explorer off the page, and let go of models, clones, predictions and pictures."

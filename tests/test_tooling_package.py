@@ -187,13 +187,14 @@ def test_wheel_with_its_requirements_only(empty):
 
 
 def test_wheel_holds_the_package(built):
-    "The modules and the licence; no notebooks, tests or data"
+    "The modules, the licence, the explorer's front end and its two small networks; no notebooks, tests or data"
     from zipfile import ZipFile
     names = ZipFile(built['wheel']).namelist()
     assert {f'noisyseg/{m}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
     assert any(o.endswith('licenses/LICENSE') for o in names)
-    assert Path(built['wheel']).stat().st_size < 1_000_000
+    assert {'noisyseg/explorer.js', 'noisyseg/models/scenes_clean.safetensors', 'noisyseg/models/scenes_noise_trained.json'} <= set(names)
+    assert Path(built['wheel']).stat().st_size < 2_000_000
 
 
 def public():
