@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/explorer.html.md"""
 # %% auto #0
 __all__ = ['WHERES', 'STATE', 'demo_models', 'NoiseExplorer', 'pack']
 
-# %% ../nbs/15b_explorer.ipynb #8c4f0018
+# %% ../nbs/15b_explorer.ipynb #98915ca5
 import base64, gzip, html, json, shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +21,12 @@ import noisyseg
 from .conditions import Batches
 from .data import scenes
 from .laws import Law, MaxGaussian
-from .masks import denormalize, distinct_palette
+from .masks import distinct_palette, to_rgb
 from .predictor import NoisyPredictor, law_form, law_of, law_values, usable_laws
 from .select import as_selector, conv_and_linear, conv_and_norm, kernels_and_scales, weight_sites
-from .training import load_model
+from .training import load_model, write_atomic
 
-# %% ../nbs/15b_explorer.ipynb #aa7ce904
+# %% ../nbs/15b_explorer.ipynb #f5d4eff2
 def demo_models() -> dict:  # 'clean-trained' and 'noise-trained' -> UNet3Plus for 128×128 scenes
     "The two small networks that come with the package; their cards say how they were trained."
     folder = Path(noisyseg.__file__).parent/'models'
@@ -59,14 +59,7 @@ def _checked(x, y):
                          f"got {tuple(x.shape)} and {None if y is None else tuple(y.shape)}")
     return x.detach().cpu().as_subclass(torch.Tensor), None if y is None else y.detach().cpu().as_subclass(torch.Tensor)
 
-def _rgb(x, stats):
-    "Images as uint8 (samples, height, width, 3)."
-    x = denormalize(x, stats) if stats is not None else x.float()
-    if stats is None and (x.min() < 0 or x.max() > 1): x = (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-12)
-    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    return (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).contiguous().numpy()
-
-# %% ../nbs/15b_explorer.ipynb #85386806
+# %% ../nbs/15b_explorer.ipynb #6f3ab438
 WHERES = {'conv and norm': conv_and_norm, 'conv and linear': conv_and_linear, 'kernels and scales': kernels_and_scales,
           'first 5 layers': conv_and_norm.first(5), 'last 5 layers': conv_and_norm.last(5)}
 STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'opacity', 'mask', 'hidden', 'layer')
@@ -100,7 +93,7 @@ class NoiseExplorer(anywidget.AnyWidget):
         wheres = _fitting(WHERES if wheres is None else wheres, models)
         about = {k: given if given is not None else about.get(k) for k, given in
                  dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats).items()}
-        self.lens, self._images, self._truth = NoisyPredictor(models, x, wheres, cache_mb), _rgb(x, about['stats']), y
+        self.lens, self._images, self._truth = NoisyPredictor(models, x, wheres, cache_mb), to_rgb(x, about['stats']), y
         n = 1 + max(int(self.lens(m, 0, law.at(0.), next(iter(wheres)), 0)[0][0].max()) for m in models)
         if y is not None: n = max(n, 1 + int(torch.where(y == about['ignore_index'], 0, y).max() if about['ignore_index'] is not None else y.max()))
         vocab = list(map(str, about['vocab'] or range(n)))
@@ -222,7 +215,7 @@ def _one_for_each_cell(self:NoiseExplorer):
         made = []
     _of_cell[cell] = run, [*made, self]
 
-# %% ../nbs/15b_explorer.ipynb #f67421ac
+# %% ../nbs/15b_explorer.ipynb #840aa9d3
 def pack(
     preds,  # uint8 arrays (2, height, width), class and confidence, one for each model
 ) -> bytes:
@@ -277,11 +270,11 @@ def to_site(self:NoiseExplorer,
     files = {f'sample{i + 1}.bin': self._file(s, levels, seeds) for i, s in enumerate(samples)}
     manifest = {**self._manifest(samples, levels, seeds, [self.layer] if layers is None else list(layers)), 'files': list(files)}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items(): (folder/name).write_bytes(data)
-    (folder/'manifest.json').write_text(json.dumps(manifest, separators=(',', ':')) + '\n')
+    for name, data in files.items(): write_atomic(folder/name, data)
+    write_atomic(folder/'manifest.json', json.dumps(manifest, separators=(',', ':')) + '\n')
     if not (folder/'explorer.js').is_symlink(): shutil.copy(Path(noisyseg.__file__).parent/'explorer.js', folder/'explorer.js')
-    (folder/'index.html').write_text(_page('<div class="noisyseg-explorer" data-src="./"></div>\n'
-                                           '<script type="module">import {mountAll} from "./explorer.js"; mountAll()</script>'))
+    write_atomic(folder/'index.html', _page('<div class="noisyseg-explorer" data-src="./"></div>\n'
+                                            '<script type="module">import {mountAll} from "./explorer.js"; mountAll()</script>'))
     return sum(p.stat().st_size for p in folder.iterdir())
 
 def _page(body):
@@ -306,5 +299,5 @@ def to_html(self:NoiseExplorer,
     caption = html.escape(f'{law_of(self.law, self.level, self.params)} on {self.where}, seed {self.seed}, sample {self.sample + 1}')
     text = _page(f'<p style="font:13px system-ui;color:GrayText;text-align:center">saved at {caption}</p>\n'
                  f'<div id="explorer"></div>\n<script type="module">\n{module}\nmount(document.getElementById("explorer"), {data})\n</script>')
-    if path is not None: Path(path).write_text(text)
+    if path is not None: write_atomic(path, text)
     return text

@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/masks.html.md"""
 
 # %% auto #0
 __all__ = ['MissingData', 'data_root', 'read_image', 'whole', 'label_table', 'read_mask', 'read_colour_mask', 'read_pair',
-           'pair_files', 'check_sizes', 'colorize', 'distinct_palette', 'denormalize']
+           'pair_files', 'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../nbs/03b_masks.ipynb #c6e4bdd0
 import os
@@ -221,3 +221,17 @@ def denormalize(
     if x.ndim not in (3,4) or len(mean) not in (1, x.shape[-3]):
         raise ValueError(f"images of shape {tuple(x.shape)} with stats of {len(mean)} channels: expected (batch, channels, height, width)")
     return (x.detach().as_subclass(Tensor).float()*std + mean).clamp(0, 1)
+
+# %% ../nbs/03b_masks.ipynb #1474daa9
+def to_rgb(
+    x:Tensor, # images, (batch, channels, height, width); of more than 3 channels the first 3 are shown, of 1 or 2 the first in grey
+    stats:tuple=None # (mean, std) per channel that normalised them: `dls.stats`
+) -> np.ndarray: # uint8 (batch, height, width, 3)
+    "Images as bytes, for the eye"
+    x = x.detach().cpu().as_subclass(Tensor).float()
+    if stats is not None and len(stats[0]) in (1, x.shape[1]): x = denormalize(x, stats)
+    elif len(x) and (x.min() < 0 or x.max() > 1):
+        low, high = (f((1,2,3), keepdim=True) for f in (x.amin, x.amax))
+        x = (x - low)/(high - low).clamp(min=1e-8)
+    x = x[:,:3] if x.shape[1] >= 3 else x[:,:1].expand(-1, 3, -1, -1)
+    return (x.permute(0,2,3,1)*255).round().to(torch.uint8).contiguous().numpy()

@@ -12,6 +12,7 @@ import base64, io, time
 from functools import partial
 from html import escape
 
+import ipywidgets as W
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -19,12 +20,14 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
+from IPython import get_ipython
+from IPython.display import HTML
 from PIL import Image
 from plotly.subplots import make_subplots
 from torch import nn
 
 from .conditions import logits_of, plain_batch, untouched
-from .masks import colorize, denormalize, distinct_palette, whole
+from .masks import colorize, distinct_palette, to_rgb, whole
 from .metrics import to_mask
 from .perturb import perturbed
 from .pictures import OKABE_ITO, noisyseg_template
@@ -52,14 +55,6 @@ def _masks(model, x, y, law, where, seed):
     return masks
 
 # %% ../nbs/15c_monitor.ipynb #57f40004
-def _pixels(x, stats):
-    "An image tensor (1, channels, height, width) as bytes (height, width, 3)."
-    a = x[0].detach().cpu().float()
-    a = a[:3] if len(a) >= 3 else a[:1].expand(3, -1, -1)
-    if stats is not None and len(stats[0]) in (1, 3): a = denormalize(a, stats)
-    else: a = (a - a.min()) / (a.max() - a.min()).clamp(min=1e-8)   # how it was normalised is not known: darkest to brightest
-    return (a.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-
 def _img(pixels, alt, side=320):
     "An HTML image with its PNG inside; larger ones are shrunk."
     im, out = Image.fromarray(pixels), io.BytesIO()
@@ -82,7 +77,7 @@ def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
     "Image, truth and predictions side by side, and the classes' colours."
     truth, grey = y[0].cpu().numpy(), (128, 128, 128)
     paint = lambda m: colorize(m if ignore_index is None else np.where(m == ignore_index, len(palette), m), palette, void=grey)
-    panels = [_panel(_pixels(x, stats), 'image', 'held out: not trained on', 'The held-out image'), _panel(paint(truth), 'truth', '', 'Its true mask')]
+    panels = [_panel(to_rgb(x, stats)[0], 'image', 'held out: not trained on', 'The held-out image'), _panel(paint(truth), 'truth', '', 'Its true mask')]
     for name, m in masks.items():
         note = f'{_right(m, truth, ignore_index):.0%} of pixels right'
         panels.append(_panel(paint(m), name, ' · '.join(o for o in (note, notes.get(name)) if o), f'Mask predicted with {name}, {note}'))
@@ -117,15 +112,11 @@ def _hear_at_once(widget):
 
 def _in_notebook():
     "Is there a kernel, and so somebody who may look at widgets?"
-    try: from IPython import get_ipython
-    except ImportError: return False
     return getattr(get_ipython(), 'kernel', None) is not None
 
 class _Dashboard:
     "The widgets: made once, then only changed."
     def __init__(self, figure, on_stop):
-        try: import anywidget, ipywidgets as W  # noqa: F401  here, because a fit without a dashboard needs neither; plotly's widget needs anywidget
-        except ImportError as e: raise ImportError(f"the dashboard needs ipywidgets and anywidget ({e}): install both, or pass show=False") from e
         self.state, self.progress, self.sample = W.HTML(), W.HTML(), W.HTML()
         self.stop = W.Button(description='Stop', tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
         self.stop.on_click(lambda _: on_stop())
@@ -235,7 +226,6 @@ def _look(self:TrainingMonitor):
 def picture(self:TrainingMonitor):
     "The sample as it was seen last, for a notebook to show."
     if not self._masks: raise RuntimeError("there is no picture yet: a fit makes one, unless sample=None")
-    from IPython.display import HTML
     return HTML(_sample_html(*self._held, self._masks, self._notes, **self._paint))
 
 # %% ../nbs/15c_monitor.ipynb #5d6b484a
@@ -264,7 +254,6 @@ def _update(self:TrainingMonitor, now=True):
 def _open(self:TrainingMonitor):
     "Make the widgets if there are none, and show them once in a cell."
     if not (self.show if self.show is not None else _in_notebook() and num_distrib() <= 1): return
-    from IPython import get_ipython
     from IPython.display import display
     if self._dash is None: self._dash, self._cell = _Dashboard(self.figure, self._ask), None
     cell = getattr(get_ipython(), 'execution_count', None)

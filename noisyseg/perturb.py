@@ -105,7 +105,7 @@ _BLOCK = 2**15 - 1  # elements: operations on more of them PyTorch shares out am
 def _blocks(rowwise, *tensors):
     "Large tensors in blocks of the same rows, where that makes no difference; else whole."
     t = tensors[0]
-    if not rowwise or t.is_cuda or t.numel() <= _BLOCK: return [tensors]
+    if not rowwise or t.device.type != 'cpu' or t.numel() <= _BLOCK: return [tensors]
     return zip(*(o.split(max(1, _BLOCK * len(t) // t.numel())) for o in tensors))
 
 @patch
@@ -113,9 +113,12 @@ def _blocks(rowwise, *tensors):
 def store(self:WeightClone):
     "Take the clone anew from the current weights, in the same buffers. `inject` does so by itself whenever no noise is in."
     if self.injected: raise RuntimeError("the weights hold noise now: recover() before taking the clone anew")
-    for p, c in zip(self._params, self._clean):
-        for pb, cb in _blocks(True, p.detach(), c): cb.copy_(pb)
-    for c, s in zip(self._clean[len(self._params):], self._computed): c.copy_(s.value())
+    n = len(self._params)
+    if all(p.device.type == 'cpu' for p in self._params):
+        for p, c in zip(self._params, self._clean):   # not by several threads: one may be drawing
+            for pb, cb in _blocks(True, p.detach(), c): cb.copy_(pb)
+    else: torch._foreach_copy_(self._clean[:n], [p.detach() for p in self._params])
+    for c, s in zip(self._clean[n:], self._computed): c.copy_(s.value())
     self._unit = None
 
 @patch
@@ -124,7 +127,7 @@ def _drawing(self:WeightClone, generator, redraw):
     "The draws, one tensor after another; on a CPU, for large models, a thread begins at once and runs ahead of the law."
     if not redraw and self._z is not None: yield iter(self._z); return
     if self._z is None: self._z = [torch.empty(c.shape, device=c.device) for c in self._clean]
-    if self.n_weights < 2**20 or any(z.is_cuda for z in self._z): yield (_fill_normal(z, generator) for z in self._z); return
+    if self.n_weights < 2**20 or any(z.device.type != 'cpu' for z in self._z): yield (_fill_normal(z, generator) for z in self._z); return
     with ThreadPoolExecutor(1) as pool:
         futures = [pool.submit(_fill_normal, z, generator) for z in self._z]
         try: yield (f.result() for f in futures)

@@ -21,7 +21,7 @@ from .laws import AdditiveLaw, Law, law_from_dict
 from .perturb import clone_weights
 from .select import as_selector, weight_sites
 
-# %% ../nbs/15a_predictor.ipynb #e53a785f
+# %% ../nbs/15a_predictor.ipynb #5038d224
 class NoisyPredictor:
     "What models predict for single images under weight noise: class and confidence of each pixel, remembered."
     def __init__(self,
@@ -31,7 +31,7 @@ class NoisyPredictor:
         cache_mb: float = 64,  # memory for predictions; the oldest go first
     ):
         self.models, self.images, self.wheres, self.cache_mb = models, images, {k: as_selector(v) for k, v in wheres.items()}, cache_mb
-        self._clones, self._cache, self._bytes, self.hits, self.forwards = {}, OrderedDict(), 0, 0, 0
+        self._clones, self._cache, self._bytes, self.hits = {}, OrderedDict(), 0, 0
 
     def _inject(self, name, law, where, seed):
         "The clone of a model with `law`'s noise in it; one draw serves all levels and laws."
@@ -67,7 +67,7 @@ class NoisyPredictor:
         self._clones, self._bytes, self.models, self.images = {}, 0, {}, None
         self._cache.clear()
 
-# %% ../nbs/15a_predictor.ipynb #631c778d
+# %% ../nbs/15a_predictor.ipynb #1c52725d
 BINS = 48  # of the weights' histogram
 
 @patch
@@ -84,7 +84,6 @@ def _predict(self:NoisyPredictor, name, sample, law, where, seed, layer):
             p = logits_of(model, x, x[:, 0], name)[0].float().softmax(0)
         finally: clone.recover()
     if not p.isfinite().all(): raise ValueError(f"{name} predicts numbers that are not finite under {law}")
-    self.forwards += 1
     confidence, classes = p.max(0)
     return torch.stack([classes.to(torch.uint8), (confidence * 255).round().to(torch.uint8)]).cpu().numpy(), counts
 

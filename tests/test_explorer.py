@@ -1,7 +1,6 @@
 """The explorer as people use it: in a real JupyterLab and as a page without a kernel, in a real browser (see test_lab.py for when it is skipped)."""
 import functools
 import http.server
-import json
 import os
 import threading
 from contextlib import contextmanager
@@ -9,17 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import copy_project, root
-from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook
+from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, write_notebook
 
 cells = ['from noisyseg.explorer import NoiseExplorer\nfrom noisyseg.laws import Law\nfrom dataclasses import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): raise RuntimeError("this law fails")',
          'e = NoiseExplorer()\ne']
-
-
-def write_notebook(path, sources):
-    code = lambda i, source: dict(cell_type='code', id=f'cell{i}', metadata={}, source=source, outputs=[], execution_count=None)
-    path.write_text(json.dumps(dict(cells=[code(i, o) for i, o in enumerate(sources)], nbformat=4, nbformat_minor=5,
-                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3')))))
 
 
 class Seen:
@@ -102,7 +95,6 @@ def use(seen):
     seen.wait(lambda: '% sure' in root.locator('.hover').inner_text())
     page.mouse.wheel(0, -600)
     seen.wait(lambda: seen.pixels()[0] != shown[0])
-    page.keyboard.press('Escape')
     root.locator('canvas').nth(1).dblclick()
     page.mouse.move(0, 0)
     seen.wait(lambda: seen.pixels() == shown)
@@ -130,7 +122,7 @@ def live(tmp_path, sources):
     "A notebook with an explorer, run in JupyterLab"
     browser_path()
     project = copy_project(tmp_path/'project')
-    write_notebook(project/'nbs'/'live.ipynb', sources)
+    write_notebook(project/'nbs'/'live.ipynb', *sources)
     with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
         page.set_viewport_size(dict(width=1300, height=1500))
         found = run_notebook(page, url, token, 'nbs/live.ipynb', 120)

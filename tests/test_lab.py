@@ -79,8 +79,15 @@ def browser_page(profile):
         finally: context.close()
 
 
-def run_notebook(page, url, token, path, seconds):
-    "Opens a notebook, runs all its cells, and gives its cells as JSON"
+def write_notebook(path, *sources):
+    "A new notebook with these cells"
+    code = lambda o: dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=o, outputs=[], execution_count=None)
+    path.write_text(json.dumps(dict(cells=[code(o) for o in sources], nbformat=4, nbformat_minor=5,
+                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3')))))
+
+
+def start_notebook(page, url, token, path):
+    "Opens a notebook and runs its cells, without waiting for their end: `window.outcome` says when that is"
     page.goto(f'{url}/lab/tree/{path}?token={token}&reset')
     page.wait_for_function('''() => {
         const panel = window.jupyterapp?.shell.currentWidget
@@ -89,8 +96,18 @@ def run_notebook(page, url, token, path, seconds):
     page.evaluate('''() => {
         window.outcome = null
         jupyterapp.commands.execute("notebook:run-all-cells").finally(() => { window.outcome = "done" }) }''')
-    page.wait_for_function('() => window.outcome !== null', timeout=seconds*1000)
+
+
+def cells_of(page):
+    "The cells of the notebook that is open, as JSON"
     return page.evaluate('() => [...jupyterapp.shell.currentWidget.content.model.cells].map(c => c.toJSON())')
+
+
+def run_notebook(page, url, token, path, seconds):
+    "Opens a notebook, runs all its cells, and gives its cells as JSON"
+    start_notebook(page, url, token, path)
+    page.wait_for_function('() => window.outcome !== null', timeout=seconds*1000)
+    return cells_of(page)
 
 
 def problems(cells):
@@ -133,9 +150,6 @@ def test_tour_in_jupyterlab(lab):
 def test_a_broken_notebook_is_seen(lab):
     "What the test above relies on: an error in a cell is found, with the cells that it kept from running"
     project, _, run = lab
-    code = lambda source: dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=source, outputs=[], execution_count=None)
-    nb = dict(cells=[code('1+1'), code('1/0'), code('2+2')], metadata=dict(kernelspec=dict(name='python3', display_name='python3')),
-              nbformat=4, nbformat_minor=5)
-    (project/'nbs'/'broken.ipynb').write_text(json.dumps(nb))
+    write_notebook(project/'nbs'/'broken.ipynb', '1+1', '1/0', '2+2')
     found = list(problems(run('nbs/broken.ipynb', 60)))
     assert [o.split('\n')[0] for o in found] == ['ZeroDivisionError: division by zero', 'not run:']

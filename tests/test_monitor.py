@@ -1,10 +1,9 @@
 """The monitor as people meet it: a fit runs in a real JupyterLab, its dashboard grows in a real browser, and a click on Stop ends it."""
 import json
-import secrets
 
 import pytest
 from conftest import copy_project
-from test_lab import browser_page, browser_path, jupyterlab, ours
+from test_lab import browser_page, browser_path, cells_of, jupyterlab, ours, start_notebook, write_notebook
 
 FIT = '''
 from noisyseg.all import *
@@ -23,40 +22,15 @@ print(json.dumps({**stopped, 'then': monitor.state, 'further': monitor._batch - 
 '''
 
 
-def code(source): return dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=source, outputs=[], execution_count=None)
-
-
-def notebook(path, *sources):
-    "A new notebook"
-    path.write_text(json.dumps(dict(cells=[code(s) for s in sources], nbformat=4, nbformat_minor=5,
-                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3')))))
-
-
-def start(page, url, token, path):
-    "Opens a notebook and runs its cells, without waiting for their end: `window.outcome` says when that is"
-    page.goto(f'{url}/lab/tree/{path}?token={token}&reset')
-    page.wait_for_function('''() => {
-        const panel = window.jupyterapp?.shell.currentWidget
-        return panel?.sessionContext?.isReady && panel.content.model?.cells.length > 0
-            && panel.sessionContext.session?.kernel?.status === "idle" }''', timeout=60_000)
-    page.evaluate('''() => {
-        window.outcome = null
-        jupyterapp.commands.execute("notebook:run-all-cells").finally(() => { window.outcome = "done" }) }''')
-
-
-def outputs(page):
-    return page.evaluate('() => [...jupyterapp.shell.currentWidget.content.model.cells].map(c => c.toJSON().outputs)')
-
-
 @pytest.mark.timeout(240)
 def test_stop_in_jupyterlab(tmp_path):
     "Curves and masks appear and change while the fit runs; a click on Stop ends it; the learner goes on from clean weights"
     browser_path()
     project = copy_project(tmp_path/'project')
-    notebook(project/'nbs'/'fit.ipynb', FIT, AFTER)
+    write_notebook(project/'nbs'/'fit.ipynb', FIT, AFTER)
     with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
         page.set_viewport_size(dict(width=900, height=1000))
-        start(page, url, token, 'nbs/fit.ipynb')
+        start_notebook(page, url, token, 'nbs/fit.ipynb')
         stop = page.get_by_role('button', name='Stop', exact=True).first
         stop.wait_for(timeout=60_000)
         page.wait_for_function('''() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length >= 3
@@ -71,7 +45,7 @@ def test_stop_in_jupyterlab(tmp_path):
         assert page.evaluate('() => window.outcome') is None
         stop.click()
         page.wait_for_function('() => window.outcome !== null', timeout=60_000)
-        last = outputs(page)[1][-1]
+        last = cells_of(page)[1]['outputs'][-1]
         assert last['output_type'] == 'stream', last
         told = json.loads(last['text'])
         assert told['state'] == 'stopped' and told['batches'] < 1500 and not told['injected'], told
