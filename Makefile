@@ -36,10 +36,8 @@ test: set-up ## run everything: the notebooks, tests/, and that code, README and
 demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
 	@$(PY) -m noisyseg.demo
 
-bench: set-up ## measured ratios: perturbing beside the plain loop, the decoder beside the plain one, the explorer's slider
-	@$(PY) tests/bench.py
-	@$(PY) tests/bench_decoder.py
-	@$(PY) tests/bench_explorer.py
+bench: set-up ## measured costs beside the plain way and beside peers: one table, also for the page nbs/benchmarks.ipynb; all of it: ARGS=--full
+	@$(PY) tests/bench.py $(ARGS)
 
 export: set-up ## after editing notebooks: write modules and README from them, and clean them
 	$(VENV)/bin/nbdev-export

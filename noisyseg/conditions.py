@@ -22,20 +22,23 @@ from torch.utils.data import RandomSampler
 
 from .metrics import ConfusionMeter, finest
 
-# %% ../nbs/13c_conditions.ipynb #eabe0031
+# %% ../nbs/13c_conditions.ipynb #3a16a858
 def plain_batch(
-    batch,  # what a loader yields: (images, masks, ...)
+    batch,  # what a loader yields: (images, masks, ...), or (images, labels, ...)
     i: int,  # its number, for error messages
-) -> tuple:  # images (batch, channels, height, width) and masks (batch, height, width), plain tensors
-    "A batch of a segmentation loader, checked."
+    labels: bool = False,  # is one class number for each image, (batch,), as good as a mask?
+) -> tuple:  # images (batch, channels, height, width) and masks (batch, height, width), or labels (batch,); plain tensors
+    "A batch of a segmentation loader, or of a classification loader too, checked."
+    what = 'masks or labels' if labels else 'masks'
     if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(t, torch.Tensor) for t in batch[:2]):
         raise TypeError(f"dl: expected batches (images, masks) of tensors, but batch {i} is a {type(batch).__name__}")
     x, y = (t.detach().as_subclass(torch.Tensor) for t in batch[:2])
     if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-        raise TypeError(f"dl: expected masks of class numbers (int64), but batch {i} has {y.dtype}")
-    if x.ndim != 4 or y.shape != (len(x), *x.shape[2:]) or not len(x):
-        raise ValueError("dl: expected images (batch, channels, height, width) and masks (batch, height, width), "
-                         f"but batch {i} has {tuple(x.shape)} and {tuple(y.shape)}")
+        raise TypeError(f"dl: expected {what} of class numbers (int64), but batch {i} has {y.dtype}")
+    fits = y.shape == (len(x), *x.shape[2:]) or (labels and y.shape == (len(x),))
+    if x.ndim != 4 or not fits or not len(x):
+        raise ValueError("dl: expected images (batch, channels, height, width) and masks (batch, height, width)"
+                         f"{' or labels (batch,)' if labels else ''}, but batch {i} has {tuple(x.shape)} and {tuple(y.shape)}")
     return x, y
 
 def digest(
@@ -48,7 +51,7 @@ def digest(
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/13c_conditions.ipynb #ecebbe61
+# %% ../nbs/13c_conditions.ipynb #89a5dfe9
 def _open(dl):
     "The length of `dl`, None if it can be read only once or does not know, and an iterator."
     if isinstance(dl, DataLoaders): dl = dl.valid
@@ -56,28 +59,35 @@ def _open(dl):
         raise ValueError("dl: this loader shuffles, so each measurement would see other batches. "
                          "Pass dls.valid, or dl.new(shuffle=False, drop_last=False)")
     try: batches = iter(dl)
-    except TypeError: raise TypeError(f"dl: expected a DataLoader or a list of batches (images, masks), got {type(dl).__name__}") from None
+    except TypeError: raise TypeError(f"dl: expected a DataLoader or a list of batches (images, masks or labels), got {type(dl).__name__}") from None
     try: return dl, None if isinstance(dl, Iterator) else len(dl), batches
     except TypeError: return dl, None, batches
 
 class Batches:
     "The batches of a loader as plain tensors, the same ones on each pass."
     def __init__(self,
-        dl,  # batches (images, masks): a DataLoader, DataLoaders (their valid part), a list, a generator
+        dl,  # batches (images, masks) or (images, labels): a DataLoader, DataLoaders (their valid part), a list, a generator
         cache_mb: int = 1024,  # held in memory up to this size; larger sets are read anew on each pass
     ):
         self.vocab, self.ignore_index = getattr(dl, 'vocab', None), getattr(dl, 'ignore_index', None)
         self.dl, n, batches = _open(dl)
         held = []
         for i, b in enumerate(batches):
-            held.append(plain_batch(b, i))
+            held.append(self._checked(b, i, held))
             if n and i == 0 and n * sum(t.nbytes for t in held[0]) > cache_mb * 2**20: break
         if not held: raise ValueError("dl: there are no batches in it (an empty set, or a generator that was used up?)")
         self.n, self.first = n or len(held), held[0]
         self.held = held if len(held) == self.n else None
 
     def __len__(self): return self.n
-    def __iter__(self): return iter(self.held) if self.held else (plain_batch(b, i) for i, b in enumerate(self.dl))
+    def __iter__(self): return iter(self.held) if self.held else (self._checked(b, i, [self.first]) for i, b in enumerate(self.dl))
+
+    def _checked(self, batch, i, before):
+        x, y = plain_batch(batch, i, labels=True)
+        if before and y.ndim != before[0][1].ndim:
+            raise ValueError(f"dl: batch 0 has targets {tuple(before[0][1].shape)}, but batch {i} has {tuple(y.shape)}; "
+                             "expected masks, or labels, in all of them")
+        return x, y
 
     def fingerprint(self) -> dict:  # for JSON
         "What tells this set from another: the number of batches, and the first one's bits."
@@ -105,35 +115,39 @@ def draw_seed(
     "The seed of one noise draw."
     return int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-# %% ../nbs/13c_conditions.ipynb #082902a6
+# %% ../nbs/13c_conditions.ipynb #e8a23577
 def logits_of(
     model: nn.Module,  # in evaluation mode
     x,  # images, (batch, channels, height, width)
-    y,  # masks, (batch, height, width)
+    y,  # masks, (batch, height, width), or labels, (batch,)
     name: str = 'model',  # how error messages call it
-):  # logits, (batch, classes, height, width)
-    "The model's logits, checked against the masks."
+):  # logits, (batch, classes, height, width), or (batch, classes)
+    "The model's logits, checked against the masks or labels."
     p = next(chain(model.parameters(), model.buffers()), x)
     out = model(x.to(p.device, p.dtype if p.is_floating_point() else x.dtype))
     if isinstance(out, Mapping) and 'out' in out: out = out['out']
     if isinstance(out, (list, tuple)) and out: out = finest(out)
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-    if not isinstance(out, torch.Tensor) or out.ndim != 4 or out.shape[0] != len(y) or out.shape[2:] != y.shape[1:]:
-        raise ValueError(f"{name}: expected logits (batch, classes, height, width) for masks of {tuple(y.shape)}, got {got}")
+    if not isinstance(out, torch.Tensor) or out.ndim != y.ndim + 1 or out.shape[0] != len(y) or out.shape[2:] != y.shape[1:]:
+        expected = '(batch, classes) for labels' if y.ndim == 1 else '(batch, classes, height, width) for masks'
+        raise ValueError(f"{name}: expected logits {expected} of {tuple(y.shape)}, got {got}")
     return out
 
 @torch.no_grad()
 def scores(
     model: nn.Module,  # in evaluation mode
-    batches,  # pairs (images, masks)
+    batches,  # pairs (images, masks), or pairs (images, labels)
     classes: list,  # class names
-    ignore_index: int = None,  # label of pixels that do not count
+    ignore_index: int = None,  # label of pixels (or images) that do not count
     name: str = 'model',  # how error messages call it
-) -> list[tuple]:  # (metric, class, value, pixels), one for each class's IoU, then mIoU and pixel accuracy
+) -> list[tuple]:  # (metric, class, value, pixels or images): IoU of each class, mIoU, pixel accuracy; or recall of each class, balanced accuracy, accuracy
     "The scores of one model as it is now."
     meter = ConfusionMeter(len(classes), ignore_index)
     for x, y in batches: meter.update(logits_of(model, x, y, name), y)
     cm = meter.matrix.cpu()
-    total = int(cm.sum())
-    per_class = [('IoU', c, float(v), int(n)) for c, v, n in zip(classes, meter.iou(), cm.sum(1))]
-    return [*per_class, ('mIoU', '', float(meter.miou()), total), ('pixel accuracy', '', float(meter.pixel_accuracy()), total)]
+    counts, right = cm.sum(1), meter.pixel_accuracy()
+    if y.ndim == 1: names, values = ('recall', 'balanced accuracy', 'accuracy'), cm.diag().double() / counts   # nan where a class has no image
+    else: names, values = ('IoU', 'mIoU', 'pixel accuracy'), meter.iou()
+    mean = values.nanmean() if y.ndim == 1 else meter.miou()
+    per_class = [(names[0], c, float(v), int(n)) for c, v, n in zip(classes, values, counts)]
+    return [*per_class, *((m, '', float(v), int(cm.sum())) for m, v in zip(names[1:], (mean, right)))]

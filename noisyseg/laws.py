@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/laws.html.md"""
 
 # %% auto #0
 __all__ = ['GRAINS', 'Law', 'AdditiveLaw', 'law_from_dict', 'max_abs', 'clip_normal', 'MaxGaussian', 'AbsoluteGaussian',
-           'MultiplicativeGaussian']
+           'MultiplicativeGaussian', 'RelativeGaussian']
 
 # %% ../nbs/02_laws.ipynb #a0563862
 import dataclasses, math
@@ -162,3 +162,12 @@ class MultiplicativeGaussian(AdditiveLaw):
     def __post_init__(self): _number(self, 'sigma', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.sigma * weight * z
     def rowwise(self, weight: Tensor) -> bool: return True
+
+# %% ../nbs/02_laws.ipynb #53ce22ce
+@dataclass(frozen=True)
+class RelativeGaussian(AdditiveLaw):
+    "Gaussian noise with sigma = strength · std W of each weight tensor: scaling a weight scales its noise."
+    strength: float = 0.1  # standard deviation of the noise as a share of the weight's
+
+    def __post_init__(self): _number(self, 'strength', 0)
+    def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.strength * weight.std(correction=0) * z

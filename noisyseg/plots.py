@@ -42,7 +42,8 @@ class _Level(NamedTuple):
 def _level_of(df):
     kind, name = re.match(r'(\w+)\(?(\w*)', str(df['law'].iloc[0])).groups()
     if kind == 'MaxGaussian': return _Level(f'noise level {name}, in % of max |W|', name, 100, ' %')
-    what = {'AbsoluteGaussian': 'absolute noise, standard deviation', 'MultiplicativeGaussian': 'multiplicative noise, standard deviation'}
+    what = {'AbsoluteGaussian': 'absolute noise, standard deviation', 'MultiplicativeGaussian': 'multiplicative noise, standard deviation',
+            'RelativeGaussian': 'relative noise, share of std W', 'Quantize': 'bits of a weight'}
     return _Level(f'noise level {name} ({what.get(kind, kind)})', name)
 
 # %% ../nbs/14b_plots.ipynb #ffc830e0

@@ -36,7 +36,7 @@ class Row(NamedTuple):
     level: float  # noise level, in the unit of the law
     draw: int  # number of the noise draw
     seed: int  # the sweep's seed: seed and draw together fix the noise
-    metric: str  # 'IoU', 'mIoU' or 'pixel accuracy'
+    metric: str  # 'IoU', 'mIoU' or 'pixel accuracy'; for classifiers 'recall', 'balanced accuracy' or 'accuracy'
     class_: str  # the class's name for IoU, else empty; the column is called 'class'
     value: float  # the score, from 0 to 1; nan for a class that is in neither truth nor prediction
     n_pixels: int  # pixels of that class in the truth, or all pixels that count

@@ -25,7 +25,7 @@ def _rows(df, metric, by):
     if df.empty: raise ValueError("df: there are no rows in it")
     d = df[df['metric'] == metric]
     if d.empty: raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}")
-    if metric == 'IoU' and 'class' not in by: by.append('class')
+    if metric in ('IoU', 'recall') and 'class' not in by: by.append('class')
     groups = d.groupby(by, observed=True)
     if mixed := [c for c in _fixed if c in d and c not in by and groups[c].nunique().gt(1).any()]:
         raise ValueError(f"df: rows that differ in {' and '.join(mixed)} would be averaged. Select one, or add {mixed[0]!r} to by=")

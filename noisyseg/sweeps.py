@@ -24,6 +24,7 @@ from . import __version__
 from .conditions import Batches, digest, draw_seed, logits_of, scores, untouched
 from .metrics import ConfusionMeter
 from .perturb import perturbed
+from .reuse import Reuse
 from .select import Selector, as_selector, conv_and_norm, select
 from .store import Cell, Row, Store, load_sweep, to_frame
 from .summary import paired_difference, protocols, summarise
@@ -79,7 +80,7 @@ class _Grid:
         _check_law(law, self.levels)
         self.law, self.where = law, as_selector(where)
         self.names = {key: [s.name for s in select(m, self.where)] for key, m in models.items()}
-        self.batches = Batches(dl, cache_mb)
+        self.batches, self.cache_mb = Batches(dl, cache_mb), cache_mb
         self.ignore_index = self.batches.ignore_index if ignore_index is None else ignore_index
         self.classes = self._find_classes(class_names)
 
@@ -124,13 +125,18 @@ def _cells(grid):
 
 def _measure(grid, jobs, done):
     "Measure `jobs`, pairs (where, cell), and hand the rows of each to `done`."
+    kinds = {(id(where), *cell[:2]): where for where, cell in jobs if cell.level > 0}
+    reuse = {k: Reuse(grid.models[k[1:]], where, grid.cache_mb / len(kinds)) for k, where in kinds.items()}
     for (_, noise, draw, name, run), group in groupby(jobs, lambda j: (id(j[0]), j[1].level > 0, j[1].draw, *j[1][:2])):
         group = list(group)
         model, where = grid.models[name, run], group[0][0]
-        with perturbed(model, grid.law, where, draw_seed(grid.seed, draw)) if noise else nullcontext() as clone:
+        kept = reuse[id(where), name, run] if noise else None
+        with perturbed(model, grid.law, where, draw_seed(grid.seed, draw)) if noise else nullcontext() as clone, kept or nullcontext():
             for job in group:
                 level = job[1].level
-                if noise: clone.rescale(level)
+                if noise:
+                    clone.rescale(level)
+                    kept.start()
                 found = scores(model, grid.batches, grid.classes, grid.ignore_index, f'model {name!r}')
                 done(job, [Row(name, run, law_text(grid.law), str(where), level, draw, grid.seed, *s) for s in found])
 
@@ -157,7 +163,7 @@ def _run(grid, jobs, done, progress, path=None):
 # %% ../nbs/13d_sweeps.ipynb #4d0fc143
 def noise_sweep(
     models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
-    dl,  # batches (images, masks), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
+    dl,  # batches (images, masks) or (images, labels), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
     law,  # the noise law, such as MaxGaussian(); its own level does not matter
     levels,  # noise levels of at least 0, in the law's unit; include 0 for the clean scores
     draws: int = 10,  # noise draws for each level

@@ -33,40 +33,42 @@ BLOCK = 32  # output pixels to a product: fewer waste calls, more multiply zeros
 
 @lru_cache(512)
 def _blocks(n_in, n_out, k, align_corners, dtype, device):
-    "For each block of output pixels: where it begins, the range of inputs that it uses, and its matrix (block, k · inputs)."
+    "For each block of output pixels: where it begins, the range of inputs that it uses, and its matrix (block, inputs · k)."
     A, out = taps(n_in, n_out, k, align_corners), []
     for start in range(0, n_out, BLOCK):
         rows = A[start:start + BLOCK]
         used = rows.abs().amax((0, 1)).nonzero().flatten()
         low, high = int(used[0]), int(used[-1]) + 1
-        out.append((start, low, high, rows[:, :, low:high].reshape(len(rows), -1).to(device, dtype)))
+        out.append((start, low, high, rows[:, :, low:high].transpose(1, 2).reshape(len(rows), -1).to(device, dtype)))
     return out
 
 def _expand(y, n_out, align_corners):
-    "Sum of taps along one dimension: (batch, k, n_in, m) -> (batch, n_out, m)."
-    b, k, n_in, m = y.shape
+    "Sum of taps along one dimension: (batch, n_in, k, m) -> (batch, n_out, m)."
+    b, n_in, k, m = y.shape
     out = y.new_empty(b, n_out, m)
     for start, low, high, A in _blocks(n_in, n_out, k, align_corners, y.dtype, y.device):
-        out[:, start:start + len(A)] = A @ y[:, :, low:high].reshape(b, -1, m)
+        out[:, start:start + len(A)] = A @ y[:, low:high].view(b, -1, m)
     return out
 
 def _gather(g, k, n_in, align_corners):
-    "The transpose of `_expand`: (batch, n_out, m) -> (batch, k, n_in, m)."
+    "The transpose of `_expand`: (batch, n_out, m) -> (batch, n_in, k, m)."
     b, n_out, m = g.shape
-    out = g.new_zeros(b, k, n_in, m)
+    out = g.new_zeros(b, n_in, k, m)
     for start, low, high, A in _blocks(n_in, n_out, k, align_corners, g.dtype, g.device):
-        out[:, :, low:high] += (A.T @ g[:, start:start + len(A)]).view(b, k, high - low, m)
+        out[:, low:high] += (A.T @ g[:, start:start + len(A)]).view(b, high - low, k, m)
     return out
 
 # %% ../nbs/04a_upconv.ipynb #b3154bbe
+def _pointwise(weight): return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)   # (ky·kx·out, channels, 1, 1)
+
 class _UpConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, size, align_corners):
-        (b, c, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, size
-        y = x.permute(0, 2, 3, 1).reshape(-1, c) @ weight.permute(1, 2, 3, 0).reshape(c, -1)             # at low resolution: (b·h·w, ky·kx·o)
-        y = y.view(b, h, w, k, k * o).permute(0, 3, 1, 2, 4).reshape(b, k, h, w * k * o)
-        z = _expand(y, height, align_corners).view(b * height, w, k, o).transpose(1, 2)                # rows
-        z = _expand(z.reshape(b * height, k, w, o), width, align_corners)                              # columns
+        (b, _, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, size
+        y = F.conv2d(x.contiguous(memory_format=torch.channels_last), _pointwise(weight)).permute(0, 2, 3, 1)       # at low resolution: (b, h, w, ky·kx·o)
+        y = y.reshape(b, h, w, k, k * o).transpose(2, 3).reshape(b, h, k, w * k * o)
+        z = _expand(y, height, align_corners)                                     # rows: (b, height, w·kx·o)
+        z = _expand(z.view(b * height, w, k, o), width, align_corners)             # columns
         ctx.save_for_backward(x, weight)
         ctx.align_corners = align_corners
         return z.view(b, height, width, o).permute(0, 3, 1, 2)
@@ -77,11 +79,11 @@ class _UpConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (b, c, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, g.shape[-2:]
         g = _gather(g.permute(0, 2, 3, 1).reshape(b * height, width, o), k, w, ctx.align_corners)           # columns
-        g = g.transpose(1, 2).reshape(b, height, w * k * o)
-        g = _gather(g, k, h, ctx.align_corners).view(b, k, h, w, k * o).permute(0, 2, 3, 1, 4).reshape(-1, k * k * o)   # rows
-        gx = (g @ weight.permute(2, 3, 0, 1).reshape(-1, c)).view(b, h, w, c).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
-        gw = (x.permute(0, 2, 3, 1).reshape(-1, c).T @ g).view(c, k, k, o).permute(3, 0, 1, 2) if ctx.needs_input_grad[1] else None
-        return gx, gw, None, None
+        g = _gather(g.view(b, height, w * k * o), k, h, ctx.align_corners).view(b, h, k, w, k * o)         # rows
+        g = g.transpose(2, 3).reshape(b, h, w, k * k * o)
+        gx, gw, _ = torch.ops.aten.convolution_backward(g.permute(0, 3, 1, 2), x.contiguous(memory_format=torch.channels_last), _pointwise(weight), None,
+                                                        (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad[:2], False))
+        return gx, None if gw is None else gw.view(k, k, o, c).permute(2, 3, 0, 1), None, None
 
 # %% ../nbs/04a_upconv.ipynb #af3c2611
 def conv_of_upsampled(

@@ -1,93 +1,129 @@
-"""How fast is clone, inject, recover beside the plain loop? Prints ratios from one run; `make bench` calls this.
+"""How fast is noisyseg beside the plain way to do the same, and beside its peers? `make bench` calls this: one command, one table.
 
-Both sides make the same noise, bit for bit: that is checked before anything is timed. Timings are interleaved, and the
-median of each is taken, because a shared machine is noisy.
+Both ways run in one process, in turns, after a warm-up and after a check that their results agree; each group has a process of its own,
+because what one leaves in the memory allocator would change the other's times. The ratio is ours / other, median over the turns: below 1 is faster.
+Without --full it takes three to four minutes on two cores. Each run is appended to nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
 """
 import argparse
-import statistics
+import datetime
+import importlib
+import json
+import os
+import platform
 import subprocess
 import sys
+import tempfile
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
-import torchvision
-from torch import nn
+from bench_timing import Plan, skipped
 
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import clone_weights, conv_and_norm, perturbed
-from noisyseg.unet3plus import unet3plus_resnet34
+root = Path(__file__).resolve().parents[1]
+RESULTS = root/'nbs'/'benchmarks'/'results.jsonl'
+JOBS = [  # group, module and function that yields its rows; whether in quick mode too
+    ('perturb', 'bench_perturb:unet3plus', True), ('perturb', 'bench_perturb:resnet50', False), ('decoder', 'bench_decoder:decoder', True),
+    ('branches', 'bench_decoder:branches', True), ('step', 'bench_training:step', True), ('sweeps', 'bench_sweeps:sweeps', True),
+    ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True), ('peers', 'bench_peers:peers', True)]
+GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))
 
 
-def naive_inject(modules, n, alpha, generator):
-    "The plain way: a dictionary of clones, then `torch.normal` with an expanded standard deviation, clamp and add, module by module."
-    clones = {}
-    for name, m in modules.items(): clones[name] = m.weight.data.clone()
-    for m in modules.values():
-        w = m.weight.data
-        lead = w.shape[:2] if w.ndim > 2 else ()
-        largest = n * w.abs().reshape(*lead, -1).amax(-1)
-        sigma = largest.reshape(*lead, *[1] * (w.ndim - len(lead))).expand(w.shape)
-        noise = torch.normal(0., sigma, generator=generator)
-        noise.clamp_(-alpha * sigma, alpha * sigma)
-        m.weight.data += noise
-    return clones
+def measure(job, a):
+    "In a process of its own: the rows of one job, and what went wrong (its last words), if something did."
+    group, what, _ = job
+    with tempfile.NamedTemporaryFile('r', suffix='.jsonl') as f:
+        python, env = sys.executable, dict(os.environ)
+        if group == 'peers' and a.peers:
+            python, own = a.peers, [p for p in sys.path if 'site-packages' in p]
+            env['PYTHONPATH'] = os.pathsep.join([str(root), *own])   # first what is here, then what is only there
+        cmd = [python, __file__, '--job', what, '--rows', f.name, '--device', a.device]
+        cmd += (['--full'] if a.full else []) + (['--rounds', str(a.rounds)] if a.rounds else [])
+        done = subprocess.run(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        rows = [json.loads(line) for line in f]
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        rows.append(skipped(what, f'failed: {(done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}') | {'failed': True})
+    return [{'group': group, **r} for r in rows]
 
-def naive_recover(modules, clones):
-    for name, m in modules.items(): m.weight.data = clones[name]
+def hardware(device):
+    model = platform.processor() or platform.machine()
+    if (info := Path('/proc/cpuinfo')).exists():
+        model = next((line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')), model)
+    return {'cpu': model, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'gpu': torch.cuda.get_device_name(device) if device != 'cpu' else None,
+            'device': device, 'system': platform.system()}
 
-def compare(name, model, rounds):
-    modules = {k: m for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))}
-    law, clone = MaxGaussian(0.05, alpha=2.), clone_weights(model, conv_and_norm)
-    weights = lambda: [m.weight.detach().clone() for m in modules.values()]
-    clean, g = weights(), lambda: torch.Generator().manual_seed(0)
+def commit():
+    "Commit, and whether the code differs from it; the results and the page that draws them don't count."
+    git = lambda *args: subprocess.run(['git', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout.strip()
+    try: return {'commit': git('rev-parse', '--short', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--', '.', ':!nbs/benchmarks*'))}
+    except (OSError, subprocess.CalledProcessError): return {'commit': None, 'dirty': None}
 
-    kept = naive_inject(modules, 0.05, 2., g())
-    expected = weights()
-    naive_recover(modules, kept)
-    clone.inject(law, g())
-    assert all(map(torch.equal, expected, weights())), 'the noise differs from the plain loop'
-    clone.recover()
-    assert all(map(torch.equal, clean, weights())), 'recovery is not exact'
+def number(v): return '' if v is None else f'{v:.2e}' if abs(v) < 0.01 else f'{v:.3g}' if abs(v) < 100 else f'{v:,.0f}'
 
-    def naive(): naive_recover(modules, naive_inject(modules, 0.05, 2., g()))
-    def ours():
-        clone.inject(law, g())
-        clone.recover()
-    def context():
-        with perturbed(model, law, conv_and_norm, g()): pass
-    slider = clone_weights(model, conv_and_norm).inject(law, g()).rescale(0.04)
-    level = iter(0.01 + 0.0001 * i for i in range(10**6))
-    def rescale(): slider.rescale(next(level))
-    draw = [torch.empty(w.shape) for w in clean]
-    def draw_alone():
-        generator = g()
-        for z in draw: z.normal_(generator=generator)
+def cells(r):
+    spread = f'({r["low"]:.2f}–{r["high"]:.2f})' if r['rounds'] > 1 and r['low'] is not None else ''
+    ns, of_ns = r.get('ns_per_weight'), r['target_of'] == 'ns_per_weight'
+    target = f'≤ {r["target"]:g}{" ns" if of_ns else ""}' if r['target'] else ''
+    unit, ratio = r['unit'] if r['ours'] is not None else '', '' if r['ratio'] is None else f'{r["ratio"]:.2f}'
+    verdict = r['verdict'].upper() if r['verdict'] in ('worse', 'target missed') else r['verdict']
+    ns = f'{ns:.2f} ns/weight' if ns else ''
+    return [r['what'], r['where'], number(r['ours']), unit, ns, r['against'], number(r['other']), ratio, spread, target, verdict]
 
-    times = {f: [] for f in (naive, ours, context, draw_alone, rescale)}
-    for i in range(rounds + 2):
-        for f, ts in times.items():
-            start = time.perf_counter()
-            f()
-            if i >= 2: ts.append(time.perf_counter() - start)
-    slider.recover()
-    base = statistics.median(times[naive])
-    print(f'\n{name}: {clone.n_weights:,} weights in {len(modules)} tensors, {torch.get_num_threads()} thread(s), {torch.get_default_dtype()}')
-    print(f'  {"":46}{"ms":>9}{"ns/weight":>11}{"times as fast":>15}')
-    for f, label in ((naive, 'plain loop: clone, inject, recover'), (ours, 'a kept WeightClone: inject, recover'),
-                     (context, 'with perturbed(…)'), (draw_alone, 'drawing the numbers alone: the floor of these'),
-                     (rescale, 'rescale of a fixed draw (a slider step)')):
-        t = statistics.median(times[f])
-        print(f'  {label:46}{t * 1e3:9.2f}{t / clone.n_weights * 1e9:11.2f}{base / t:15.1f}')
+HEAD = ['', '', 'ours', 'unit', '', 'beside', 'other', 'ratio', '10–90 %', 'target', '']
 
-MODELS = {'UNet3+ with ResNet34': lambda: unet3plus_resnet34(21, pretrained=False), 'ResNet50': torchvision.models.resnet50}
+def table(rows):
+    "All rows as text, one line each; notes below them where they say more."
+    lines = [HEAD] + [cells(r) for r in rows]
+    width = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    right = {2, 4, 6, 7, 8}
+    text = lambda line: '  '.join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip()
+    out = [text(HEAD)]
+    for group in GROUPS:
+        if mine := [r for r in rows if r['group'] == group]:
+            out += ['', group.upper()]
+            for r in mine: out += [text(cells(r))] + ([f'    {r["note"]}'] if r['note'] else [])
+    return '\n'.join(out)
+
+def run(a):
+    jobs = [j for j in JOBS if j[0] in a.only and (a.full or j[2])]
+    started, rows, load = time.time(), [], getattr(os, 'getloadavg', lambda: [None])()[0]
+    for i, job in enumerate(jobs):
+        begun = time.time()
+        print(f'{i + 1} of {len(jobs)}: {job[1].replace(":", ", ")} … ', end='', flush=True)
+        rows += measure(job, a)
+        print(f'{time.time() - begun:.0f} s', flush=True)
+    versions = {'python': platform.python_version(), **{n: version(n) for n in ('torch', 'torchvision', 'noisyseg')}}
+    result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'mode': 'full' if a.full else 'quick',
+              'seconds': round(time.time() - started), 'load': load, **hardware(a.device), 'versions': versions, 'rows': rows}
+    machine = f'{result["cpu"]}, {result["threads"]} of {result["cores"]} cores' + (f', {result["gpu"]}' if result['gpu'] else '')
+    print(f'\n{table(rows)}\n\nratio = ours / other, below 1 is less. {machine}; '
+          f'commit {result["commit"]}{" and changes" if result["dirty"] else ""}; {result["mode"]}, {result["seconds"]} s')
+    if load is not None and load > 0.5: print(f'Something else was at work here when it began (load {load:.1f}): trust no millisecond, and repeat on a quiet machine.')
+    if not a.no_save:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, 'a') as f: f.write(json.dumps(result, ensure_ascii=False) + '\n')
+        print(f'appended to {RESULTS.relative_to(root)}')
+    return 1 if any(r.get('failed') for r in rows) else 0
+
+def one_job(a):
+    module, function = a.job.split(':')
+    torch.manual_seed(0)
+    with open(a.rows, 'a') as f:
+        for r in getattr(importlib.import_module(module), function)(Plan(a.full, a.rounds, a.device)):
+            f.write(json.dumps(r, ensure_ascii=False) + '\n')
+            f.flush()
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--rounds', type=int, default=15)
-    p.add_argument('--model', choices=MODELS, help='only this one; without it each in a process of its own')
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--full', action='store_true', help='more cases and more turns: about half an hour')
+    p.add_argument('--only', type=lambda s: s.split(','), default=GROUPS, help=f'some of {",".join(GROUPS)}')
+    p.add_argument('--rounds', type=int, help='turns of each comparison; by default as many as fit into a few seconds, at least 3')
+    p.add_argument('--no-save', action='store_true', help='print only')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda; by default the GPU if there is one')
+    p.add_argument('--peers', metavar='PYTHON', help='the Python of an environment that has the peers; see bench_peers.py')
+    p.add_argument('--job', help=argparse.SUPPRESS)
+    p.add_argument('--rows', help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.model:
-        torch.manual_seed(0)
-        compare(a.model, MODELS[a.model](), a.rounds)
-    else:   # a process each: what one model leaves in the memory allocator would change the other's times
-        for name in MODELS: subprocess.run([sys.executable, __file__, '--rounds', str(a.rounds), '--model', name], check=True)
+    if unknown := set(a.only) - set(GROUPS): p.error(f'--only: there is no group {", ".join(unknown)}; there are {", ".join(GROUPS)}')
+    sys.exit(one_job(a) if a.job else run(a))

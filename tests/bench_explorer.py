@@ -1,10 +1,12 @@
-"""How long from a move of the explorer's slider to the repainted masks of both models? Measured in a real browser on a real JupyterLab;
-`make bench` calls this. Also: what a thousand moves and fifty runs of the cell leave in memory.
+"""From a move of the explorer's slider to the repainted masks of both models, in a real browser on a real JupyterLab.
+With --full also what a thousand moves and fifty runs of the cell leave in memory.
 """
+import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 
-from test_explorer import Seen, cells, drag, live
+from bench_timing import quantile, row, skipped
 
 LATENCY = '''async ({root, moves}) => {
     // from a slider's event to the repainted masks of both models
@@ -39,22 +41,34 @@ def again(page):
     page.evaluate("""async () => { const nb = jupyterapp.shell.currentWidget.content
         nb.activeCellIndex = 2; await jupyterapp.commands.execute('notebook:run-cell') }""")
 
-if __name__ == '__main__':
+def explorer(plan):
+    if not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))): yield skipped('the slider', 'no Chromium on the PATH'); return
+    for name in ('playwright', 'jupyterlab', 'pytest'):
+        if importlib.util.find_spec(name) is None: yield skipped('the slider', f'{name} is not installed'); return
+    from test_explorer import Seen, cells, drag, live
     with tempfile.TemporaryDirectory() as folder, live(Path(folder), [*cells, MEMORY]) as page:
-        seen = Seen(page)
+        seen, where = Seen(page), '128², in JupyterLab'
         page.wait_for_timeout(3000)
         move = lambda n: seen.root.evaluate(f'(root) => ({LATENCY})({{root, moves: {n}}})')
         move(10)
-        times = move(96)
-        print(f'slider to masks of both models, 128 x 128, {len(times)} moves: median {times[len(times) // 2]:.0f} ms, '
-              f'95th percentile {times[int(.95 * len(times))]:.0f} ms')
-        settled = sorted(seen.root.evaluate(f'(root) => ({drag})({{root, moves: 60}})') for _ in range(5))
-        print(f'a drag of 60 moves settles {settled[2]:.0f} ms after the last (median of 5, worst {settled[-1]:.0f})')
-        before = heap(page), *kernel(page)
+        times = move(96 if plan.full else 48)
+        yield row('a move of the slider to masks of both models', where, times, note=f'95th percentile {quantile(times, .95):.0f} ms, of {len(times)} moves')
+        settled = [seen.root.evaluate(f'(root) => ({drag})({{root, moves: 60}})') for _ in range(5 if plan.full else 3)]
+        yield row('a drag of 60 moves settles after the last', where, settled, note=f'the slowest of {len(settled)}: {max(settled):.0f} ms')
+        if plan.full: yield from growth(page, move, where)
+
+def growth(page, move, where):
+    "What is left in memory; the widgets must not grow in number."
+    def many_moves():
         for _ in range(10): move(100)
-        print('browser MB, kernel MB, widgets: before', *before, '· after a thousand moves', heap(page), *kernel(page))
-        for _ in range(10): again(page); page.wait_for_timeout(700)
-        before = heap(page), *kernel(page)
-        for _ in range(50): again(page); page.wait_for_timeout(700)
+    def rerun(n):
+        for _ in range(n): again(page); page.wait_for_timeout(700)
         page.wait_for_timeout(2000)
-        print('after ten runs of the cell', *before, '· after fifty more', heap(page), *kernel(page))
+    for what, warm_up, f in (('a thousand moves', lambda: None, many_moves), ('fifty runs of the cell', lambda: rerun(10), lambda: rerun(50))):
+        warm_up()
+        before = heap(page), *map(int, kernel(page))
+        f()
+        after = heap(page), *map(int, kernel(page))
+        for i, of in enumerate(('browser', 'kernel')):
+            note = f'widgets: before {before[2]}, after {after[2]}'
+            yield row(f'memory of the {of} after {what}', where, after[i], 'before', before[i], unit='MB', note=note)

@@ -1,5 +1,7 @@
 """UNet3+ beside a second one, written straight from its paper (arXiv 2004.08790) as functions of a dictionary of weights.
 It shares no code with noisyseg and has no layers: pooling, interpolation and batch norm are spelled out."""
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +166,93 @@ def test_classification_guided(n_classes, upsample):
         p = b.sigmoid()*there if n_classes == 1 else b.softmax(1)*there/(b.softmax(1)*there).sum(1, keepdim=True)
         close(a.sigmoid() if n_classes == 1 else a.softmax(1), p, f'head {i}')
     for batch in ([0], [1], [2], [2, 0], [1, 1, 0, 2]): close(m(x[batch]), got[0][batch], f'batch {batch}')
+
+
+def wide(upsample='before', width=32, **kw):
+    "Wide enough for Winograd's convolution in the two finest levels"
+    torch.manual_seed(0)
+    m = UNet3Plus(PlainEncoder(1, FILTERS), 3, width=width, in_channels=1, upsample=upsample, **kw)
+    for bn in (o for o in m.modules() if isinstance(o, nn.BatchNorm2d)):
+        for t, low, high in (bn.weight, 0.5, 1.5), (bn.bias, -0.2, 0.2), (bn.running_mean, -0.3, 0.3), (bn.running_var, 0.5, 2): nn.init.uniform_(t, low, high)
+    return m
+
+
+def both_ways(m, x, **changes):
+    "Outputs, gradients and buffers of the fast and the plain decoder"
+    out = []
+    for way in ('fast', 'plain'):
+        k = copy.deepcopy(m).set_decoder(way)
+        for name, v in (changes if way == 'fast' else {}).items(): setattr(k, name, v)
+        heads = k(x, all_levels=True)
+        sum((o*images(*o.shape, seed=2 + i).to(o)).sum() for i, o in enumerate(heads)).backward()
+        out.append(([o.detach() for o in heads], {n: p.grad for n, p in k.named_parameters()}, dict(k.named_buffers())))
+    return out
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    "How often each shortcut was taken"
+    import noisyseg.unet3plus as module
+    calls = dict.fromkeys(('winograd_conv', 'batch_norm_relu', 'conv_of_upsampled'), 0)
+    def count(name, f):
+        def counting(*args, **kw):
+            calls[name] += 1
+            return f(*args, **kw)
+        monkeypatch.setattr(module, name, counting)
+    for name in calls: count(name, getattr(module, name))
+    return calls
+
+
+@pytest.mark.parametrize('upsample', ['before', 'after'])
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('size', [(97, 131), (130, 52)])
+def test_fast_is_plain(size, training, upsample, counted):
+    "In double precision: outputs and running statistics to 1e-12, gradients to 1e-10"
+    m = wide(upsample).double().train(training)
+    fast, plain = both_ways(m, images(1, 1, *size))
+    assert counted['winograd_conv'] >= 1 and counted['batch_norm_relu'] >= 4
+    for a, b in zip(fast[0], plain[0]): assert (a - b).abs().max() <= 1e-12*b.abs().max()
+    for k, g in plain[1].items(): assert (fast[1][k] - g).abs().max() <= 1e-10*max(1, g.abs().max()), k
+    for k, b in plain[2].items(): assert (fast[2][k] - b).abs().max() <= 1e-12*max(1, b.abs().max()), k
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+def test_single_precision(training):
+    "The fast decoder's distance from double precision is at most three times the plain one's"
+    m, x = wide().train(training), images(2, 1, 130, 97)
+    exact = both_ways(copy.deepcopy(m).double(), x)[1][0]
+    errors = [max(((o - e).norm()/e.norm()).item() for o, e in zip(way[0], exact)) for way in both_ways(m, x.float())]
+    assert errors[0] <= 3*errors[1] and errors[0] <= 1e-5, errors
+
+
+def test_watched_layers_are_called(counted):
+    "A hook sees its layer, autocast and torch.func see ordinary layers"
+    m, x, seen = wide().eval(), images(1, 1, 64, 64).float(), []
+    with torch.no_grad():
+        want = m(x)
+        assert counted['winograd_conv'] == 1
+        for name in ('decoder.0.fuse.bn', 'decoder.0.fuse.conv', 'decoder.0.fuse'):
+            h = m.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.shape))
+            got = m(x)
+            h.remove()
+            assert (got - want).abs().max() <= 1e-5*want.abs().max()
+        assert len(seen) == 3 and counted['winograd_conv'] == 2   # with a hook on the whole block its inside may be short
+        with torch.autocast('cpu', dtype=torch.bfloat16): assert m(x).dtype == torch.bfloat16
+        before = dict(counted)
+        out = torch.func.functional_call(m, {k: v for k, v in m.named_parameters()}, (x,))
+        assert (out - want).abs().max() <= 1e-5*want.abs().max() and counted != before
+        torch.func.vmap(lambda w: torch.func.functional_call(m, {'heads.0.weight': w}, (x,)))(torch.stack([m.heads[0].weight]*2))
+
+
+@pytest.mark.parametrize('decoder', ['fast', 'plain'])
+def test_checkpoint(decoder):
+    "The same outputs, gradients and running statistics, dropout included"
+    results = []
+    for checkpoint in (False, True):
+        m = wide(dropout=0.3, checkpoint=checkpoint, decoder=decoder).double().train()
+        torch.manual_seed(5)
+        outs = m(images(2, 1, 33, 40))
+        sum(o.square().sum() for o in outs).backward()
+        results.append((outs, [p.grad for p in m.parameters()], list(m.buffers())))
+    for a, b in zip(*results):
+        for s, t in zip(a, b): assert torch.equal(s, t) or (s - t).abs().max() <= 1e-12*t.abs().max()

@@ -1,0 +1,178 @@
+"""The study of noise-aware training: ResNet-20 on CIFAR-10, trained in eight ways, then attacked and rounded to few bits.
+
+    python nbs/studies/noise_aware.py train --size small --seeds 0 1   # a checkpoint for each way and seed; those that exist are kept
+    python nbs/studies/noise_aware.py cost                             # noise_aware_cost.csv: the ways of training in turn, a few batches each
+    python nbs/studies/noise_aware.py sweep                            # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
+    python nbs/studies/noise_aware.py train sweep --size full          # the published length: 200 epochs on all of CIFAR-10, for a GPU
+
+Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and choose nothing.
+"""
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.data.external import fastai_path
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
+from fastai.torch_core import default_device, set_seed
+
+from noisyseg import __version__
+from noisyseg.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.cifar import cifar10
+from noisyseg.classifiers import resnet20
+from noisyseg.damp import DAMP
+from noisyseg.laws import AbsoluteGaussian, MaxGaussian
+from noisyseg.quantization_sweep import quantization_sweep
+from noisyseg.sam import SAMCallback, multi_step_rho
+from noisyseg.select import conv_and_linear
+from noisyseg.training import WeightNoise, load_model, read_card, save_model, write_atomic
+
+HERE = Path(__file__).parent
+SIZES = {'small': dict(epochs=6, subset=5000, width=8, bs=64, n_test=500, n_valid=500), 'full': dict(epochs=200, subset=None, width=16, bs=128, n_test=None, n_valid=5000)}
+LR, MOMENTUM, WD = 0.1, 0.9, 5e-4         # of a batch of 128; a smaller batch has a smaller learning rate
+NOISE = 0.03            # of both naive ways; about a quarter of the convolutions' standard deviation before training, see the notebook
+N_MAX, SIGMA, PER_DRAW = 0.1, 0.1, 16   # MaxGaussian; DAMP and its images in a sub-batch (128 in 8 parts, as published)
+RELATIVE, ABSOLUTE, BITS = (0, 0.1, 0.2, 0.3, 0.5), (0, 0.01, 0.02, 0.05, 0.1), (2, 3, 4, 6, 8)
+
+def multi_step(epochs):
+    "The published stairs, 0 by 0.02 every 10 of 200 epochs, in the same course over fewer: as many stairs as there are epochs, at most 20."
+    stairs = min(20, epochs)
+    return multi_step_rho(step=0.4 / stairs, every=epochs // stairs)
+
+def ways(a, seed):
+    "What a network is trained with, by the way's name."
+    return {
+        'standard': [],
+        'noise, recovered': [WeightNoise(AbsoluteGaussian(NOISE), where=conv_and_linear, seed=seed)],
+        'noise, never removed': [AccumulatingNoise(AbsoluteGaussian(NOISE), seed=seed)],
+        'SAM': [SAMCallback(0.05)],
+        'multi-step SAM': [SAMCallback(multi_step(a.epochs))],
+        'DAMP': [DAMP(SIGMA, a.bs // PER_DRAW, seed=seed)],
+        'ASAM': [SAMCallback(0.5, adaptive=True)],
+        'MaxGaussian noise': [WeightNoise(MaxGaussian(N_MAX), seed=seed)],
+    }
+
+class Clock(Callback):
+    "Seconds of each training epoch, without validation: of processor time on a CPU, since the machine may do other things too; on a GPU of wall time."
+    order = 99
+    def now(self):
+        if not torch.cuda.is_available(): return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    def before_fit(self): self.seconds = []
+    def before_train(self): self.start = self.now()
+    def after_train(self): self.seconds.append(self.now() - self.start)
+    def after_epoch(self): print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:] if isinstance(v, float)), flush=True)
+
+def learner(a, dls, way, seed):
+    set_seed(seed)
+    dls.train.epoch = -1                                # the same batches, augmented alike, for all ways
+    opt = partial(SGD, mom=MOMENTUM, wd=WD, decouple_wd=False)
+    return Learner(dls, resnet20(width=a.width), CrossEntropyLossFlat(), opt_func=opt, metrics=accuracy, cbs=[*ways(a, seed)[way], Clock()])
+
+def fit(learn, a):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, LR * a.bs / 128, moms=(MOMENTUM,) * 3)
+
+def machine(): return f'{platform.machine()}, ' + (torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU thread(s)')
+def file(a, way, seed): return a.models/a.size/f'{way.replace(", ", "-").replace(" ", "-")}-{seed}.safetensors'
+def data(a, seed=0, **kw): return cifar10(subset=a.subset, n_valid=a.n_valid, bs=a.bs, seed=seed, **kw)
+
+def train(a):
+    for seed in a.seeds:
+        dls = None
+        for way in ways(a, seed):
+            if (path := file(a, way, seed)).exists(): continue
+            print(f'{way}, seed {seed}', flush=True)
+            dls = dls or data(a, seed)
+            fit(learn := learner(a, dls, way, seed), a)
+            names = learn.recorder.metric_names[1:-1]
+            epochs = [dict(zip(names, map(float, v))) | {'seconds': s} for v, s in zip(learn.recorder.values, learn.clock.seconds)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(learn, path, dataset=dls.about, way=way, seed=seed, history=epochs, hardware=machine(), date=time.strftime('%Y-%m-%d'),
+                       settings={k: getattr(a, k) for k in ('size', 'epochs', 'subset', 'width', 'bs')} | dict(lr=LR * a.bs / 128, momentum=MOMENTUM, wd=WD))
+
+def trained(a):
+    "All the networks that there are, by way and training seed."
+    return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in range(100) if (f := file(a, way, seed)).exists()}
+
+def companion(path, a, **info):
+    "What made a results file, beside it."
+    versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}
+    made = dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *sys.argv[1:]]), hardware=machine(), date=time.strftime('%Y-%m-%d'),
+                versions=versions, settings={k: v for k, v in vars(a).items() if k not in ('what', 'models')}, **info)
+    write_atomic(path.with_name(path.name + '.json'), json.dumps(made, indent=1, ensure_ascii=False) + '\n')
+
+def keep(path, df, a, **info):
+    write_atomic(path, df.to_csv(index=False))
+    companion(path, a, **info)
+
+def out(a, name): return HERE/(name if a.size == 'small' else name.replace('.csv', f'_{a.size}.csv'))
+
+def test_batches(a):
+    "The test images, or every k-th of them: they are sorted by class, so each class is there equally often."
+    test = data(a).test
+    x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in test]) for i in (0, 1))
+    keep = slice(None, None, 1 if a.n_test is None else len(y) // a.n_test)
+    return list(zip(x[keep].split(250), y[keep].split(250))), test
+
+def training_table(a):
+    rows = []
+    for way, seed in trained(a):
+        card, model = read_card(file(a, way, seed)), load_model(file(a, way, seed))
+        std = weight_std(model).drop('fc.weight').mean()
+        rows += [dict(model=way, train_seed=seed, epoch=i, conv_std=std, **h) for i, h in enumerate(card['history'], 1)]
+    return pd.DataFrame(rows)
+
+def sweep(a):
+    models, (batches, test) = trained(a), test_batches(a)
+    info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches), train_seeds=sorted({s for _, s in models}))
+    keep(out(a, 'noise_aware_training.csv'), training_table(a), a, **info)
+    bits = quantization_sweep(models, batches, BITS, 'channel', class_names=test.vocab)
+    keep(out(a, 'noise_aware_bits.csv'), bits[bits['metric'] == 'accuracy'], a, **info)
+    store = a.models/a.size/'attacks.csv'
+    attacks = attack_sweep(models, batches, RELATIVE, ABSOLUTE, draws=10, class_names=test.vocab, store=store)
+    attacks = attacks[attacks['metric'] == 'accuracy']
+    keep(out(a, 'noise_aware_attacks.csv'), attacks, a, **info)
+    print(attack_table(attacks).to_string())
+
+def cost(a):
+    "A few batches of each way in turn, five times over: so that all ways meet the same machine."
+    dls, rows = cifar10(subset=20 * a.bs, n_valid=10, bs=a.bs, seed=0), []
+    for k in range(6):                                  # the first round warms up, and does not count
+        for way in ways(a, 0):
+            learn = learner(a, dls, way, 0)
+            if way == 'multi-step SAM': learn.sam_callback.rho = 0.2   # in the first epochs its rho is 0, and there it costs what standard training does
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+            if k: rows.append(dict(model=way, round=k, seconds=learn.clock.seconds[0], batches=20, batch_size=a.bs))
+    keep(out(a, 'noise_aware_cost.csv'), df := pd.DataFrame(rows), a)
+    wide = df.pivot(index='round', columns='model', values='seconds')
+    print(wide.div(wide['standard'], axis=0).describe().T.round(3).to_string())
+
+def arguments(what):
+    "The command line that both CIFAR-10 studies share."
+    p = argparse.ArgumentParser(description=sys.modules['__main__'].__doc__.split('\n')[0])
+    p.add_argument('what', nargs='+', choices=what)
+    p.add_argument('--size', choices=SIZES, default='small')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
+    for k in ('epochs', 'subset', 'width', 'bs', 'n-test', 'n-valid'): p.add_argument(f'--{k}', type=int, help='instead of what the size says')
+    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-cifar', help='folder of checkpoints')
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    a = p.parse_args()
+    for k, v in SIZES[a.size].items():
+        if getattr(a, k) is None: setattr(a, k, v)
+    torch.set_num_threads(a.threads)
+    return a
+
+if __name__ == '__main__':
+    a = arguments(what := {'train': train, 'cost': cost, 'sweep': sweep})
+    for w in a.what: what[w](a)

@@ -1,0 +1,131 @@
+"""The same job by other libraries, each only if it can be imported. noisyseg does not need them; `bench.py --peers PYTHON` takes them from elsewhere:
+
+python -m venv peers && peers/bin/pip install --no-deps pytorch-optimizer segmentation-models-pytorch aihwkit-lightning
+
+--no-deps, because they would bring a torch of their own; what they need is here already.
+"""
+import copy
+import importlib.util
+from importlib.metadata import version
+
+import torch
+from bench_timing import agreement, close, row, skipped
+from bench_training import Net, loss_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from noisyseg.classifiers import resnet18_small
+from noisyseg.laws import MaxGaussian
+from noisyseg.perturb import clone_weights, conv_and_linear
+from noisyseg.unet3plus import unet3plus_resnet34
+
+
+def peers(plan):
+    for f, module, package in ((sam, 'pytorch_optimizer', 'pytorch-optimizer'), (noise, 'aihwkit_lightning', 'aihwkit-lightning'),
+                               (unetplusplus, 'segmentation_models_pytorch', 'segmentation-models-pytorch')):
+        if importlib.util.find_spec(module) is None: yield skipped(package, f'pip install --no-deps {package}')
+        else: yield from f(plan, f'{package} {version(package)}')
+
+def sam(plan, peer):
+    from pytorch_optimizer import SAM
+    torch.manual_seed(0)
+    n = 128 if plan.full or plan.cuda else 32
+    model = resnet18_small().to(plan.device)
+    x, y = torch.randn(n, 3, 32, 32, device=plan.device), torch.randint(10, (n,), device=plan.device)
+    ours, other = Net(model, {}), Net(model)
+    other.opt = SAM(other.model.parameters(), torch.optim.SGD, rho=0.05, lr=1e-3, momentum=0.9)
+    def closure(net):
+        def f():
+            net.opt.zero_grad()
+            return net.backward(x, y)
+        return f
+    closures = closure(ours), closure(other)
+    def our_step(): ours.opt.step(closures[0])
+    def their_step():
+        closures[1]()
+        other.opt.step(closures[1])
+    our_step(), their_step()
+    error = close(ours.weights, other.weights, 1e-4, 'a SAM step')
+    times = plan.in_turns({'ours': our_step, 'other': their_step}, warm_up=0)
+    yield row('a SAM step', f'ResNet-18, 32², batch {n}', times['ours'], peer, times['other'],
+              note=f'{agreement(error, "weights")}; ours also puts back the buffers that the first pass has moved')
+
+def noise(plan, peer):
+    "aihwkit's weight modifier, from the sibling of aihwkit that is plain PyTorch (aihwkit itself must be compiled)."
+    from aihwkit_lightning.nn.conversion import convert_to_analog
+    from aihwkit_lightning.nn.modules.torch_utils.torch_linear import TorchLinear
+    from aihwkit_lightning.simulator.configs import TorchInferenceRPUConfig
+    from aihwkit_lightning.simulator.parameters import WeightNoiseInjectionType
+    config = TorchInferenceRPUConfig()
+    config.modifier.noise_type, config.modifier.std_dev = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL, 0.05
+    config.mapping.max_input_size, config.pre_post.input_range.enable = -1, False
+    law = MaxGaussian(0.05, alpha=float('inf'), per='channel')
+
+    torch.manual_seed(0)
+    model = unet3plus_resnet34(21, pretrained=False).to(plan.device)
+    weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Conv2d)]
+    clone = clone_weights(model, conv_and_linear)
+    def theirs():
+        with torch.no_grad(): return [TorchLinear.modify_weight(w.flatten(1), None, config) for w in weights]
+    def ours():
+        clone.inject(law)
+        clone.recover()
+    torch.manual_seed(1)
+    want = theirs()
+    torch.manual_seed(1)
+    clone.inject(law)
+    error = close([w.flatten(1) for w in weights], want, 1e-5, 'noisy weights') if not plan.cuda else None
+    clone.recover()
+    times = plan.in_turns({'ours': ours, 'other': theirs}, warm_up=2)
+    where, same = f'UNet3+, ResNet34, {clone.n_weights / 1e6:.1f} million weights', '' if plan.cuda else f'; {agreement(error, "noise")}'
+    yield row('noise on all convolutions', where, times['ours'], f'weight modifier of {peer}', times['other'],
+              note=f'ours also clones and recovers; theirs makes new tensors{same}')
+
+    mlp = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)).to(plan.device)
+    n = 128 if plan.full or plan.cuda else 32
+    nets = (('linear layers, 6.3 million weights, batch 256', mlp, torch.randn(256, 1024, device=plan.device)),
+            (f'ResNet-18, 32², batch {n}', resnet18_small().to(plan.device), torch.randn(n, 3, 32, 32, device=plan.device)))
+    for where, net, x in nets:
+        y = torch.randint(10, (len(x),), device=plan.device)
+        a, b = Net(net), Net(net)
+        b.model = convert_to_analog(copy.deepcopy(net), config).train()
+        b.opt = torch.optim.SGD(b.model.parameters(), lr=1e-3, momentum=0.9)
+        clone = clone_weights(a.model, conv_and_linear)
+        def our_step():
+            a.opt.zero_grad()
+            clone.inject(law)
+            a.backward(x, y)
+            clone.recover()
+            a.opt.step()
+        def their_step(): b.plain(x, y)
+        torch.manual_seed(1), our_step()
+        torch.manual_seed(1), their_step()
+        size = lambda net: torch.cat([w.detach().flatten() for w in net.weights]).norm()
+        assert abs(size(a) / size(b) - 1) < 1e-3 and loss_of(a.model(x), y).isfinite()
+        times = plan.in_turns({'ours': our_step, 'other': their_step}, warm_up=0)
+        yield row('a training step under noise', where, times['ours'], f'weight modifier of {peer}', times['other'],
+                  note='' if net is mlp else 'their convolutions are products of unfolded maps')
+
+def unetplusplus(plan, peer):
+    from segmentation_models_pytorch import UnetPlusPlus
+    x = torch.randn(1, 3, 256, 256, device=plan.device)
+    nets = {'ours': unet3plus_resnet34(21, pretrained=False), **{
+        name: UnetPlusPlus('resnet34', encoder_weights=None, decoder_channels=channels, classes=21)
+        for name, channels in (('64 channels a node', (64,) * 5), ('channels as shipped', (256, 128, 64, 32, 16)))}}
+    size = {}
+    for name, m in nets.items():
+        m.to(plan.device).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): (m.set_decoder('plain') if name == 'ours' else m)(x)
+        size[name] = f'{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M weights, {counter.get_total_flops() / 2e9:.0f} G multiply-adds'
+    nets['ours'].set_decoder('fast')
+    def train_step(m):
+        out = m(x)
+        sum(o.square().mean() for o in (out if isinstance(out, list) else [out])).backward()
+        for p in m.parameters(): p.grad = None
+    for train in (False, True):
+        for m in nets.values(): m.train(train)
+        f = train_step if train else torch.no_grad()(lambda m: m(x))
+        times = plan.in_turns({k: lambda m=m: f(m) for k, m in nets.items()})
+        for name in list(nets)[1:]:
+            yield row('a training step' if train else 'evaluation', 'ResNet34, 256², batch 1', times['ours'], f'U-Net++, {name}', times[name],
+                      note=f'{peer}. Another network: UNet3+ has {size["ours"]}, as written; U-Net++ {size[name]}')

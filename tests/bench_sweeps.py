@@ -1,0 +1,72 @@
+"""Evaluations per second in sweeps: with what the unchanged parts computed kept (noisyseg.reuse), and draws one by one or batched."""
+import statistics
+from contextlib import nullcontext
+
+import pandas as pd
+import torch
+from bench_timing import agreement, close, row
+from torch.func import functional_call, vmap
+
+import noisyseg.sweeps
+from noisyseg.laws import MaxGaussian
+from noisyseg.perturb import clone_weights
+from noisyseg.scenes import scene, scene_classes
+from noisyseg.sweeps import layer_sensitivity, noise_sweep, stages
+from noisyseg.unet3plus import unet3plus_resnet34, unet3plus_small
+
+
+class NoReuse(nullcontext):
+    "Stands in for Reuse, and keeps nothing."
+    def __init__(self, *args): super().__init__()
+    def start(self): pass
+
+def pictures(n, size, device):
+    images, masks = (torch.stack([torch.as_tensor(a) for a in arrays]) for arrays in zip(*(scene(i, size) for i in range(n))))
+    return (images.permute(0, 3, 1, 2) / 255).to(device), masks.long().to(device)
+
+def swapped(reuse, f):
+    def run():
+        kept, noisyseg.sweeps.Reuse = noisyseg.sweeps.Reuse, reuse
+        try: return f()
+        finally: noisyseg.sweeps.Reuse = kept
+    return run
+
+def sweeps(plan):
+    torch.manual_seed(0)
+    n = len(scene_classes)
+    nets = {'small': (unet3plus_small(n), 4), 'ResNet34': (unet3plus_resnet34(n, pretrained=False), 2)}
+    for name, (model, batch) in nets.items() if plan.full else [('small', nets['small'])]:
+        model.to(plan.device).eval()
+        x, y = pictures(2 * batch, 128, plan.device)
+        dl, draws, levels = [(x[:batch], y[:batch]), (x[batch:], y[batch:])], 2, [0.02, 0.05, 0.1]
+        sensitivity = lambda: layer_sensitivity(model, dl, MaxGaussian(0.05), draws=draws, progress=False)
+        decoder = lambda: noise_sweep(model, dl, MaxGaussian(), levels, draws, 'decoder*', progress=False)
+        jobs = {'layer_sensitivity': (sensitivity, 1 + draws * len(stages(model))), "noise_sweep(where='decoder*')": (decoder, draws * len(levels))}
+        for what, (job, evaluations) in jobs.items():
+            ways = {'ours': job, 'other': swapped(NoReuse, job)}
+            pd.testing.assert_frame_equal(*(f() for f in ways.values()))
+            times = plan.in_turns(ways, warm_up=0)
+            rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}
+            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without Reuse', times['other'], per_second=rate['ours'],
+                      note=f'{rate["ours"]:.1f} evaluations a second, without {rate["other"]:.1f}')
+    yield from batched_draws(plan)
+
+def batched_draws(plan, draws=4):
+    model = unet3plus_small(7).to(plan.device).eval()
+    x, law, clone = torch.randn(4, 3, 128, 128, device=plan.device), MaxGaussian(0.05), clone_weights(model)
+    def one_by_one():
+        out = []
+        for k in range(draws):
+            clone.inject(law, k)
+            with torch.no_grad(): out.append(model(x))
+        clone.recover()
+        return torch.stack(out)
+    noisy = [clone.inject(law, k) and {n: v.detach().clone() for n, v in model.state_dict().items()} for k in range(draws)]
+    clone.recover()
+    stacked = {n: torch.stack([s[n] for s in noisy]) for n in noisy[0]}
+    def together():
+        with torch.no_grad(): return vmap(lambda state: functional_call(model, state, (x,)))(stacked)
+    error = close(one_by_one(), together(), 1e-2 if plan.cuda else 1e-3, 'draws batched by vmap')
+    times = plan.in_turns({'ours': one_by_one, 'other': together}, warm_up=0)
+    yield row(f'{draws} draws, one by one', 'small, 128², batch 4', times['ours'], f'{draws} draws at once by torch.func.vmap', times['other'],
+              note=f'{agreement(error)}; vmap has its noisy weights beforehand, and takes the plain decoder')

@@ -1,0 +1,102 @@
+"""What a training step costs under each method, beside the plain step of the same network."""
+import copy
+
+import torch
+import torch.nn.functional as F
+from bench_timing import close, row
+
+from noisyseg.classifiers import resnet18_small
+from noisyseg.damp import damp_backward
+from noisyseg.laws import MaxGaussian
+from noisyseg.perturb import clone_weights, kernels_and_scales, perturbed
+from noisyseg.sam import SAM, norm_layers
+from noisyseg.unet3plus import unet3plus_resnet34
+
+
+def loss_of(out, y): return sum(F.cross_entropy(o, y) for o in out) if isinstance(out, list) else F.cross_entropy(out, y)
+
+class Net:
+    "A network with its optimizer; all have the same weights."
+    def __init__(self, model, sam=None):
+        self.model = copy.deepcopy(model).train()
+        self.opt = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        if sam is not None: self.opt = SAM(self.opt, self.model, **sam)
+
+    def backward(self, x, y):
+        loss = loss_of(self.model(x), y)
+        loss.backward()
+        return loss
+
+    def plain(self, x, y):
+        self.opt.zero_grad()
+        self.backward(x, y)
+        self.opt.step()
+
+    @property
+    def weights(self): return list(self.model.parameters())
+
+def noise_step(net, clone, law, generator, x, y):
+    "What the callback WeightNoise does in a step."
+    net.opt.zero_grad()
+    clone.inject(law, generator)
+    net.backward(x, y)
+    clone.recover()
+    net.opt.step()
+
+def step(plan):
+    torch.manual_seed(0)
+    model, law = unet3plus_resnet34(21, pretrained=False).to(plan.device), MaxGaussian(0.05)
+    x, y = torch.randn(4, 3, 128, 128, device=plan.device), torch.randint(21, (4, 128, 128), device=plan.device)
+    nets = {k: Net(model) for k in ('clean', 'normal', 'table')}
+    clones = {rng: clone_weights(nets[rng].model, rng=rng) for rng in ('normal', 'table')}
+    nets['clean'].plain(x, y)
+    for rng, c in clones.items():
+        noise_step(nets[rng], c, law.at(0.), plan.generator(), x, y)
+        close(nets[rng].weights, nets['clean'].weights, 1e-4, 'a step under noise of level 0')
+    g = plan.generator()
+    ways = {'clean': lambda: nets['clean'].plain(x, y), **{k: lambda k=k: noise_step(nets[k], clones[k], law, g, x, y) for k in clones}}
+    times = plan.in_turns(ways, warm_up=0)
+    for rng in clones:
+        yield row(f"a training step under noise, rng='{rng}'", 'ResNet34, 128², batch 4', times[rng], 'clean step', times['clean'],
+                  target=1.05 if plan.cuda else 1.15)
+
+def methods(plan):
+    torch.manual_seed(0)
+    n = 128 if plan.full or plan.cuda else 64
+    model, where = resnet18_small().to(plan.device), f'ResNet-18, 32², batch {n}'
+    x, y = torch.randn(n, 3, 32, 32, device=plan.device), torch.randint(10, (n,), device=plan.device)
+    plain, damp, noise, sam, norms, part = (Net(model, s) for s in (None, None, None, {}, {'where': norm_layers}, {}))
+    g, law, clone = plan.generator(), MaxGaussian(0.05), clone_weights(damp.model, kernels_and_scales)
+
+    def damp_step(sigma=0.1, m=8):
+        damp.opt.zero_grad()
+        damp_backward(damp.model, loss_of, x, y, sigma=sigma, m=m, generator=g, clone=clone)
+        damp.opt.step()
+    def noise_aware(level=0.05):
+        noise.opt.zero_grad()
+        with perturbed(noise.model, law.at(level), generator=g): noise.backward(x, y)
+        noise.opt.step()
+    def closure(net, n):
+        def f():
+            net.opt.zero_grad()
+            return net.backward(x[:n], y[:n])
+        return f
+    whole = {s: closure(s, n) for s in (sam, norms, part)}
+    half = closure(part, n // 2)
+
+    plain.plain(x, y), damp_step(0., 1), noise_aware(0.)
+    for net in (damp, noise): close(net.weights, plain.weights, 1e-4, 'a step under noise of level 0')
+    sam.opt.set_rho(0.), sam.opt.step(whole[sam])
+    close(sam.weights, plain.weights, 1e-4, 'a SAM step of rho 0')
+    sam.opt.set_rho(0.05)
+    norms.opt.step(whole[norms]), part.opt.step(whole[part], ascent=half)
+
+    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'damp': damp_step, 'noise': noise_aware, 'sam': lambda: sam.opt.step(whole[sam]),
+                           'norms': lambda: norms.opt.step(whole[norms]), 'half': lambda: part.opt.step(whole[part], ascent=half)}, warm_up=0)
+    yield row('noise-aware: perturbed, MaxGaussian', where, times['noise'], 'plain SGD step', times['plain'], target=1.1)
+    yield row('DAMP, m = 8', where, times['damp'], 'plain SGD step', times['plain'], target=1.1, note=f'sub-batches of {n // 8}')
+    yield row('SAM', where, times['sam'], 'plain SGD step', times['plain'], target=2.05)
+    yield row('SAM, only norm layers climb', where, times['norms'], 'SAM', times['sam'])
+    yield row('SAM, half of the batch ascends', where, times['half'], 'SAM', times['sam'])
+    fifth = [(s + 4 * p) / 5 for s, p in zip(times['sam'], times['plain'])]
+    yield row('SAM, in every 5th step', where, fifth, 'SAM', times['sam'], note='the mean of 5 steps, from those of SAM and of SGD')
