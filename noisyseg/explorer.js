@@ -5,7 +5,7 @@
    - on a web page, `mount` makes a StaticHost: frames were computed before and are read from files (or from the page itself).
 
    A host has   info          what there is: classes, palette, models, laws, … (see `NoiseExplorer.info`)
-                state         level, law, params, where, seed, lock, sample, opacity, mask, hidden, layer
+                state         level, law, params, where, seed, lock, sample, corruption, severity, opacity, mask, hidden, layer
                 set(changes)  change the state; `onChange` is called when it changed, from here or from elsewhere
                 frame(state)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists}
    From a frame on all is done here: blending, errors, IoU, curves. */
@@ -30,6 +30,8 @@ const css = `
 .nse .bar label, .nse .group { display: inline-flex; align-items: center; gap: 5px; color: var(--soft); white-space: nowrap }
 .nse .bar input[type=number], .nse .bar input[type=text] { width: 66px; color: var(--ink) } .nse .bar select { color: var(--ink); padding-right: 2px }
 .nse select option { background: Canvas; color: CanvasText }
+.nse [hidden] { display: none !important } .nse .level .unit, .nse .severity { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums }
+.nse input:disabled { opacity: .4; cursor: default }
 .nse .panels { display: grid; gap: 10px 8px; margin-bottom: 8px } .nse figure { margin: 0; min-width: 0 }
 .nse figcaption { display: flex; justify-content: space-between; gap: 6px; padding: 0 1px 2px; white-space: nowrap; overflow: hidden }
 .nse figcaption .name { font-weight: 600; overflow: hidden; text-overflow: ellipsis } .nse figcaption .note { color: var(--soft); font-variant-numeric: tabular-nums }
@@ -72,6 +74,9 @@ function svg(name, attributes = {}, text) {
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v))
 const short = v => String(+Number(v).toPrecision(3))        // 0.150 -> 0.15
 const percent = v => Number.isNaN(v) ? '–' : (100 * v).toFixed(1)
+const labelOf = law => law.label ?? `noise ${law.field}`     // a page that was made earlier does not have it
+const words = name => name.replaceAll('_', ' ')
+const corrupted = s => s.corruption ? `${words(s.corruption)}, severity ${s.severity}` : ''
 const css_rgb = c => `rgb(${c.join(',')})`
 
 /** IoU of each class and their mean, as noisyseg.metrics counts them: pixels labelled `ignore` do not count, and neither do
@@ -158,7 +163,8 @@ function axes(target, w, h, left, bottom, xs, ys, xlabel, x, y) {
   target.append(svg('text', {x: (left + w) / 2, y: h - 1, 'text-anchor': 'middle'}, xlabel))
 }
 
-/** mIoU of each model against the level, as far as levels were visited, and a cursor at the present one. */
+/** mIoU of each model against the level, as far as levels were visited, and a cursor at the present one. Where level 0 is no small level but
+    none at all (0 bits: not quantized) it is a line to compare with, and not a point of the curve. */
 class Curve {
   constructor(names, pick) {
     this.names = names
@@ -168,19 +174,21 @@ class Curve {
       pick(clamp(((e.clientX - r.left) - left) / (r.width - left - 8), 0, 1) * this.top)
     })
   }
-  draw(points, level, top, label) {                          // points: Map level -> [mIoU of each model]
-    const w = Math.max(220, this.el.clientWidth || 420), h = 176, left = 34, bottom = 32
+  draw(points, level, law) {                                 // points: Map level -> [mIoU of each model]
+    const w = Math.max(220, this.el.clientWidth || 420), h = 176, left = 34, bottom = 32, {top} = law
     const x = v => left + (w - left - 8) * v / top, y = v => 6 + (h - bottom - 6) * (1 - v)
     this.top = top
     this.el.setAttribute('viewBox', `0 0 ${w} ${h}`)
     this.el.style.height = `${h}px`
     this.el.replaceChildren()
-    axes(this.el, w, h, left, bottom, [0, .25, .5, .75, 1].map(f => f * top), [0, .25, .5, .75, 1], label, x, y)
+    axes(this.el, w, h, left, bottom, [0, .25, .5, .75, 1].map(f => f * top), [0, .25, .5, .75, 1], labelOf(law) + (law.off ? ` (0: ${law.off}, dashed)` : ''), x, y)
     this.el.append(svg('line', {x1: x(level), x2: x(level), y1: 4, y2: h - bottom, stroke: 'currentColor', 'stroke-opacity': .55, 'stroke-dasharray': '3 3'}))
     const visited = [...points].sort((a, b) => a[0] - b[0])
     this.names.forEach((name, i) => {
       const colour = MODEL_COLOURS[i % MODEL_COLOURS.length], at = visited.filter(([, m]) => !Number.isNaN(m[i]))
-      this.el.append(svg('polyline', {points: at.map(([v, m]) => `${x(v)},${y(m[i])}`).join(' '), fill: 'none', stroke: colour, 'stroke-width': 2, 'stroke-linejoin': 'round'}))
+      const clean = law.off && at[0]?.[0] === 0 ? at[0][1][i] : null, line = clean === null ? at : at.slice(1)
+      if (clean !== null) this.el.append(svg('line', {x1: left, x2: w - 8, y1: y(clean), y2: y(clean), stroke: colour, 'stroke-width': 1.2, 'stroke-dasharray': '5 4', 'stroke-opacity': .8}))
+      this.el.append(svg('polyline', {points: line.map(([v, m]) => `${x(v)},${y(m[i])}`).join(' '), fill: 'none', stroke: colour, 'stroke-width': 2, 'stroke-linejoin': 'round'}))
       const now = at.find(([v]) => v === level)
       if (now) this.el.append(svg('circle', {cx: x(level), cy: y(now[1][i]), r: 4.5, fill: colour, stroke: 'var(--jp-layout-color0, Canvas)', 'stroke-width': 1.5}))
     })
@@ -223,6 +231,7 @@ export class Explorer {
     this.ask()
   }
 
+  get draws() { return this.law.random !== false }             // is there anything to draw anew in the noise?
   get law() { return this.host.info.laws.find(l => l.name === this.host.state.law) || this.host.info.laws[0] }
   set(changes) { this.host.set(changes) }
 
@@ -252,6 +261,7 @@ export class Explorer {
     this.slider = tag('input', {type: 'range', 'aria-label': 'noise level', oninput: e => this.setLevel(+e.target.value)})
     this.number = tag('input', {type: 'number', 'aria-label': 'noise level, as a number', min: 0, onchange: e => this.setLevel(+e.target.value)})
     this.levelName = tag('b')
+    this.unit = tag('span', {class: 'unit'})
     this.error = tag('div', {class: 'error', role: 'alert'})
     this.panels = {image: new Panel('image', this.view)}
     const truth = new Panel(info.truth ? 'truth' : 'clean prediction', this.view)
@@ -263,7 +273,7 @@ export class Explorer {
     const grid = tag('div', {class: 'panels', style: `grid-template-columns: repeat(${models.length + 1}, minmax(0, 1fr))`}, ...this.all.map(p => p.figure))
     this.all.forEach(p => this.listen(p))
     this.hover = tag('div', {class: 'hover', 'aria-live': 'off'})
-    this.curve = new Curve(models, v => this.setLevel(v))
+    this.curve = new Curve(models, v => this.setLevel(this.law.step ? Math.round(v / this.law.step) * this.law.step : v))
     this.curveTitle = tag('h4', {}, 'mIoU (%) of this picture')
     this.histogram = svg('svg', {role: 'img', 'aria-label': 'weights of a layer before and after'})
     this.layer = tag('select', {'aria-label': 'layer of the histogram', onchange: e => this.set({layer: e.target.value})},
@@ -278,9 +288,10 @@ export class Explorer {
     const under = tag('div', {class: 'under'},
       tag('div', {}, this.curveTitle, this.curve.el, info.layers.length ? tag('h4', {style: 'margin-top:6px'}, 'weights of ', this.layer) : null, this.histogram),
       tag('div', {}, tag('h4', {}, 'IoU by class'), tag('div', {class: 'classes'}, ...this.rows.flatMap(r => [r.chip, r.box, r.only]))))
-    const help = tag('details', {}, tag('summary', {}, 'keyboard'), ...[['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw']]
+    const help = tag('details', {}, tag('summary', {}, 'keyboard'), ...[['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'],
+      ...(info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
       .flatMap(([k, what]) => [tag('kbd', {}, k), ` ${what}   `]), 'wheel: zoom, drag: pan, double click: whole picture')
-    this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.slider, this.number), this.controls(), this.error,
+    this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.slider, this.number, this.unit), this.controls(), this.error,
       grid, this.hover, under, help)
   }
 
@@ -294,11 +305,17 @@ export class Explorer {
     this.sample = tag('span', {style: 'min-width:52px;text-align:center;font-variant-numeric:tabular-nums;color:var(--ink)'})
     this.opacity = tag('input', {type: 'range', min: 0, max: 1, step: .05, 'aria-label': 'opacity of the masks', style: 'width:84px', oninput: e => this.set({opacity: +e.target.value})})
     this.mask = tag('button', {'aria-label': 'masks on or off (M)', title: 'masks on or off (M)', onclick: () => this.set({mask: !this.host.state.mask})}, 'mask')
-    const draws = info.fixed?.seeds
+    const draws = info.fixed?.seeds, offered = info.corruptions || [], families = [...new Set(offered.map(c => c.family))]
+    this.draw = tag('span', {class: 'group'}, 'draw', draws ? null : this.seed, button('new', 'a new draw (R)', () => this.reroll()), draws ? null : this.lock)
+    this.corruption = tag('select', {'aria-label': 'corruption of the picture', title: 'corruption of the picture (C)', onchange: e => this.set({corruption: e.target.value || null})},
+      tag('option', {value: ''}, 'none'), ...families.map(f => tag('optgroup', {label: f}, ...offered.filter(c => c.family === f).map(c => tag('option', {value: c.name}, words(c.name))))))
+    this.severity = tag('input', {type: 'range', min: 1, max: 5, step: 1, 'aria-label': 'severity of the corruption', title: 'severity (1 to 5)', style: 'width:64px',
+      oninput: e => this.set({severity: +e.target.value})})
+    this.severityText = tag('span', {class: 'severity', style: 'min-width:1ch'})
     return tag('div', {class: 'bar'},
       tag('span', {class: 'group'}, 'sample', button('‹', 'previous sample ([)', () => this.step(-1)), this.sample, button('›', 'next sample (])', () => this.step(1))),
       info.fixed ? null : tag('label', {}, 'law', this.lawSelect), info.fixed ? null : this.params, info.fixed ? null : tag('label', {}, 'layers', this.where),
-      tag('span', {class: 'group'}, 'draw', draws ? null : this.seed, button('new', 'a new draw of noise (R)', () => this.reroll()), draws ? null : this.lock),
+      this.draw, ...(offered.length ? [tag('label', {}, 'corruption', this.corruption), tag('label', {}, 'severity', this.severity, this.severityText)] : []),
       tag('span', {class: 'group'}, this.mask, this.opacity), tag('span', {class: 'group'}, button('PNG', 'save the panels as a PNG', () => this.savePNG()),
         this.host.html ? button('HTML', 'save all of it as one HTML file', () => this.saveHTML()) : null))
   }
@@ -364,14 +381,19 @@ export class Explorer {
     if (fixed) v = fixed.levels.reduce((a, b) => Math.abs(b - v) < Math.abs(a - v) ? b : a)
     else v = +v.toFixed(6)
     if (v === this.host.state.level) return this.sync()
-    this.set(this.host.state.lock || fixed ? {level: v} : {level: v, seed: this.host.state.seed + 1})
+    this.set(this.host.state.lock || fixed || !this.draws ? {level: v} : {level: v, seed: this.host.state.seed + 1})
   }
   setLaw(name) {
     const law = this.host.info.laws.find(l => l.name === name)
     this.set({law: name, params: Object.fromEntries(law.fields.map(f => [f.name, f.default])), level: law.level})
   }
   step(by) { const n = this.host.info.samples; this.set({sample: (this.host.state.sample + by + n) % n}) }
+  corrupt(by) {                                              // the next one of the menu, which begins with none
+    const all = [null, ...(this.host.info.corruptions || []).map(c => c.name)], at = all.indexOf(this.host.state.corruption ?? null)
+    this.set({corruption: all[(at + by + all.length) % all.length]})
+  }
   reroll() {
+    if (this.draw.hidden) return
     const draws = this.host.info.fixed?.seeds, {seed} = this.host.state
     this.set({seed: draws ? draws[(draws.indexOf(seed) + 1) % draws.length] : seed + 1})
   }
@@ -389,7 +411,9 @@ export class Explorer {
     if (typing && e.key === 'Enter') { e.preventDefault(); e.target.dispatchEvent(new Event('change')) }   // JupyterLab keeps Enter from doing so
     const step = (by) => this.setLevel(this.neighbour(by * (e.shiftKey ? 5 : 1)))
     const keys = {ArrowRight: () => step(1), ArrowUp: () => step(1), ArrowLeft: () => step(-1), ArrowDown: () => step(-1),
-      '[': () => this.step(-1), ']': () => this.step(1), m: () => this.set({mask: !this.host.state.mask}), r: () => this.reroll()}
+      '[': () => this.step(-1), ']': () => this.step(1), m: () => this.set({mask: !this.host.state.mask}), r: () => this.reroll(),
+      ...(this.host.info.corruptions?.length ? {c: () => this.corrupt(e.shiftKey ? -1 : 1)} : {}),
+      ...(this.host.state.corruption && !this.host.info.fixed ? Object.fromEntries([1, 2, 3, 4, 5].map(v => [v, () => this.set({severity: v})])) : {})}
     const f = keys[e.key] || keys[e.key.toLowerCase()]
     if (!f || typing || (e.target.type === 'range' && !slider && e.key.startsWith('Arrow'))) return
     e.preventDefault(); e.stopPropagation()
@@ -397,7 +421,7 @@ export class Explorer {
   }
   neighbour(by) {
     const {levels} = this.host.info.fixed || {}, {level} = this.host.state
-    return levels ? levels[clamp(levels.indexOf(level) + by, 0, levels.length - 1)] : clamp(level + by * this.law.top / 60, 0, this.law.top)
+    return levels ? levels[clamp(levels.indexOf(level) + by, 0, levels.length - 1)] : clamp(level + by * (this.law.step || this.law.top / 60), 0, this.law.top)
   }
 
   // ---- state in, pictures out
@@ -405,17 +429,22 @@ export class Explorer {
   changed(keys) {
     if (this.closed) return
     this.sync()
-    const asked = ['level', 'law', 'params', 'where', 'seed', 'sample', 'layer'].some(k => keys.includes(k))
+    const asked = ['level', 'law', 'params', 'where', 'seed', 'sample', 'corruption', 'severity', 'layer'].some(k => keys.includes(k))
     if (asked) this.ask()
     else this.show()
   }
 
   sync() {                                                   // controls show the state
     const {state: s, info} = this.host, {law} = this
-    this.levelName.textContent = `noise ${law.field}`
-    Object.assign(this.slider, {min: 0, max: Math.max(law.top, s.level), step: info.fixed ? law.top / 240 : law.top / 300})
-    this.slider.value = s.level; this.number.value = short(s.level); this.number.step = short(law.top / 60)
-    this.slider.setAttribute('aria-valuetext', `${law.field} = ${short(s.level)}`)
+    this.levelName.textContent = labelOf(law)
+    Object.assign(this.slider, {min: 0, max: Math.max(law.top, s.level), step: info.fixed ? law.top / 240 : law.step || law.top / 300})
+    this.slider.value = s.level; this.number.value = short(s.level); this.number.step = short(law.step || law.top / 60)
+    this.unit.textContent = law.off && !s.level ? law.off : ''
+    this.slider.setAttribute('aria-valuetext', law.off && !s.level ? law.off : `${law.field} = ${short(s.level)}`)
+    this.draw.hidden = !this.draws && !s.corruption; this.lock.hidden = !this.draws   // a seed that nothing depends on is not shown
+    this.corruption.value = s.corruption || ''; this.severity.value = s.severity ?? 3; this.severityText.textContent = s.severity ?? 3
+    this.severity.disabled = !s.corruption
+    this.panels.image.note.textContent = corrupted(s)
     this.lawSelect.value = law.name; this.where.value = s.where; this.seed.value = s.seed; this.layer.value = s.layer
     this.lock.setAttribute('aria-pressed', s.lock); this.mask.setAttribute('aria-pressed', s.mask); this.opacity.value = s.opacity
     this.sample.textContent = `${s.sample + 1} of ${info.samples}`
@@ -451,7 +480,7 @@ export class Explorer {
     this.el.classList.add('failed')
   }
 
-  key_of(s) { return JSON.stringify([s.law, s.params, s.where, s.seed, s.sample]) }
+  key_of(s) { return JSON.stringify([s.law, s.params, s.where, s.seed, s.sample, corrupted(s)]) }
   points(s) {
     const k = this.key_of(s)
     if (!this.curves.has(k)) this.curves.set(k, new Map())
@@ -501,9 +530,10 @@ export class Explorer {
     this.drawCurve()
     drawHistograms(this.histogram, f.hists || [])
     this.el.dataset.level = f.state.level; this.el.dataset.sample = f.state.sample; this.el.dataset.seed = f.state.seed   // what is seen, for tests and screen readers
+    this.el.dataset.corruption = corrupted(f.state)
     this.el.dataset.miou = f.scores.map(o => o.miou.toFixed(4)).join(' ')
   }
-  drawCurve() { if (this.frame) this.curve.draw(this.points(this.frame.state), this.frame.state.level, this.law.top, `noise ${this.law.field}`) }
+  drawCurve() { if (this.frame) this.curve.draw(this.points(this.frame.state), this.frame.state.level, this.law) }
   redraw() {
     if (!this.frame) return
     this.all.forEach(p => p.draw())
@@ -515,7 +545,7 @@ export class Explorer {
 
   caption() {
     const s = this.frame.state, params = Object.entries(s.params).map(([k, v]) => `, ${k}=${v}`).join('')
-    return `${s.law}(${this.law.field}=${short(s.level)}${params}) on ${s.where}, seed ${s.seed}, sample ${s.sample + 1}`
+    return `${s.law}(${this.law.field}=${short(s.level)}${params}) on ${s.where}, seed ${s.seed}, sample ${s.sample + 1}${s.corruption ? `, ${corrupted(s)}` : ''}`
   }
   png() {                                                    // a canvas with the panels and the parameters
     const columns = this.host.info.models.length + 1, side = 320, {width, height} = this.frame, h = Math.round(side * height / width), gap = 10, head = 24
@@ -547,13 +577,13 @@ function download(blob, name) {
 
 // ---------------------------------------------------------------- the two hosts
 
-const STATE = ['level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'opacity', 'mask', 'hidden', 'layer']
+const STATE = ['level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity', 'opacity', 'mask', 'hidden', 'layer']
 
 /** Frames from Python, over the widget's messages. */
 class KernelHost {
   constructor(model) {
     this.model = model; this.info = model.get('info'); this.replies = new Map(); this.id = 0
-    this.image = {}                                          // the sample that we have: its pixels travel once
+    this.image = {}                                          // the picture that we have (sample and corruption): its pixels travel once
     this.onMessage = (m, buffers) => { const r = this.replies.get(m.id); this.replies.delete(m.id); r?.(m, buffers) }
     model.on('msg:custom', this.onMessage)
   }
@@ -578,10 +608,10 @@ class KernelHost {
     })
   }
   async frame(state) {
-    const [m, buffers] = await this.ask({kind: 'frame', state, have: this.image.sample ?? null})
+    const [m, buffers] = await this.ask({kind: 'frame', state, have: this.image.key ?? null})
     const bytes = b => new Uint8Array(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength), {width, height} = m, size = width * height, rest = buffers.map(bytes)
     if (m.image) {
-      this.image = {sample: state.sample, image: rest.shift()}
+      this.image = {key: m.picture, image: rest.shift()}
       this.image.truth = m.truth ? rest.shift() : null
     }
     const preds = rest.map(b => ({classes: b.subarray(0, size), confidence: b.subarray(size, 2 * size), reference: b.length > 2 * size ? b.subarray(2 * size) : null}))
@@ -623,6 +653,7 @@ class StaticHost {
         if (!s.mask) q.mask = 0
         if (s.hidden.length) q.hidden = s.hidden.join('.')
         if (s.layer !== d.layer) q.layer = s.layer
+        if (s.corruption) Object.assign(q, {corruption: s.corruption, severity: s.severity})   // of the page: another one was not computed
         history.replaceState(null, '', `#${new URLSearchParams(q)}`)
       }, 150)
     }
@@ -632,34 +663,39 @@ class StaticHost {
   close() { removeEventListener('hashchange', this.onHash); clearTimeout(this.writing) }
 
   /** A sample's file, unpacked: the picture (rgb), the truth, and for level 0, then for each draw and each further level, a byte for
-      each model's pixel: the class in the low five bits, the confidence in the high three. Levels are stored as what changed (xor). */
+      each model's pixel: the class in the low five bits, the confidence in the high three. Levels are stored as what changed (xor).
+      Under a corruption each draw begins anew with picture, truth and level 0, and without a truth with what models said of the clean picture. */
   load(sample) {
     if (!this.files.has(sample)) this.files.set(sample, this.unpack(sample).catch(e => { this.files.delete(sample); throw e }))
     return this.files.get(sample)
   }
   async unpack(sample) {
-    const {width: w, height: h, models, fixed: {levels, seeds}} = this.info, size = w * h, step = models.length * size
+    const {width: w, height: h, models, truth: known, state: {corruption}, fixed: {levels, seeds}} = this.info, size = w * h, step = models.length * size
     const stream = new Blob([await this.read(sample)]).stream().pipeThrough(new DecompressionStream('gzip'))
-    const bytes = new Uint8Array(await new Response(stream).arrayBuffer())
-    const clean = bytes.subarray(4 * size, 4 * size + step), frames = new Map()
-    let at = 4 * size + step
+    const bytes = new Uint8Array(await new Response(stream).arrayBuffer()), draws = new Map()
+    let at = 0, picture
+    const take = n => bytes.subarray(at, at += n)
     for (const seed of seeds) {
-      let last = clean
-      frames.set(`${seed} ${levels[0]}`, clean)
-      for (const level of levels.slice(1)) {
-        const now = bytes.subarray(at, at += step)
-        for (let i = 0; i < step; i++) now[i] ^= last[i]
-        frames.set(`${seed} ${level}`, last = now)
+      if (!picture || corruption) {
+        picture = {image: take(3 * size), truth: take(size), clean: take(step)}
+        picture.reference = known ? null : (corruption ? take(step) : picture.clean).map(v => v & 31)
       }
+      const frames = new Map([[levels[0], picture.clean]])
+      let last = picture.clean
+      for (const level of levels.slice(1)) {
+        const now = take(step)
+        for (let i = 0; i < step; i++) now[i] ^= last[i]
+        frames.set(level, last = now)
+      }
+      draws.set(seed, {...picture, frames})
     }
-    return {image: bytes.subarray(0, 3 * size), truth: bytes.subarray(3 * size, 4 * size), frames}
+    return draws
   }
   async frame(state) {
-    const {width, height, models, fixed} = this.info, size = width * height, {image, truth, frames} = await this.load(state.sample)
-    const packed = frames.get(`${state.seed} ${state.level}`)
-    const part = (bytes, m) => bytes.subarray(m * size, (m + 1) * size), classes = b => b.map(v => v & 31), clean = frames.get(`${state.seed} 0`)
-    const preds = models.map((_, m) => ({classes: classes(part(packed, m)), confidence: part(packed, m).map(v => ((v >> 5) + .5) * 255 / 8),
-      reference: this.info.truth ? null : classes(part(clean, m))}))
+    const {width, height, models, fixed} = this.info, size = width * height, {image, truth, reference, frames} = (await this.load(state.sample)).get(state.seed)
+    const packed = frames.get(state.level), part = (bytes, m) => bytes.subarray(m * size, (m + 1) * size)
+    const preds = models.map((_, m) => ({classes: part(packed, m).map(v => v & 31), confidence: part(packed, m).map(v => ((v >> 5) + .5) * 255 / 8),
+      reference: reference && part(reference, m)}))
     const hists = fixed.hists?.[state.layer]?.[`${state.seed} ${fixed.levels.indexOf(state.level)}`]
     return {width, height, image, truth: this.info.truth ? truth : null, preds, hists: hists?.map((after, m) => ({...fixed.before[state.layer][m], after}))}
   }

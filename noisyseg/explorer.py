@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/explorer.html.md"""
 # %% auto #0
 __all__ = ['WHERES', 'STATE', 'demo_models', 'NoiseExplorer', 'pack']
 
-# %% ../nbs/15b_explorer.ipynb #98915ca5
+# %% ../nbs/15b_explorer.ipynb #61d7fcaa
 import base64, gzip, html, json, shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +19,11 @@ from torch import nn
 
 import noisyseg
 from .conditions import Batches
+from .corruptions import CORRUPTIONS, Corruption
 from .data import scenes
 from .laws import Law, MaxGaussian
 from .masks import distinct_palette, to_rgb
-from .predictor import NoisyPredictor, law_form, law_of, law_values, usable_laws
+from .predictor import NoisyPredictor, law_form, law_of, law_values, not_corruptible, usable_laws
 from .select import as_selector, conv_and_linear, conv_and_norm, kernels_and_scales, weight_sites
 from .training import load_model, write_atomic
 
@@ -59,18 +60,19 @@ def _checked(x, y):
                          f"got {tuple(x.shape)} and {None if y is None else tuple(y.shape)}")
     return x.detach().cpu().as_subclass(torch.Tensor), None if y is None else y.detach().cpu().as_subclass(torch.Tensor)
 
-# %% ../nbs/15b_explorer.ipynb #6f3ab438
+# %% ../nbs/15b_explorer.ipynb #ccf86be2
 WHERES = {'conv and norm': conv_and_norm, 'conv and linear': conv_and_linear, 'kernels and scales': kernels_and_scales,
           'first 5 layers': conv_and_norm.first(5), 'last 5 layers': conv_and_norm.last(5)}
-STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'opacity', 'mask', 'hidden', 'layer')
+STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity', 'opacity', 'mask', 'hidden', 'layer')
 _of_cell = {}  # notebook cell -> (its execution, the explorers that it made)
 
 class NoiseExplorer(anywidget.AnyWidget):
-    "A live dashboard: models side by side under weight noise, with a slider for its level."
+    "A live dashboard: models side by side under weight noise, with a slider for its level, on clean or corrupted pictures."
     _esm = Path(noisyseg.__file__).parent/'explorer.js'
     info = traitlets.Dict().tag(sync=True)
     level, law, params = traitlets.Float(0.).tag(sync=True), traitlets.Unicode('MaxGaussian').tag(sync=True), traitlets.Dict().tag(sync=True)
     where, seed, lock = traitlets.Unicode().tag(sync=True), traitlets.Int(0).tag(sync=True), traitlets.Bool(True).tag(sync=True)
+    corruption, severity = traitlets.Unicode(None, allow_none=True).tag(sync=True), traitlets.Int(3).tag(sync=True)
     sample, opacity, mask = traitlets.Int(0).tag(sync=True), traitlets.Float(0.6).tag(sync=True), traitlets.Bool(True).tag(sync=True)
     hidden, layer, closed = traitlets.List(traitlets.Int()).tag(sync=True), traitlets.Unicode().tag(sync=True), traitlets.Bool(False).tag(sync=True)
 
@@ -84,8 +86,9 @@ class NoiseExplorer(anywidget.AnyWidget):
         ignore_index: int = None,  # label of pixels that do not count; None: the data's
         stats: tuple = None,  # (mean, std) that normalised the images; None: the data's
         samples: int = 12,  # how many images to show at most
-        cache_mb: float = 64,  # memory for predictions
-        **state,  # further traits to begin with: seed, sample, opacity, hidden, layer, …
+        cache_mb: float = 64,  # memory for predictions and corrupted pictures
+        corruptions: list = True,  # names for the menu; True: all, if images can be corrupted; False: none
+        **state,  # further traits to begin with: seed, sample, corruption, severity, opacity, hidden, layer, …
     ):
         law = MaxGaussian(0.) if law is None else law
         if not isinstance(law, Law): raise TypeError(f"law: expected a law from noisyseg.laws, such as MaxGaussian(0.1), got {law!r}")
@@ -93,7 +96,9 @@ class NoiseExplorer(anywidget.AnyWidget):
         wheres = _fitting(WHERES if wheres is None else wheres, models)
         about = {k: given if given is not None else about.get(k) for k, given in
                  dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats).items()}
-        self.lens, self._images, self._truth = NoisyPredictor(models, x, wheres, cache_mb), to_rgb(x, about['stats']), y
+        self._stats = about['stats'] and tuple(torch.as_tensor(s).flatten().tolist() for s in about['stats'])
+        self._not_corruptible = "it was made with corruptions=False" if corruptions is False else not_corruptible(x, self._stats)
+        self.lens, self._images, self._truth = NoisyPredictor(models, x, wheres, cache_mb), to_rgb(x, self._stats), y
         n = 1 + max(int(self.lens(m, 0, law.at(0.), next(iter(wheres)), 0)[0][0].max()) for m in models)
         if y is not None: n = max(n, 1 + int(torch.where(y == about['ignore_index'], 0, y).max() if about['ignore_index'] is not None else y.max()))
         vocab = list(map(str, about['vocab'] or range(n)))
@@ -103,20 +108,24 @@ class NoiseExplorer(anywidget.AnyWidget):
         names = [[s.name for s in weight_sites(m)] for m in models.values()]
         layers = [k for k in names[0] if all(k in others for others in names)]
         info = dict(models=list(models), classes=vocab, palette=palette, ignore=about['ignore_index'], truth=y is not None, samples=len(x),
-                    laws=[law_form(v) for v in dict.fromkeys([*usable_laws(), type(law)])], wheres=list(wheres), layers=layers)
+                    laws=[law_form(v) for v in dict.fromkeys([*usable_laws(), type(law)])], wheres=list(wheres), layers=layers,
+                    corruptions=_offered(corruptions, self._not_corruptible))
         begin = dict(where=info['wheres'][0], layer=layers[0] if layers else '', **law_values(law))
         super().__init__(info=info, **{**begin, **state})
         self.on_msg(self._answer)
         self._one_for_each_cell()
 
-    @traitlets.validate('where', 'law', 'layer', 'level', 'seed', 'sample', 'opacity')
+    @traitlets.validate('where', 'law', 'layer', 'level', 'seed', 'sample', 'corruption', 'severity', 'opacity')
     def _validated(self, proposal): return self._check(proposal)
 
     @traitlets.observe('law')
     def _other_law(self, change):
-        "Another law has other parameters: those that it does not know give way to its defaults."
-        fields = {f['name']: f['default'] for f in law_form(Law.registry[self.law])['fields']}
+        "Another law has other parameters: those that it does not know give way to its defaults; so does a level that makes no sense in its unit."
+        form = law_form(Law.registry[self.law])
+        fields = {f['name']: f['default'] for f in form['fields']}
         if set(self.params) - set(fields): self.params = fields
+        before = Law.registry.get(change['old'])     # None while the explorer is made
+        if before and form['step'] != law_form(before)['step'] and (0 < self.level < 1 if form['step'] else self.level > form['top']): self.level = form['level']
 
     def close(self):
         "Take the explorer off the page, and let go of models, clones, predictions and pictures."
@@ -125,7 +134,7 @@ class NoiseExplorer(anywidget.AnyWidget):
         super().close()
         if layout is not None: layout.close()
 
-# %% ../nbs/15b_explorer.ipynb #fba37a40
+# %% ../nbs/15b_explorer.ipynb #9fbb305f
 def _fitting(wheres, models):
     "The selectors that find weights in every model."
     if not isinstance(wheres, Mapping) or not wheres: raise TypeError(f"wheres: expected a dict name -> selector, got {wheres!r}")
@@ -136,13 +145,29 @@ def _fitting(wheres, models):
     if not found: raise ValueError(f"wheres: none of {', '.join(map(str, wheres))} finds a weight in every model")
     return found
 
+def _offered(given, not_corruptible):
+    "The corruptions for the menu, with their families."
+    if isinstance(given, bool): given = list(CORRUPTIONS) if given and not not_corruptible else []
+    if isinstance(given, str) or not isinstance(given, (list, tuple)): raise TypeError(f"corruptions: expected True, False or a list of names, got {given!r}")
+    if unknown := [k for k in given if k not in CORRUPTIONS]: raise ValueError(f"corruptions: there is no {unknown[0]!r}; there are {', '.join(CORRUPTIONS)}")
+    if given and not_corruptible: raise ValueError(f"corruptions: these images cannot be corrupted. {not_corruptible}")
+    return [dict(name=k, family=CORRUPTIONS[k].family) for k in given]
+
 @patch
-def _law_where_seed(self:NoiseExplorer, s):
-    "Law, selector's name, seed and sample of a state, checked."
+def _asked(self:NoiseExplorer, s):
+    "Sample, law, selector's name, seed and corruption of a state, checked."
     if s['where'] not in self.info['wheres']: raise ValueError(f"where: one of {', '.join(self.info['wheres'])}, got {s['where']!r}")
-    for k, n in (('sample', self.info['samples']), ('seed', 2**63)):
-        if not isinstance(s[k], int) or not 0 <= s[k] < n: raise ValueError(f"{k}: a whole number from 0 to {n - 1}, got {s[k]!r}")
-    return s['sample'], law_of(s['law'], s['level'], s['params']), s['where'], s['seed']
+    for k, low, n in (('sample', 0, self.info['samples']), ('seed', 0, 2**63), ('severity', 1, 6)):
+        if not isinstance(s[k], int) or not low <= s[k] < n: raise ValueError(f"{k}: a whole number from {low} to {n - 1}, got {s[k]!r}")
+    if s['corruption'] not in (names := self._corruptions()): raise ValueError(self._no_such_corruption(names, s['corruption']))
+    corruption = s['corruption'] and Corruption(s['corruption'], s['severity'], s['seed'], stats=self._stats)
+    return s['sample'], law_of(s['law'], s['level'], s['params']), s['where'], s['seed'], corruption
+
+@patch
+def _corruptions(self:NoiseExplorer): return [None, *(c['name'] for c in self.info.get('corruptions', []))]
+@patch
+def _no_such_corruption(self:NoiseExplorer, names, got):
+    return f"corruption: one of {', '.join(map(str, names))}, got {got!r}" + (f". None is offered here: {self._not_corruptible}" if len(names) == 1 else '')
 
 @patch
 def frame(self:NoiseExplorer,
@@ -150,10 +175,23 @@ def frame(self:NoiseExplorer,
 ) -> dict:  # preds: name -> uint8 (2, height, width), class and confidence; hists: a list of dicts; reference: name -> clean classes, without masks
     "What the panels show, as arrays."
     s = {**self.state(), **(state or {})}
-    sample, law, where, seed = self._law_where_seed(s)
-    out = {name: self.lens(name, sample, law, where, seed, s['layer']) for name in self.info['models']}
-    clean = None if self.info['truth'] else {name: self.lens(name, sample, law.at(0.), where, seed)[0][0] for name in out}
+    sample, law, where, seed, corruption = self._asked(s)
+    out = {name: self.lens(name, sample, law, where, seed, s['layer'], corruption) for name in self.info['models']}
+    moved = lambda classes: classes if (source := self.lens.image(sample, corruption)[1]) is None else classes.flatten()[source.numpy()]
+    clean = None if self.info['truth'] else {name: moved(self.lens(name, sample, law.at(0.), where, seed)[0][0]) for name in out}
     return dict(preds={k: v[0] for k, v in out.items()}, hists=[v[1] for v in out.values() if v[1]], reference=clean)
+
+@patch
+def picture(self:NoiseExplorer,
+    state: dict = None,  # changes of the state; None: as it is
+) -> tuple:  # image, uint8 (height, width, 3); mask, uint8 (height, width), or None without masks
+    "The picture that is shown, corrupted if it is, with the mask that belongs to it."
+    sample, *_, corruption = self._asked({**self.state(), **(state or {})})
+    truth = self._truth[sample].to(torch.uint8) if self.info['truth'] else None
+    if corruption is None: return self._images[sample], None if truth is None else truth.numpy()
+    x, source = self.lens.image(sample, corruption)
+    if truth is not None and source is not None: truth = truth.flatten()[source]
+    return to_rgb(x, self._stats)[0], None if truth is None else truth.numpy()
 
 @patch
 def _answer(self:NoiseExplorer, _, message, buffers):
@@ -162,23 +200,24 @@ def _answer(self:NoiseExplorer, _, message, buffers):
     try:
         if message.get('kind') == 'html': reply['html'] = self.to_html()
         else:
-            s = message['state']
-            f, i = self.frame(s), s['sample']
-            height, width = self._images.shape[1:3]
-            reply |= dict(width=width, height=height, hists=f['hists'], image=message.get('have') != i, truth=self.info['truth'])
-            if reply['image']: data = [self._images[i].tobytes()] + ([self._truth[i].to(torch.uint8).numpy().tobytes()] if self.info['truth'] else [])
+            s = {**self.state(), **message['state']}
+            f, (height, width) = self.frame(s), self._images.shape[1:3]
+            key = s['sample'] if s['corruption'] is None else ' '.join(str(s[k]) for k in ('sample', 'corruption', 'severity', 'seed'))
+            reply |= dict(width=width, height=height, hists=f['hists'], image=message.get('have') != key, picture=key, truth=self.info['truth'])
+            if reply['image']: data = [a.tobytes() for a in self.picture(s) if a is not None]
             data += [p.tobytes() + (f['reference'][k].tobytes() if f['reference'] else b'') for k, p in f['preds'].items()]
     except Exception as e: reply, data = dict(id=message.get('id'), error=f'{type(e).__name__}: {e}'), []
     self.send(reply, data)
 
-# %% ../nbs/15b_explorer.ipynb #305a413f
+# %% ../nbs/15b_explorer.ipynb #02a3d380
 @patch
 def _check(self:NoiseExplorer, proposal):
     "Refuse a trait's value that cannot be shown."
     name, v = proposal['trait'].name, proposal['value']
+    if name == 'corruption' and v not in (names := self._corruptions()): raise traitlets.TraitError(self._no_such_corruption(names, v))
     known = {'where': self.info.get('wheres'), 'law': list(Law.registry), 'layer': ['', *self.info.get('layers', [])]}.get(name)
     if known is not None and v not in known: raise traitlets.TraitError(f"{name}: one of {', '.join(map(repr, known))}, got {v!r}")
-    limits = {'level': (0, float('inf')), 'seed': (0, 2**63 - 1), 'sample': (0, self.info.get('samples', 1) - 1), 'opacity': (0, 1)}.get(name)
+    limits = {'level': (0, float('inf')), 'seed': (0, 2**63 - 1), 'sample': (0, self.info.get('samples', 1) - 1), 'opacity': (0, 1), 'severity': (1, 5)}.get(name)
     if limits and not limits[0] <= v <= limits[1]: raise traitlets.TraitError(f"{name}: from {limits[0]} to {limits[1]}, got {v!r}")
     return v
 
@@ -215,7 +254,7 @@ def _one_for_each_cell(self:NoiseExplorer):
         made = []
     _of_cell[cell] = run, [*made, self]
 
-# %% ../nbs/15b_explorer.ipynb #840aa9d3
+# %% ../nbs/15b_explorer.ipynb #617bc53d
 def pack(
     preds,  # uint8 arrays (2, height, width), class and confidence, one for each model
 ) -> bytes:
@@ -229,10 +268,13 @@ def _xor(a, b): return (int.from_bytes(a, 'little') ^ int.from_bytes(b, 'little'
 def _file(self:NoiseExplorer, sample, levels, seeds):
     "One sample's frames, compressed."
     at = lambda level, seed: pack(list(self.frame(dict(sample=sample, level=level, seed=seed, layer=''))['preds'].values()))
-    truth = self._truth[sample].to(torch.uint8).numpy() if self.info['truth'] else self._images[sample][..., 0] * 0
-    clean = at(levels[0], seeds[0])
-    out = [self._images[sample].tobytes(), truth.tobytes(), clean]
-    for seed in seeds:
+    out = []
+    for i, seed in enumerate(seeds):
+        if not i or self.corruption:     # without a corruption one picture serves all draws
+            (image, truth), clean = self.picture(dict(sample=sample, seed=seed)), at(levels[0], seed)
+            out += [image.tobytes(), (image[..., 0] * 0 if truth is None else truth).tobytes(), clean]
+            # without masks the models' own predictions for the clean picture are compared with
+            if self.corruption and truth is None: out += [v.tobytes() for v in self.frame(dict(sample=sample, seed=seed, level=0., layer=''))['reference'].values()]
         last = clean
         for level in levels[1:]:
             now = at(level, seed)
@@ -249,7 +291,7 @@ def _manifest(self:NoiseExplorer, samples, levels, seeds, layers):
     hists = {k: {f'{seed} {i}': self.frame(dict(level=level, seed=seed, layer=k))['hists'] for seed in seeds for i, level in enumerate(levels)} for k in layers}
     before = {k: [{n: v for n, v in h.items() if n != 'after'} for h in next(iter(by.values()))] for k, by in hists.items()}
     after = {k: {at: [h['after'] for h in hs] for at, hs in by.items()} for k, by in hists.items()}
-    return {**self.info, 'laws': [{**law, 'top': levels[-1]}], 'wheres': [self.where], 'layers': layers, 'samples': len(samples), 'state': state,
+    return {**self.info, 'laws': [{**law, 'top': levels[-1]}], 'wheres': [self.where], 'corruptions': [], 'layers': layers, 'samples': len(samples), 'state': state,
             'width': width, 'height': height, 'fixed': dict(levels=levels, seeds=seeds, before=before, hists=after)}
 
 def _grid(levels, top):
@@ -265,7 +307,7 @@ def to_site(self:NoiseExplorer,
     seeds: list = (0, 1, 2),  # draws
     layers: list = None,  # for the histogram; None: the one that is chosen
 ) -> int:  # bytes written
-    "Write a page that shows the explorer without a kernel: index.html, explorer.js, manifest.json, a file for each sample."
+    "Write a page that shows the explorer without a kernel, under its law and corruption: index.html, explorer.js, manifest.json, a file for each sample."
     folder, levels, samples, seeds = Path(folder), _grid(levels, Law.registry[self.law].top), list(samples), list(seeds)
     files = {f'sample{i + 1}.bin': self._file(s, levels, seeds) for i, s in enumerate(samples)}
     manifest = {**self._manifest(samples, levels, seeds, [self.layer] if layers is None else list(layers)), 'files': list(files)}
@@ -291,12 +333,13 @@ def to_html(self:NoiseExplorer,
     path=None,  # a file; None: only return the text
     levels: list = None,  # rising, from 0; None: twelve steps to the law's top, and the present level
 ) -> str:  # a page that needs nothing else
-    "The sample and the draw that are shown, at all levels, as one self-contained page."
+    "The sample, the draw and the corruption that are shown, at all levels, as one self-contained page."
     if levels is None: levels = sorted({*_grid(None, max(Law.registry[self.law].top, self.level)), self.level})
     manifest = self._manifest([self.sample], _grid(levels, 1), [self.seed], [self.layer] if self.layer else [])
     data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels, [self.seed])).decode()])).replace('</', '<\\/')
     module = (Path(noisyseg.__file__).parent/'explorer.js').read_text().replace('export default {render}', '')
-    caption = html.escape(f'{law_of(self.law, self.level, self.params)} on {self.where}, seed {self.seed}, sample {self.sample + 1}')
+    caption = html.escape(f'{law_of(self.law, self.level, self.params)} on {self.where}, seed {self.seed}, sample {self.sample + 1}'
+                          + (f', {self.corruption}, severity {self.severity}' if self.corruption else ''))
     text = _page(f'<p style="font:13px system-ui;color:GrayText;text-align:center">saved at {caption}</p>\n'
                  f'<div id="explorer"></div>\n<script type="module">\n{module}\nmount(document.getElementById("explorer"), {data})\n</script>')
     if path is not None: write_atomic(path, text)

@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/robustness_card.html.md"""
 # %% auto #0
 __all__ = ['WEIGHTS', 'STRENGTHS', 'COLUMNS', 'robustness_card', 'card_summary', 'card_table', 'plot_card']
 
-# %% ../nbs/14d_robustness_card.ipynb #8bd64948
+# %% ../nbs/14d_robustness_card.ipynb #3beab838
 import math, os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from .conditions import Batches
 from .corruption_sweep import corruption_sweep, mean_corruption_error
 from .corruptions import STANDARD_15
 from .laws import AbsoluteGaussian, MaxGaussian, RelativeGaussian
-from .pictures import INK, noisyseg_template
+from .pictures import INK, LINE, noisyseg_template
 from .quantize import Quantize
 from .select import conv_and_linear, conv_and_norm
 from .summary import summarise
@@ -55,13 +55,13 @@ def _costs(cost, names, baseline):
             raise ValueError(f"cost: expected seconds, or multiples of the baseline's, above 0, got {v!r} for {k!r}")
     return {n: cost.get(n, math.nan) / cost.get(baseline, math.nan) for n in names}
 
-# %% ../nbs/14d_robustness_card.ipynb #96cb9498
+# %% ../nbs/14d_robustness_card.ipynb #04eecaef
 COLUMNS = ['model', 'train_seed', 'disturbance', 'law', 'where', 'level', 'draw', 'seed', 'metric', 'class', 'value', 'n_pixels', 'cost', 'baseline']
 
 def robustness_card(
     models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
     dl,  # batches (images, labels) or (images, masks), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
-    strengths: dict = None,  # disturbance -> strengths, for 'weight noise', 'relative attack', 'absolute attack', 'fewer bits'; () leaves one out; None: `STRENGTHS`
+    strengths: dict = None,  # such as {'weight noise': (.1, .2), 'fewer bits': ()}: () leaves one out, those not named are as in `STRENGTHS`
     corruptions=STANDARD_15,  # of the images, by name; () for none
     severities=(1, 2, 3, 4, 5),  # of the corruptions; mCE is defined over all five
     draws: int = 10,  # noise draws for each strength
@@ -92,6 +92,7 @@ def robustness_card(
         law, where = WEIGHTS[name]
         path = store and Path(store)/f'{name.replace(" ", "-")}.csv'
         df = noise_sweep(models, found, law, at, 1 if name == 'fewer bits' else draws, where, store=path, **common)
+        if name == 'fewer bits': df = df.sort_values('level', ascending=False, kind='stable')  # mild to strong, like the others
         frames.append(df.assign(disturbance=name))
     if len(corruptions := [corruptions] if isinstance(corruptions, str) else list(corruptions)):
         table = table or ('cifar' if max(x.shape[2:]) <= 64 else 'imagenet')
@@ -129,7 +130,7 @@ def card_summary(
     clean, cost = s[s['disturbance'] == 'clean'].set_index('model')['mean'], df.drop_duplicates('model').set_index('model')['cost']
     return s.assign(lost=s['model'].map(clean) - s['mean'], metric=metric, cost=s['model'].map(cost)).reset_index(drop=True)
 
-# %% ../nbs/14d_robustness_card.ipynb #395e89bd
+# %% ../nbs/14d_robustness_card.ipynb #8fa42ef7
 def _mce(df):
     "mCE and clean error of each model, mean over training seeds; None without corruptions."
     metric = _metric(df)
@@ -140,7 +141,8 @@ def _mce(df):
     return m[m['corruptions'] == m['corruptions'].iloc[0]].groupby(['corruptions', 'model'])['mCE'].mean().reset_index('corruptions')
 
 def _level_text(disturbance, level):
-    return {'clean': '', 'weight noise': f'n = {level:g}', 'fewer bits': f'{level:g} bits', 'corrupted inputs': f'severity {level:g}'}.get(disturbance, f'{level:g}')
+    form = {'clean': 'as trained', 'weight noise': 'n = {:g}', 'fewer bits': '{:g} bits', 'corrupted inputs': 'severity {:g}'}
+    return form.get(disturbance, '{:g}').format(level)
 
 def card_table(
     df: pd.DataFrame,  # rows of `robustness_card`
@@ -157,7 +159,7 @@ def card_table(
     out['training cost', f'{base} = 1'] = [f'{c:.2f}×' if c == c else 'unknown' for c in s.drop_duplicates('model').set_index('model')['cost'].reindex(models)]
     return out.rename_axis(columns=[s['metric'].iloc[0] + ' (%)', ''])
 
-# %% ../nbs/14d_robustness_card.ipynb #97dfa2a7
+# %% ../nbs/14d_robustness_card.ipynb #97b03e2a
 def _panel(s, models):
     "Scores, points lost and hover texts of one disturbance, models in rows and levels in columns."
     levels = list(dict.fromkeys(s['level']))
@@ -183,16 +185,19 @@ def plot_card(
     top = max(100 * s['lost'].max(), 1)
     for i, p in enumerate(panels, 1):
         levels, mean, lost, tell = _panel(s[s['disturbance'] == p], models)
-        fig.add_heatmap(row=1, col=i, x=[_level_text(p, l).split(' ')[0 if p == 'fewer bits' else -1] for l in levels], y=models, z=(100 * lost).round(2).to_numpy(),
-                        text=(100 * mean).map('{:.0f}'.format).to_numpy(), texttemplate='%{text}', hovertext=tell, hoverinfo='text', coloraxis='coloraxis', xgap=1, ygap=1)
+        fig.add_heatmap(row=1, col=i, x=['' if p == 'clean' else f'{l:g}'.replace('0.', '.') for l in levels], y=models,
+                        z=(100 * lost).round(2).to_numpy(), text=(100 * mean).map('{:.0f}'.format).to_numpy(), texttemplate='%{text}',
+                        hovertext=tell, hoverinfo='text', coloraxis='coloraxis', xgap=1, ygap=1)
     for i, c in enumerate(extra, len(panels) + 1):
-        fig.add_heatmap(row=1, col=i, x=['by ' + df['baseline'].iloc[0]], y=models, z=[[0]] * len(models), text=[[t] for t in table[c]], texttemplate='%{text}',
-                        hovertext=[[f'{c[0]}: {t}<br>{c[1]}'] for t in table[c]], hoverinfo='text', colorscale=[[0, 'rgba(128,128,128,0.12)'], [1, 'rgba(128,128,128,0.12)']],
-                        showscale=False, xgap=1, ygap=1)
-    over = 'noise draws' if unit == 'draw' else 'training seeds'
+        text = [t if t != 'unknown' else '?' for t in table[c]]
+        fig.add_heatmap(row=1, col=i, x=[''], y=models, z=[[0]] * len(models), text=[[t] for t in text], texttemplate='%{text}',
+                        hovertext=[[f'<b>{m}</b><br>{c[0]}: {t}<br>{c[1]}'] for m, t in zip(models, table[c])], hoverinfo='text',
+                        colorscale=[[0, LINE], [1, LINE]], showscale=False, xgap=1, ygap=1)
+    told = f"colour: points below the model's own clean score; on hover: 95 % interval over {'noise draws' if unit == 'draw' else 'training seeds'}"
     fig.update_layout(template=noisyseg_template, height=190 + 30 * len(models), hovermode='closest', margin=dict(l=40, r=10, t=130, b=40),
-                      title=dict(text=f'Robustness card: {metric}, in %' if title is None else title, subtitle=dict(
-                          text=f'colour: points below the model\'s own clean score; hover for 95 % intervals over {over}; * = unknown')),
+                      title=dict(text=f'Robustness card: {metric} (%)' if title is None else title,
+                                 subtitle=dict(text=told + (' · ?: unknown' if df['cost'].isna().any() else ''))),
                       coloraxis=dict(cmin=0, cmax=top, colorscale=[[0, 'rgba(0,114,178,0.10)'], [0.5, 'rgba(230,159,0,0.55)'], [1, 'rgba(213,94,0,0.9)']],
-                                     colorbar=dict(title='points lost', thickness=10, len=1.0)))
-    return fig.update_xaxes(type='category', showgrid=False, ticks='', title=None).update_yaxes(autorange='reversed', showgrid=False).update_annotations(font=dict(size=12, color=INK), yshift=4)
+                                     colorbar=dict(title=dict(text='points<br>lost', font_size=12), thickness=10)))
+    fig.update_xaxes(type='category', showgrid=False, ticks='', title=None, tickangle=0).update_yaxes(autorange='reversed', showgrid=False)
+    return fig.update_annotations(font=dict(size=12, color=INK), yshift=4)

@@ -126,8 +126,21 @@ class Level(nn.Module):
         else: x = torch.cat([self._source(b, m, size) for b, m in zip(self.branches, maps)], 1)
         return self.fuse(self.dropout(x))
 
-# %% ../nbs/04d_unet3plus.ipynb #bcf56f10
-class PlainEncoder(nn.Module):
+# %% ../nbs/04d_unet3plus.ipynb #3be7acff
+_BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known to work in both layouts
+
+class _Encoder(nn.Module):
+    "An encoder that defines `_maps`, and runs it in oneDNN's layout where that is possible."
+    fast = True
+    def forward(self, x):
+        leaves = [m for m in self.modules() if not any(True for _ in m.children())]
+        blocked = (self.fast and not torch.is_grad_enabled() and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
+                   and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+                   and all(type(m) in _BLOCKED and not m.training and next(m.parameters(), x).dtype == torch.float32 for m in leaves)
+                   and not _watched(*self.modules()))
+        return [m.to_dense() for m in self._maps(x.to_mkldnn())] if blocked else self._maps(x)
+
+class PlainEncoder(_Encoder):
     "The VGG-like encoder of the UNet3+ paper: two convolutions per level, max pooling between levels."
     def __init__(self,
         in_channels: int = 3,  # channels of the images
@@ -139,15 +152,15 @@ class PlainEncoder(nn.Module):
         self.channels, ins, strides = list(filters), [in_channels, *filters[:-1]], [stem_stride] + [1] * (len(filters) - 1)
         self.levels = nn.ModuleList([nn.Sequential(ConvBlock(i, o, s, bias), ConvBlock(o, o, bias=bias)) for i, o, s in zip(ins, filters, strides)])
 
-    def forward(self, x):
+    def _maps(self, x):
         maps = []
         for level in self.levels:
             maps.append(level(x))
             x = F.max_pool2d(maps[-1], 2, ceil_mode=True)
         return maps
 
-# %% ../nbs/04d_unet3plus.ipynb #611f5ae3
-class ResNetEncoder(nn.Module):
+# %% ../nbs/04d_unet3plus.ipynb #af0991ef
+class ResNetEncoder(_Encoder):
     "A torchvision ResNet as an encoder: five maps, at 1/2, 1/4, … 1/32 of the resolution."
     def __init__(self,
         resnet: torchvision.models.ResNet,  # any of torchvision's ResNets
@@ -158,7 +171,7 @@ class ResNetEncoder(nn.Module):
         width = lambda stage: (stage[-1].bn3 if hasattr(stage[-1], 'bn3') else stage[-1].bn2).num_features
         self.channels = [self.bn1.num_features, *(width(s) for s in (self.layer1, self.layer2, self.layer3, self.layer4))]
 
-    def forward(self, x):
+    def _maps(self, x):
         maps = [self.relu(self.bn1(self.conv1(x)))]
         x = self.maxpool(maps[0])
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -257,7 +270,7 @@ class UNet3Plus(nn.Module):
                     nn.init.kaiming_normal_(m.weight)
                     if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/04d_unet3plus.ipynb #24e93d2e
+# %% ../nbs/04d_unet3plus.ipynb #d5612c8f
 @patch
 def set_decoder(self:UNet3Plus,
     decoder: str,  # 'fast' or 'plain'
@@ -265,6 +278,7 @@ def set_decoder(self:UNet3Plus,
     "Choose how to compute; the function is the same to within rounding."
     if decoder not in ('fast', 'plain'): raise ValueError(f"decoder= is 'fast' or 'plain', got {decoder!r}")
     for level in self.decoder: level.set_fast(decoder == 'fast')
+    if isinstance(self.encoder, _Encoder): self.encoder.fast = decoder == 'fast'
     return self
 
 @patch
@@ -278,6 +292,7 @@ def maps(self:UNet3Plus,
     maps = self.encoder(x)
     maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
     if self.compress is not None: maps = [c(m) for c, m in zip(self.compress, maps)]
+    if x.device.type == 'cpu' and self.decoder[0].fast: maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]   # pools faster, too
     smaller = _pyramid(maps)
     run = _checkpointed if self.checkpoint and self.training and torch.is_grad_enabled() else lambda level, maps: level(maps)
     for i in reversed(range(len(maps) - 1)): maps[i] = run(self.decoder[i], smaller[i] + maps[i:])   # from i on they are the decoder's

@@ -99,7 +99,7 @@ def run(a):
     machine = f'{result["cpu"]}, {result["threads"]} of {result["cores"]} cores' + (f', {result["gpu"]}' if result['gpu'] else '')
     print(f'\n{table(rows)}\n\nratio = ours / other, below 1 is less. {machine}; '
           f'commit {result["commit"]}{" and changes" if result["dirty"] else ""}; {result["mode"]}, {result["seconds"]} s')
-    if load is not None and load > 0.5: print(f'Something else was at work here when it began (load {load:.1f}): trust no millisecond, and repeat on a quiet machine.')
+    if load is not None and load > 0.5: print(f'Something else was at work here when it began (load {load:.1f}): repeat on a quiet machine.')
     if not a.no_save:
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, 'a') as f: f.write(json.dumps(result, ensure_ascii=False) + '\n')

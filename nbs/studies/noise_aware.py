@@ -2,7 +2,7 @@
 
     python nbs/studies/noise_aware.py train --size small --seeds 0 1   # a checkpoint for each way and seed; those that exist are kept
     python nbs/studies/noise_aware.py cost                             # noise_aware_cost.csv: the ways of training in turn, a few batches each
-    python nbs/studies/noise_aware.py sweep                            # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
+    python nbs/studies/noise_aware.py sweep --seeds 0 1                # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
     python nbs/studies/noise_aware.py train sweep --size full          # the published length: 200 epochs on all of CIFAR-10, for a GPU
 
 Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and choose nothing.
@@ -38,7 +38,9 @@ from noisyseg.select import conv_and_linear
 from noisyseg.training import WeightNoise, load_model, read_card, save_model, write_atomic
 
 HERE = Path(__file__).parent
-SIZES = {'small': dict(epochs=6, subset=5000, width=8, bs=64, n_test=500, n_valid=500), 'full': dict(epochs=200, subset=None, width=16, bs=128, n_test=None, n_valid=5000)}
+SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_corruptions.py; None: all
+    'small': dict(epochs=6, subset=5000, width=8, bs=64, n_valid=500, n_test=500, n_card=250),
+    'full': dict(epochs=200, subset=None, width=16, bs=128, n_valid=5000, n_test=None, n_card=None)}
 LR, MOMENTUM, WD = 0.1, 0.9, 5e-4         # of a batch of 128; a smaller batch has a smaller learning rate
 NOISE = 0.03            # of both naive ways; about a quarter of the convolutions' standard deviation before training, see the notebook
 N_MAX, SIGMA, PER_DRAW = 0.1, 0.1, 16   # MaxGaussian; DAMP and its images in a sub-batch (128 in 8 parts, as published)
@@ -102,13 +104,14 @@ def train(a):
                        settings={k: getattr(a, k) for k in ('size', 'epochs', 'subset', 'width', 'bs')} | dict(lr=LR * a.bs / 128, momentum=MOMENTUM, wd=WD))
 
 def trained(a):
-    "All the networks that there are, by way and training seed."
-    return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in range(100) if (f := file(a, way, seed)).exists()}
+    "The networks that there are of these seeds, by way and training seed."
+    return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in a.seeds if (f := file(a, way, seed)).exists()}
 
 def companion(path, a, **info):
-    "What made a results file, beside it."
+    "What made a results file, beside it; where the checkpoints lay is nobody's business."
+    argv = [w for before, w in zip(sys.argv, sys.argv[1:]) if '--models' not in (before, w)]
     versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}
-    made = dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *sys.argv[1:]]), hardware=machine(), date=time.strftime('%Y-%m-%d'),
+    made = dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *argv]), hardware=machine(), date=time.strftime('%Y-%m-%d'),
                 versions=versions, settings={k: v for k, v in vars(a).items() if k not in ('what', 'models')}, **info)
     write_atomic(path.with_name(path.name + '.json'), json.dumps(made, indent=1, ensure_ascii=False) + '\n')
 
@@ -118,12 +121,12 @@ def keep(path, df, a, **info):
 
 def out(a, name): return HERE/(name if a.size == 'small' else name.replace('.csv', f'_{a.size}.csv'))
 
-def test_batches(a):
-    "The test images, or every k-th of them: they are sorted by class, so each class is there equally often."
+def test_batches(a, n):
+    "`n` of the test images, or all: every k-th, and since they are sorted by class, each class is there equally often."
     test = data(a).test
     x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in test]) for i in (0, 1))
-    keep = slice(None, None, 1 if a.n_test is None else len(y) // a.n_test)
-    return list(zip(x[keep].split(250), y[keep].split(250))), test
+    some = slice(None, None, 1 if n is None else len(y) // n)
+    return list(zip(x[some].split(250), y[some].split(250))), test
 
 def training_table(a):
     rows = []
@@ -134,26 +137,26 @@ def training_table(a):
     return pd.DataFrame(rows)
 
 def sweep(a):
-    models, (batches, test) = trained(a), test_batches(a)
+    models, (batches, test) = trained(a), test_batches(a, a.n_test)
     info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches), train_seeds=sorted({s for _, s in models}))
     keep(out(a, 'noise_aware_training.csv'), training_table(a), a, **info)
-    bits = quantization_sweep(models, batches, BITS, 'channel', class_names=test.vocab)
+    bits = quantization_sweep(models, batches, BITS, 'channel', class_names=test.vocab, progress=sys.stdout.isatty())
     keep(out(a, 'noise_aware_bits.csv'), bits[bits['metric'] == 'accuracy'], a, **info)
     store = a.models/a.size/'attacks.csv'
-    attacks = attack_sweep(models, batches, RELATIVE, ABSOLUTE, draws=10, class_names=test.vocab, store=store)
+    attacks = attack_sweep(models, batches, RELATIVE, ABSOLUTE, draws=10, class_names=test.vocab, store=store, progress=sys.stdout.isatty())
     attacks = attacks[attacks['metric'] == 'accuracy']
     keep(out(a, 'noise_aware_attacks.csv'), attacks, a, **info)
     print(attack_table(attacks).to_string())
 
 def cost(a):
     "A few batches of each way in turn, five times over: so that all ways meet the same machine."
-    dls, rows = cifar10(subset=20 * a.bs, n_valid=10, bs=a.bs, seed=0), []
+    dls, rows = cifar10(subset=10 * a.bs, n_valid=10, bs=a.bs, seed=0), []
     for k in range(6):                                  # the first round warms up, and does not count
         for way in ways(a, 0):
             learn = learner(a, dls, way, 0)
             if way == 'multi-step SAM': learn.sam_callback.rho = 0.2   # in the first epochs its rho is 0, and there it costs what standard training does
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-            if k: rows.append(dict(model=way, round=k, seconds=learn.clock.seconds[0], batches=20, batch_size=a.bs))
+            if k: rows.append(dict(model=way, round=k, seconds=learn.clock.seconds[0], batches=10, batch_size=a.bs))
     keep(out(a, 'noise_aware_cost.csv'), df := pd.DataFrame(rows), a)
     wide = df.pivot(index='round', columns='model', values='seconds')
     print(wide.div(wide['standard'], axis=0).describe().T.round(3).to_string())
@@ -164,7 +167,7 @@ def arguments(what):
     p.add_argument('what', nargs='+', choices=what)
     p.add_argument('--size', choices=SIZES, default='small')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    for k in ('epochs', 'subset', 'width', 'bs', 'n-test', 'n-valid'): p.add_argument(f'--{k}', type=int, help='instead of what the size says')
+    for k in ('epochs', 'subset', 'width', 'bs', 'n-valid', 'n-test', 'n-card'): p.add_argument(f'--{k}', type=int, help='instead of what the size says')
     p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-cifar', help='folder of checkpoints')
     p.add_argument('--threads', type=int, default=os.cpu_count())
     a = p.parse_args()

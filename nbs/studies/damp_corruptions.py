@@ -1,0 +1,48 @@
+"""The study of corrupted inputs: the networks of noise_aware.py under 19 corruptions, and under everything else that a robustness card knows.
+
+    python nbs/studies/damp_corruptions.py train --size small --seeds 0 1   # the same networks as noise_aware.py's; those that exist are kept
+    python nbs/studies/damp_corruptions.py card --seeds 0 1               # damp_corruptions.csv; resumes where it was stopped
+    python nbs/studies/damp_corruptions.py segmentation                   # camvid_robustness_card.csv, from the CamVid study's checkpoints
+    python nbs/studies/damp_corruptions.py train card --size full         # the published length, for a GPU
+"""
+import sys
+
+import camvid_weight_noise
+import pandas as pd
+import torch
+from noise_aware import HERE, arguments, keep, out, test_batches, train, trained
+
+from noisyseg.corruptions import ALL_19
+from noisyseg.robustness_card import WEIGHTS, card_table, robustness_card
+
+STRENGTHS = {'weight noise': (0.05, 0.1, 0.2), 'relative attack': (0.1, 0.2, 0.5), 'absolute attack': (0.01, 0.02, 0.05), 'fewer bits': (4, 3, 2)}
+
+def costs(a):
+    "Training cost from the interleaved measurement, as multiples of standard training's; none without it."
+    if not (path := out(a, 'noise_aware_cost.csv')).exists(): return None
+    wide = pd.read_csv(path).pivot(index='round', columns='model', values='seconds')
+    return wide.div(wide['standard'], axis=0).median().to_dict()
+
+def card(a):
+    models, (batches, test) = trained(a), test_batches(a, a.n_card)
+    df = robustness_card(models, batches, STRENGTHS, ALL_19, draws=10, baseline='standard', cost=costs(a), table='cifar', stats=test.stats,
+                         class_names=test.vocab, store=a.models/a.size/'card', progress=sys.stdout.isatty())
+    df = df[df['metric'] == 'accuracy'].drop(columns='class')
+    info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches), train_seeds=sorted({s for _, s in models}))
+    keep(out(a, 'damp_corruptions.csv'), df, a, **info)
+    print(card_table(df.assign(**{'class': ''})).T.to_string())
+
+def segmentation(a):
+    "The networks of the CamVid study (UNet3+, clean and noise-trained) under fewer bits and corruptions; their weight noise was measured there."
+    valid = camvid_weight_noise.validation()
+    x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
+    batches, none = list(zip(x[::2].split(8), y[::2].split(8))), {k: () for k in WEIGHTS}
+    df = robustness_card(camvid_weight_noise.trained(), batches, none | {'fewer bits': (8, 6, 4, 3)}, severities=(1, 3, 5), baseline='clean', stats=valid.stats,
+                         ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card', progress=sys.stdout.isatty())
+    df = df[df['metric'] == 'mIoU'].drop(columns='class')
+    keep(HERE/'camvid_robustness_card.csv', df, a, data='CamVid, validation, every other image, 120×160', test_images=sum(len(y) for _, y in batches))
+    print(card_table(df.assign(**{'class': ''})).T.to_string())
+
+if __name__ == '__main__':
+    a = arguments(what := {'train': train, 'card': card, 'segmentation': segmentation})
+    for w in a.what: what[w](a)

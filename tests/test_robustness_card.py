@@ -1,0 +1,100 @@
+"The robustness card: its rows are the sweeps' own, its numbers come out by hand, and it resumes after an interrupt."
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from noisyseg.conditions import Batches, draw_seed, scores
+from noisyseg.corruption_sweep import corruption_sweep, mean_corruption_error
+from noisyseg.laws import MaxGaussian
+from noisyseg.perturb import perturbed
+from noisyseg.quantization_sweep import quantization_sweep
+from noisyseg.robustness_card import WEIGHTS, card_summary, card_table, plot_card, robustness_card
+from noisyseg.select import conv_and_norm
+
+CORRUPTIONS, NAMES = ('fog', 'contrast'), ['a', 'b', 'c']
+
+
+def net(seed, classify):
+    torch.manual_seed(seed)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)] if classify else [nn.Conv2d(4, 3, 1)]
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), *head).eval()
+
+
+def data(classify):
+    g = torch.Generator().manual_seed(0)
+    shape = (12,) if classify else (12, 32, 32)
+    return [(torch.rand(12, 3, 32, 32, generator=g), torch.randint(0, 3, shape, generator=g))]
+
+
+def card(classify=True, **kw):
+    models = {('a', 0): net(0, classify), ('a', 1): net(1, classify), ('b', 0): net(2, classify), ('b', 1): net(3, classify)}
+    args = dict(models=models, dl=data(classify), corruptions=CORRUPTIONS, severities=(1, 3), draws=3, class_names=NAMES, progress=False)
+    return robustness_card(**{**args, **kw})
+
+
+@pytest.mark.parametrize('classify', [True, False])
+def test_the_rows_are_the_sweeps_own(classify):
+    df, metric = card(classify), 'accuracy' if classify else 'mIoU'
+    model, batches = net(2, classify), Batches(data(classify))
+    with perturbed(model, MaxGaussian(0.1), conv_and_norm, draw_seed(0, 2)): by_hand = {s[0]: s[2] for s in scores(model, batches, NAMES)}
+    row = df.query("model == 'b' and train_seed == 0 and disturbance == 'weight noise' and level == 0.1 and draw == 2 and metric == @metric")
+    assert row['value'].item() == pytest.approx(by_hand[metric], abs=2 / 12 if classify else 1e-3)
+    theirs = quantization_sweep(model, batches, (2, 3, 4, 6), 'channel', class_names=NAMES, progress=False)
+    theirs = theirs.query("metric == @metric").set_index('level')['value']
+    ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'fewer bits' and metric == @metric").set_index('level')['value']
+    assert ours.index.is_monotonic_decreasing and ours.to_dict() == theirs[ours.index].to_dict()
+    theirs = corruption_sweep(model, batches, CORRUPTIONS, (1, 3), table='cifar', class_names=NAMES, progress=False).query("severity > 0")
+    ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'corrupted inputs'")
+    assert ours['value'].tolist() == pytest.approx(theirs['value'].tolist(), nan_ok=True)
+
+
+def test_mce_and_cost_are_by_the_baseline():
+    df = card(cost={'a': 30, 'b': 45}, baseline='b')
+    table = card_table(df)
+    assert table['training cost', 'b = 1'].tolist() == ['0.67×', '1.00×']
+    models = {('a', 0): net(0, True), ('a', 1): net(1, True), ('b', 0): net(2, True), ('b', 1): net(3, True)}
+    sweep = corruption_sweep(models, data(True), CORRUPTIONS, (1, 3), table='cifar', progress=False)
+    expected = mean_corruption_error(sweep, 'b').groupby('model')['mCE'].mean()
+    assert table['mCE'].iloc[:, 0].tolist() == [f'{expected[m]:.3f}' for m in 'ab']
+    assert card_table(card(cost={'a': 30}, baseline='b'))['training cost', 'b = 1'].tolist() == ['unknown', 'unknown']
+
+
+def test_intervals_over_draws_and_seeds():
+    df = card()
+    draws, seeds = card_summary(df), card_summary(df, 'seed')
+    noisy = lambda s: s[s['disturbance'].isin([*WEIGHTS][:3])]
+    assert (noisy(draws)['n'] == 3).all() and (seeds['n'] == 2).all()
+    assert draws['mean'].tolist() == pytest.approx(seeds['mean'].tolist())
+    values = df.query("model == 'a' and disturbance == 'clean' and metric == 'accuracy'")['value']
+    clean = seeds.query("model == 'a' and disturbance == 'clean'").iloc[0]
+    assert clean['half'] == pytest.approx(12.7062 * values.std() / 2**0.5, rel=1e-4) and clean['lost'] == 0
+
+
+def test_a_card_resumes_and_grows(tmp_path):
+    class Stops(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.left = net(0, True), 25
+        def forward(self, x):
+            self.left -= 1
+            if self.left < 0: raise KeyboardInterrupt
+            return self.body(x)
+    model, whole = Stops(), card(models={'a': net(0, True)})
+    with pytest.raises(KeyboardInterrupt): card(models={'a': model}, store=tmp_path)
+    model.left = 10**9
+    card(models={'a': model}, store=tmp_path)
+    model.left = 6                                           # one batch that each of the six sweeps begins with
+    resumed = card(models={'a': model}, store=tmp_path)
+    pd.testing.assert_frame_equal(resumed, whole)
+    model.left = 10**9
+    grown = card(models={'a': model, 'b': net(2, True)}, store=tmp_path, draws=4)
+    pd.testing.assert_frame_equal(grown.query("model == 'a' and draw < 3").reset_index(drop=True), whole)
+
+
+def test_a_frame_from_disk_draws_the_same(tmp_path):
+    df = card()
+    df.to_csv(tmp_path/'card.csv', index=False)
+    back = pd.read_csv(tmp_path/'card.csv', keep_default_na=False, na_values={'value': '', 'cost': ''})
+    assert card_table(back).equals(card_table(df))
+    fig = plot_card(back)
+    assert len(fig.data) == 6 + 2 and '?: unknown' in fig.layout.title.subtitle.text
+    assert 'unknown' not in plot_card(card(cost={'a': 1, 'b': 2})).layout.title.subtitle.text
