@@ -439,7 +439,7 @@ export class Explorer {
     this.levelName.textContent = labelOf(law)
     Object.assign(this.slider, {min: 0, max: Math.max(law.top, s.level), step: info.fixed ? law.top / 240 : law.step || law.top / 300})
     this.slider.value = s.level; this.number.value = short(s.level); this.number.step = short(law.step || law.top / 60)
-    this.unit.textContent = law.off && !s.level ? law.off : ''
+    this.unit.textContent = law.off || ''; this.unit.hidden = !law.off; this.unit.style.visibility = s.level ? 'hidden' : 'visible'   // in its place already: the slider keeps its width
     this.slider.setAttribute('aria-valuetext', law.off && !s.level ? law.off : `${law.field} = ${short(s.level)}`)
     this.draw.hidden = !this.draws && !s.corruption; this.lock.hidden = !this.draws   // a seed that nothing depends on is not shown
     this.corruption.value = s.corruption || ''; this.severity.value = s.severity ?? 3; this.severityText.textContent = s.severity ?? 3

@@ -117,6 +117,69 @@ drag = '''async ({root, moves}) => {
     return performance.now() - last }'''
 
 
+def corrupt(seen):
+    "The picture and all that is made of it change with a corruption and its severity, and come back with none"
+    page, root = seen.page, seen.root
+    choose, severity = root.get_by_label('corruption of the picture'), root.get_by_label('severity of the corruption')
+    shown = lambda text: seen.wait(lambda: seen.data('corruption') == text)
+    assert choose.locator('option').count() == 20 and choose.locator('optgroup').count() == 4 and severity.is_disabled()
+    clean = seen.pixels()
+    choose.select_option('motion_blur')
+    shown('motion blur, severity 3')
+    blurred = seen.pixels()
+    assert all(a != b for a, b in zip(clean, blurred))                              # the picture, both masks, the errors
+    assert 'motion blur, severity 3' in root.locator('figure').first.inner_text()
+    severity.fill('5')
+    shown('motion blur, severity 5')
+    severest = seen.pixels()
+    assert all(a != b for a, b in zip(blurred, severest))
+    level = float(seen.data('level'))
+    root.focus()
+    page.keyboard.press('ArrowLeft')
+    seen.wait(lambda: float(seen.data('level')) < level)
+    assert seen.pixels()[0] == severest[0] and seen.pixels()[1] != severest[1]      # noise changes masks, not the picture
+    page.keyboard.press('ArrowRight')
+    seen.wait(lambda: seen.pixels() == severest)
+    page.keyboard.press('c')
+    shown('zoom blur, severity 5')
+    page.keyboard.press('2')
+    shown('zoom blur, severity 2')
+    page.keyboard.press('Shift+C')
+    shown('motion blur, severity 2')
+    choose.select_option('')
+    shown('')
+    seen.wait(lambda: seen.pixels() == clean)                                       # bit for bit
+    assert severity.is_disabled()
+
+
+def quantize(seen):
+    "Quantization has whole bits, 0 for none, and nothing to draw anew"
+    page, root = seen.page, seen.root
+    title, new = root.locator('.level b'), root.get_by_role('button', name='a new draw (R)')
+    root.get_by_label('noise law').select_option('Quantize')
+    seen.levelled(4)
+    assert title.inner_text() == 'bits of a weight' and not new.is_visible() and not root.get_by_label('seed of the draw').is_visible()
+    seed, fine = seen.data('seed'), seen.pixels()
+    root.focus()
+    page.keyboard.press('r')
+    for bits in 3, 2: page.keyboard.press('ArrowLeft'); seen.levelled(bits)
+    assert seen.data('seed') == seed and seen.pixels()[1:3] != fine[1:3]
+    root.locator('.level input[type=number]').fill('0')
+    root.locator('.level input[type=number]').press('Enter')
+    seen.levelled(0)
+    assert root.locator('.level .unit').inner_text() == 'not quantized'
+    clean = seen.pixels()
+    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') == 12)   # 1 to 12 bits; 0 is a line of its own
+    root.get_by_label('corruption of the picture').select_option('snow')            # a corruption is drawn
+    seen.wait(lambda: new.is_visible())
+    snow = seen.pixels()[0]
+    new.click()
+    seen.wait(lambda: seen.data('seed') != seed and seen.pixels()[0] not in (snow, clean[0]))
+    root.get_by_label('corruption of the picture').select_option('')
+    root.get_by_label('noise law').select_option('MaxGaussian')
+    seen.wait(lambda: title.inner_text() == 'noise n' and seen.data('corruption') == '' and new.is_visible())
+
+
 @contextmanager
 def live(tmp_path, sources):
     "A notebook with an explorer, run in JupyterLab"
@@ -138,6 +201,8 @@ def test_explorer_in_jupyterlab(tmp_path):
     with live(tmp_path, cells) as page:
         seen = Seen(page)
         use(seen)
+        corrupt(seen)
+        quantize(seen)
         root = seen.root
         root.get_by_label('noise law').select_option('MultiplicativeGaussian')
         seen.wait(lambda: root.locator('.level b').inner_text() == 'noise sigma')
@@ -212,6 +277,54 @@ def test_a_saved_page_needs_nothing_else(tmp_path):
         assert not page.complaints
 
 
+def test_a_corrupted_page(tmp_path):
+    "A page without a kernel shows the corruption that it was made under: a picture for each draw, and what changed against the clean prediction"
+    browser_path()
+    import torch
+    from noisyseg.explorer import NoiseExplorer
+    from noisyseg.unet3plus import unet3plus_tiny
+    torch.manual_seed(0)
+    e = NoiseExplorer(unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(1, 3, 32, 48), corruption='elastic_transform', severity=5)
+    e.to_site(tmp_path/'site', samples=[0], levels=[0, 0.1], seeds=[0, 7])
+    with served(tmp_path/'site') as url, browser_page(tmp_path/'profile') as page:
+        page.goto(f'{url}/index.html')
+        seen = Seen(page)
+        assert seen.data('corruption') == 'elastic transform, severity 5' and not seen.root.get_by_label('corruption of the picture').count()
+        pictures = []
+        for seed in 0, 7:
+            for level in 0., 0.1:
+                seen.root.locator('.level input[type=number]').fill(str(level))
+                seen.root.locator('.level input[type=number]').press('Enter')
+                seen.levelled(level)
+                assert seen.data('seed') == str(seed)
+                f = e.frame(dict(level=level, seed=seed))
+                changed = (f['preds']['model'][0] != f['reference']['model']).mean()
+                assert seen.root.locator('figure').nth(3).inner_text().split() == ['changed', f'{100 * changed:.1f}', '%', 'of', 'pixels']
+            pictures.append(seen.pixels()[0])
+            seen.root.get_by_role('button', name='a new draw (R)').click()
+        assert pictures[0] != pictures[1]
+        seen.wait(lambda: 'corruption=elastic_transform&severity=5' in page.url)
+        assert not page.complaints
+
+
+def test_the_slider_does_not_corrupt_again(monkeypatch):
+    "One corruption for each sample, severity and seed, whatever the noise and however many models"
+    import torch
+    from noisyseg.explorer import NoiseExplorer
+    from noisyseg.predictor import NoisyPredictor
+    from noisyseg.unet3plus import unet3plus_tiny
+    made, corrupt = [], NoisyPredictor._corrupt
+    monkeypatch.setattr(NoisyPredictor, '_corrupt', lambda self, *args: made.append(args) or corrupt(self, *args))
+    nets = {k: unet3plus_tiny(3, upsample='after', deep_supervision=False) for k in 'ab'}
+    e = NoiseExplorer(nets, (torch.rand(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))), corruption='snow')
+    e.send = lambda *args: None
+    for i in range(20): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 40, 'where': e.info['wheres'][i % 2]}, have=None), [])
+    assert len(made) == 1
+    for changes in dict(severity=4), dict(seed=9), dict(sample=1), dict(corruption='fog'): e.frame(changes)
+    assert len(made) == 5
+    e.close()
+
+
 def test_memory_stays_flat():
     "A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than the cache"
     import torch
@@ -236,6 +349,10 @@ def test_memory_stays_flat():
     assert widgets[-1] == widgets[1] and len(set(observers)) == 1
     for i in range(1000): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 4000}, have=0), [])
     assert e.lens._bytes <= 0.01 * 2**20 and len(e.lens._cache) <= 21 and len(e.lens._clones) == 1
+    e.close()
+    e = explorer.NoiseExplorer(net, torch.rand(2, 3, 32, 32), cache_mb=0.1)
+    for i in range(100): e._answer(None, dict(id=i, state={**e.state(), 'seed': i, 'corruption': 'elastic_transform'}, have=None), [])
+    assert sum(n for _, n in e.lens._cache.values()) == e.lens._bytes <= 0.1 * 2**20
     e.close()
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import noisyseg.encoders
+import noisyseg.unet3plus
 from noisyseg.unet3plus import PlainEncoder, UNet3Plus, resnet_encoder
 
 FILTERS = (4, 6, 8, 10, 12)
@@ -192,14 +194,15 @@ def both_ways(m, x, **changes):
 @pytest.fixture
 def counted(monkeypatch):
     "How often each shortcut was taken"
-    import noisyseg.unet3plus as module
     calls = dict.fromkeys(('winograd_conv', 'batch_norm_relu', 'conv_of_upsampled'), 0)
     def count(name, f):
         def counting(*args, **kw):
             calls[name] += 1
             return f(*args, **kw)
-        monkeypatch.setattr(module, name, counting)
-    for name in calls: count(name, getattr(module, name))
+        return counting
+    for module in (noisyseg.encoders, noisyseg.unet3plus):
+        for name in calls:
+            if hasattr(module, name): monkeypatch.setattr(module, name, count(name, getattr(module, name)))
     return calls
 
 

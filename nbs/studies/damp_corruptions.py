@@ -33,11 +33,11 @@ def card(a):
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 
 def segmentation(a):
-    "The networks of the CamVid study (UNet3+, clean and noise-trained) under fewer bits and corruptions; their weight noise was measured there."
+    "The networks of the CamVid study (UNet3+, clean and noise-trained) under corruptions; their weight noise was measured there."
     valid = camvid_weight_noise.validation()
     x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
     batches, none = list(zip(x[::2].split(8), y[::2].split(8))), {k: () for k in WEIGHTS}
-    df = robustness_card(camvid_weight_noise.trained(), batches, none | {'fewer bits': (8, 6, 4, 3)}, severities=(1, 3, 5), baseline='clean', stats=valid.stats,
+    df = robustness_card(camvid_weight_noise.trained(), batches, none, severities=(1, 3, 5), baseline='clean', stats=valid.stats,
                          ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card', progress=sys.stdout.isatty())
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
     keep(HERE/'camvid_robustness_card.csv', df, a, data='CamVid, validation, every other image, 120×160', test_images=sum(len(y) for _, y in batches))
