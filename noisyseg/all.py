@@ -11,6 +11,7 @@ from noisyseg.cifar import *
 from noisyseg.upconv import *
 from noisyseg.winograd import *
 from noisyseg.bnrelu import *
+from noisyseg.encoders import *
 from noisyseg.unet3plus import *
 from noisyseg.classifiers import *
 from noisyseg.metrics import *

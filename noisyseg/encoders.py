@@ -50,7 +50,7 @@ class ConvBlock(nn.Sequential):
         if not (self.fast and c.stride == (1, 1) and winograd_wins(x.shape, c.weight.shape) and _shortcut(x, [self])): return super().forward(x)
         return batch_norm_relu(winograd_conv(x.contiguous(memory_format=torch.channels_last), c.weight, c.bias), [self.bn])
 
-# %% ../nbs/04d_encoders.ipynb #048e6e98
+# %% ../nbs/04d_encoders.ipynb #d60f2ec5
 _BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known to work in both layouts
 
 class _Encoder(nn.Module):
@@ -58,7 +58,7 @@ class _Encoder(nn.Module):
     fast = True
     def forward(self, x):
         leaves = [m for m in self.modules() if not any(True for _ in m.children())]
-        blocked = (self.fast and not torch.is_grad_enabled() and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
+        blocked = (self.fast and not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
                    and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
                    and all(type(m) in _BLOCKED and not m.training and next(m.parameters(), x).dtype == torch.float32 for m in leaves)
                    and not _watched(*self.modules()))

@@ -60,7 +60,7 @@ def _checked(x, y):
                          f"got {tuple(x.shape)} and {None if y is None else tuple(y.shape)}")
     return x.detach().cpu().as_subclass(torch.Tensor), None if y is None else y.detach().cpu().as_subclass(torch.Tensor)
 
-# %% ../nbs/15b_explorer.ipynb #ccf86be2
+# %% ../nbs/15b_explorer.ipynb #0366ea38
 WHERES = {'conv and norm': conv_and_norm, 'conv and linear': conv_and_linear, 'kernels and scales': kernels_and_scales,
           'first 5 layers': conv_and_norm.first(5), 'last 5 layers': conv_and_norm.last(5)}
 STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity', 'opacity', 'mask', 'hidden', 'layer')
@@ -124,8 +124,8 @@ class NoiseExplorer(anywidget.AnyWidget):
         form = law_form(Law.registry[self.law])
         fields = {f['name']: f['default'] for f in form['fields']}
         if set(self.params) - set(fields): self.params = fields
-        before = Law.registry.get(change['old'])     # None while the explorer is made
-        if before and form['step'] != law_form(before)['step'] and (0 < self.level < 1 if form['step'] else self.level > form['top']): self.level = form['level']
+        old = Law.registry.get(change['old'])     # None while the explorer is made
+        if old and form['step'] != law_form(old)['step'] and (0 < self.level < 1 if form['step'] else self.level > form['top']): self.level = form['level']
 
     def close(self):
         "Take the explorer off the page, and let go of models, clones, predictions and pictures."
@@ -209,7 +209,7 @@ def _answer(self:NoiseExplorer, _, message, buffers):
     except Exception as e: reply, data = dict(id=message.get('id'), error=f'{type(e).__name__}: {e}'), []
     self.send(reply, data)
 
-# %% ../nbs/15b_explorer.ipynb #02a3d380
+# %% ../nbs/15b_explorer.ipynb #1d7bc1f2
 @patch
 def _check(self:NoiseExplorer, proposal):
     "Refuse a trait's value that cannot be shown."
@@ -217,7 +217,8 @@ def _check(self:NoiseExplorer, proposal):
     if name == 'corruption' and v not in (names := self._corruptions()): raise traitlets.TraitError(self._no_such_corruption(names, v))
     known = {'where': self.info.get('wheres'), 'law': list(Law.registry), 'layer': ['', *self.info.get('layers', [])]}.get(name)
     if known is not None and v not in known: raise traitlets.TraitError(f"{name}: one of {', '.join(map(repr, known))}, got {v!r}")
-    limits = {'level': (0, float('inf')), 'seed': (0, 2**63 - 1), 'sample': (0, self.info.get('samples', 1) - 1), 'opacity': (0, 1), 'severity': (1, 5)}.get(name)
+    limits = {'level': (0, float('inf')), 'seed': (0, 2**63 - 1), 'sample': (0, self.info.get('samples', 1) - 1), 'opacity': (0, 1),
+              'severity': (1, 5)}.get(name)
     if limits and not limits[0] <= v <= limits[1]: raise traitlets.TraitError(f"{name}: from {limits[0]} to {limits[1]}, got {v!r}")
     return v
 
@@ -254,7 +255,7 @@ def _one_for_each_cell(self:NoiseExplorer):
         made = []
     _of_cell[cell] = run, [*made, self]
 
-# %% ../nbs/15b_explorer.ipynb #617bc53d
+# %% ../nbs/15b_explorer.ipynb #c63e1fd3
 def pack(
     preds,  # uint8 arrays (2, height, width), class and confidence, one for each model
 ) -> bytes:
@@ -273,8 +274,8 @@ def _file(self:NoiseExplorer, sample, levels, seeds):
         if not i or self.corruption:     # without a corruption one picture serves all draws
             (image, truth), clean = self.picture(dict(sample=sample, seed=seed)), at(levels[0], seed)
             out += [image.tobytes(), (image[..., 0] * 0 if truth is None else truth).tobytes(), clean]
-            # without masks the models' own predictions for the clean picture are compared with
-            if self.corruption and truth is None: out += [v.tobytes() for v in self.frame(dict(sample=sample, seed=seed, level=0., layer=''))['reference'].values()]
+            if self.corruption and truth is None:     # then the models' own predictions for the clean picture are compared with
+                out += [v.tobytes() for v in self.frame(dict(sample=sample, seed=seed, layer=''))['reference'].values()]
         last = clean
         for level in levels[1:]:
             now = at(level, seed)
@@ -291,8 +292,8 @@ def _manifest(self:NoiseExplorer, samples, levels, seeds, layers):
     hists = {k: {f'{seed} {i}': self.frame(dict(level=level, seed=seed, layer=k))['hists'] for seed in seeds for i, level in enumerate(levels)} for k in layers}
     before = {k: [{n: v for n, v in h.items() if n != 'after'} for h in next(iter(by.values()))] for k, by in hists.items()}
     after = {k: {at: [h['after'] for h in hs] for at, hs in by.items()} for k, by in hists.items()}
-    return {**self.info, 'laws': [{**law, 'top': levels[-1]}], 'wheres': [self.where], 'corruptions': [], 'layers': layers, 'samples': len(samples), 'state': state,
-            'width': width, 'height': height, 'fixed': dict(levels=levels, seeds=seeds, before=before, hists=after)}
+    return {**self.info, 'laws': [{**law, 'top': levels[-1]}], 'wheres': [self.where], 'corruptions': [], 'layers': layers, 'samples': len(samples),
+            'state': state, 'width': width, 'height': height, 'fixed': dict(levels=levels, seeds=seeds, before=before, hists=after)}
 
 def _grid(levels, top):
     levels = [round(i * top / 12, 6) for i in range(13)] if levels is None else [float(v) for v in levels]

@@ -125,12 +125,12 @@ def not_corruptible(
     except (TypeError, ValueError) as e: return str(e)
     return ''
 
-# %% ../nbs/15a_predictor.ipynb #a1bbc2e8
+# %% ../nbs/15a_predictor.ipynb #b36279a7
 BITS = dict(label='bits of a weight', step=1, off='not quantized')  # how a level called `bits` is shown; all others are `noise …`, without steps
 
 def law_form(
     law: type,  # a subclass of Law that is a dataclass
-) -> dict:  # name, doc, field and level (name and default of the first field), label, step, off, top, random (does it draw?), fields: [{name, type, default, choices, doc}]
+) -> dict:  # name, doc, field and level (name and default of the first), label, step, off, top, random (does it draw?), fields: [{name, type, default, …}]
     "What a front end must know of a law to make controls for it."
     hints, docs = get_type_hints(law), docments(law)
     level, *rest = dataclasses.fields(law)

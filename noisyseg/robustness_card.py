@@ -130,7 +130,7 @@ def card_summary(
     clean, cost = s[s['disturbance'] == 'clean'].set_index('model')['mean'], df.drop_duplicates('model').set_index('model')['cost']
     return s.assign(lost=s['model'].map(clean) - s['mean'], metric=metric, cost=s['model'].map(cost)).reset_index(drop=True)
 
-# %% ../nbs/14d_robustness_card.ipynb #8fa42ef7
+# %% ../nbs/14d_robustness_card.ipynb #0968204c
 def _mce(df):
     "mCE and clean error of each model, mean over training seeds; None without corruptions."
     metric = _metric(df)
@@ -150,7 +150,7 @@ def card_table(
 ) -> pd.DataFrame:  # a line for each model, a column for each disturbance and strength, of text such as '71.8 ± 6.5'; then mCE and training cost
     "The card in numbers: mean score and half of the 95 % interval, in percent."
     s, models = card_summary(df, unit), list(dict.fromkeys([*df.attrs.get('models', []), *df['model']]))
-    text = [f'{100 * m:.1f}' + (f' ± {100 * h:.1f}' if h > 0 else '') for m, h in zip(s['mean'], s['half'])]
+    text = [f'{100 * m:.1f}' + (f' ± {100 * h:.1f}' if n > 1 else '') for m, h, n in zip(s['mean'], s['half'], s['n'])]
     columns = list(dict.fromkeys(zip(s['disturbance'], map(_level_text, s['disturbance'], s['level']))))
     s = s.assign(text=text, strength=list(map(_level_text, s['disturbance'], s['level'])))
     out = s.pivot(index='model', columns=['disturbance', 'strength'], values='text').reindex(models)[columns]

@@ -175,6 +175,11 @@ class SAMCallback(Callback):
         self.batch_part, self.where, self.sync, self.same_draws = batch_part, where, sync, same_draws
         self.rhos, self._kept, self._ascent, self._stand, self._work = [], [], None, None, None
 
+    def describe(self) -> str:
+        given = dict(rho=self.rho, m=self.m, batch_part=self.batch_part, every=self.every, where=self.where)
+        settings = ', '.join(f'{k}={v}' for k, v in given.items() if v not in (None, 1))
+        return f"{'ASAM' if self.adaptive else 'SAM'}({settings})"
+
     def before_fit(self): self._n_steps, self._due, self._kept, self.rhos = 0, None, [], []
 
     def before_train(self):

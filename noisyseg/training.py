@@ -40,12 +40,15 @@ class WeightNoise(Callback):
         gradient: str = 'noisy',  # 'noisy': recover after backward; 'recovered': before it, as the published code does
         seed: int = None,  # of the noise; None takes one from torch's global generator. Kept in .seed
         shared: bool = True,  # distributed: the same noise in all processes, or each its own
+        rng: str = 'normal',  # 'normal': every number drawn anew; 'table': stretches of a fixed table, from random places; cheaper
     ):
         if not callable(law): raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as MaxGaussian(0.05), got {law!r}")
-        for name, v, allowed in (('when', when, ('train', 'valid', 'both')), ('draw', draw, ('step', 'epoch')), ('gradient', gradient, ('noisy', 'recovered'))):
+        for name, v, allowed in (('when', when, ('train', 'valid', 'both')), ('draw', draw, ('step', 'epoch')), ('gradient', gradient, ('noisy', 'recovered')),
+                                 ('rng', rng, ('normal', 'table'))):
             if v not in allowed: raise ValueError(f"{name}= is one of {', '.join(allowed)}, got {v!r}")
         if seed is not None and not isinstance(seed, int): raise TypeError(f"seed= is a whole number or None, got {seed!r}")
-        self.law, self.when, self.draw, self.where, self.gradient, self.seed, self.shared = law, when, draw, as_selector(where), gradient, seed, shared
+        self.law, self.when, self.draw, self.where, self.gradient = law, when, draw, as_selector(where), gradient
+        self.seed, self.shared, self.rng = seed, shared, rng
         self._clone, self._generators, self._fitting = None, None, False
 
     def describe(self) -> str: return f"{self.law} in {'training and validation' if self.when == 'both' else self.when}, drawn each {self.draw}"
@@ -120,7 +123,7 @@ def before_validate(self:WeightNoise): self._begin()
 def before_batch(self:WeightNoise):
     if self.when != 'both' and (self.when == 'train') != self.training: return
     if self._generators is None: self._seed_generators()
-    if self._clone is None: self._clone, self._fresh = WeightClone(self._model, self.where, self.gradient), True
+    if self._clone is None: self._clone, self._fresh = WeightClone(self._model, self.where, self.gradient, self.rng), True
     self._clone.inject(self.law, self._generators[self.training], redraw=self.draw == 'step' or self._fresh)
     self._fresh = False
 
@@ -149,7 +152,7 @@ def segmentation_learner(
     n_classes: int = None,  # None: as dls says
     ignore_index: int = None,  # None: as dls says
     arch_args: dict = None,  # further arguments of the factory
-    noise_args: dict = None,  # further arguments of WeightNoise: when, draw, where, gradient, seed, shared
+    noise_args: dict = None,  # further arguments of WeightNoise: when, draw, where, gradient, seed, shared, rng
     metrics=None,  # None: mIoU
     cbs=None,  # further callbacks
     **kwargs,  # for fastai's Learner: lr, wd, opt_func, path, …
@@ -216,9 +219,11 @@ def make_card(
                  'normalisation': dict(zip(('mean', 'std'), map(list, dls.stats))) if getattr(dls, 'stats', None) else None}
     noise = next((c for c in getattr(learn, 'cbs', []) if isinstance(c, WeightNoise)), None)
     card['law'] = noise.law.to_dict() if hasattr(getattr(noise, 'law', None), 'to_dict') else str(noise.law) if noise else None
-    if noise: card['noise'] = {'when': noise.when, 'draw': noise.draw, 'where': str(noise.where), 'gradient': noise.gradient, 'seed': noise.seed}
+    if noise: card['noise'] = {'where': str(noise.where)} | {k: getattr(noise, k) for k in ('when', 'draw', 'gradient', 'rng', 'seed')}
+    if methods := [c.describe() for c in getattr(learn, 'cbs', []) if hasattr(c, 'describe')]: card['methods'] = methods
     recorder = getattr(learn, 'recorder', None)
-    if recorder is not None and getattr(recorder, 'values', None): card['metrics'] = dict(zip(recorder.metric_names[1:-1], map(float, recorder.values[-1])))
+    if recorder is not None and getattr(recorder, 'values', None):
+        card['metrics'] = {k: None if v is None else float(v) for k, v in zip(recorder.metric_names[1:-1], recorder.values[-1])}
     return {**card, 'versions': _versions(), **info}
 
 # %% ../nbs/07_training.ipynb #6d334e1c

@@ -9,7 +9,7 @@ __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'u
            'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'from_published', 'ConvBlock',
            'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
-# %% ../nbs/04e_unet3plus.ipynb #781f33ac
+# %% ../nbs/04e_unet3plus.ipynb #8bde38cc
 import inspect, math, re
 from contextlib import contextmanager
 from functools import wraps
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from .bnrelu import batch_norm_relu
-from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder
+from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder  # noqa: F401  one serves
 from .upconv import conv_of_upsampled
 
-_all_ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']  # one import serves
+_all_ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
 # %% ../nbs/04e_unet3plus.ipynb #1213134e
 def pool_to(
@@ -151,7 +151,7 @@ class UNet3Plus(nn.Module):
                     nn.init.kaiming_normal_(m.weight)
                     if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/04e_unet3plus.ipynb #d5612c8f
+# %% ../nbs/04e_unet3plus.ipynb #3eb031e3
 @patch
 def set_decoder(self:UNet3Plus,
     decoder: str,  # 'fast' or 'plain'
@@ -173,7 +173,8 @@ def maps(self:UNet3Plus,
     maps = self.encoder(x)
     maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
     if self.compress is not None: maps = [c(m) for c, m in zip(self.compress, maps)]
-    if x.device.type == 'cpu' and self.decoder[0].fast: maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]   # pools faster, too
+    if x.device.type == 'cpu' and self.decoder[0].fast and not _watched():   # pooling is faster with channels last, too
+        maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
     smaller = _pyramid(maps)
     run = _checkpointed if self.checkpoint and self.training and torch.is_grad_enabled() else lambda level, maps: level(maps)
     for i in reversed(range(len(maps) - 1)): maps[i] = run(self.decoder[i], smaller[i] + maps[i:])   # from i on they are the decoder's

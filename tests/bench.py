@@ -2,7 +2,8 @@
 
 Both ways run in one process, in turns, after a warm-up and after a check that their results agree; each group has a process of its own,
 because what one leaves in the memory allocator would change the other's times. The ratio is ours / other, median over the turns: below 1 is faster.
-Without --full it takes three to four minutes on two cores. Each run is appended to nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
+Without --full it takes about four minutes on two cores. Each whole run is appended to
+nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
 """
 import argparse
 import datetime
@@ -100,7 +101,7 @@ def run(a):
     print(f'\n{table(rows)}\n\nratio = ours / other, below 1 is less. {machine}; '
           f'commit {result["commit"]}{" and changes" if result["dirty"] else ""}; {result["mode"]}, {result["seconds"]} s')
     if load is not None and load > 0.5: print(f'Something else was at work here when it began (load {load:.1f}): repeat on a quiet machine.')
-    if not a.no_save:
+    if not a.no_save and set(a.only) == set(GROUPS):   # the page shows whole runs
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, 'a') as f: f.write(json.dumps(result, ensure_ascii=False) + '\n')
         print(f'appended to {RESULTS.relative_to(root)}')
@@ -117,7 +118,7 @@ def one_job(a):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--full', action='store_true', help='more cases and more turns: about half an hour')
-    p.add_argument('--only', type=lambda s: s.split(','), default=GROUPS, help=f'some of {",".join(GROUPS)}')
+    p.add_argument('--only', type=lambda s: s.split(','), default=GROUPS, help=f'some of {",".join(GROUPS)}; printed, not saved')
     p.add_argument('--rounds', type=int, help='turns of each comparison; by default as many as fit into a few seconds, at least 3')
     p.add_argument('--no-save', action='store_true', help='print only')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda; by default the GPU if there is one')

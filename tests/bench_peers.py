@@ -109,7 +109,7 @@ def noise(plan, peer):
 def unetplusplus(plan, peer):
     from segmentation_models_pytorch import UnetPlusPlus
     x = torch.randn(1, 3, 256, 256, device=plan.device)
-    nets = {'ours': unet3plus_resnet34(21, pretrained=False), **{
+    nets = {'ours': unet3plus_resnet34(21, pretrained=False, deep_supervision=False), **{
         name: UnetPlusPlus('resnet34', encoder_weights=None, decoder_channels=channels, classes=21)
         for name, channels in (('64 channels a node', (64,) * 5), ('channels as shipped', (256, 128, 64, 32, 16)))}}
     size = {}
@@ -119,8 +119,7 @@ def unetplusplus(plan, peer):
         size[name] = f'{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M weights, {counter.get_total_flops() / 2e9:.0f} G multiply-adds'
     nets['ours'].set_decoder('fast')
     def train_step(m):
-        out = m(x)
-        sum(o.square().mean() for o in (out if isinstance(out, list) else [out])).backward()
+        m(x).square().mean().backward()
         for p in m.parameters(): p.grad = None
     for train in (False, True):
         for m in nets.values(): m.train(train)

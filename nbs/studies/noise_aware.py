@@ -154,7 +154,7 @@ def cost(a):
     for k in range(6):                                  # the first round warms up, and does not count
         for way in ways(a, 0):
             learn = learner(a, dls, way, 0)
-            if way == 'multi-step SAM': learn.sam_callback.rho = 0.2   # in the first epochs its rho is 0, and there it costs what standard training does
+            if way == 'multi-step SAM': learn.sam.rho = 0.2   # in the first epochs its rho is 0, and there it costs what standard training does
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
             if k: rows.append(dict(model=way, round=k, seconds=learn.clock.seconds[0], batches=10, batch_size=a.bs))
     keep(out(a, 'noise_aware_cost.csv'), df := pd.DataFrame(rows), a)
