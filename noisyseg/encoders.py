@@ -20,17 +20,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from .bnrelu import batch_norm_relu, can_batch_norm_relu
 from .winograd import winograd_conv, winograd_wins
 
-# %% ../nbs/04d_encoders.ipynb #f9f2e69e
+# %% ../nbs/04d_encoders.ipynb #84e45401
 def _watched(*modules):
     "Does somebody want to see one of these layers being called? A hook does, and so do those who record or transform the network."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True   # first: a compiler would stumble over what follows
     hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return hooked or transformed or _has_any_global_hook()
+    return hooked or _has_any_global_hook() or torch._C._functorch.peek_interpreter_stack() is not None
 
 def _shortcut(x, blocks):
     "May these blocks' layers be computed without being called? On a CPU, when they are what they were made as and nobody watches."
-    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-            and not _watched(*(m for b in blocks for m in b)) and all(type(b.conv).forward is nn.Conv2d.forward and type(b.relu) is nn.ReLU for b in blocks)
+    return (not _watched(*(m for b in blocks for m in b)) and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled('cpu') and all(type(b.conv).forward is nn.Conv2d.forward and type(b.relu) is nn.ReLU for b in blocks)
             and can_batch_norm_relu([b.bn for b in blocks]))
 
 class ConvBlock(nn.Sequential):
@@ -50,18 +50,18 @@ class ConvBlock(nn.Sequential):
         if not (self.fast and c.stride == (1, 1) and winograd_wins(x.shape, c.weight.shape) and _shortcut(x, [self])): return super().forward(x)
         return batch_norm_relu(winograd_conv(x.contiguous(memory_format=torch.channels_last), c.weight, c.bias), [self.bn])
 
-# %% ../nbs/04d_encoders.ipynb #d60f2ec5
+# %% ../nbs/04d_encoders.ipynb #366e2b17
 _BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known to work in both layouts
 
 class _Encoder(nn.Module):
     "An encoder that defines `_maps`, and runs it in oneDNN's layout where that is possible."
     fast = True
     def forward(self, x):
+        if not self.fast or _watched(*self.modules()): return self._maps(x)
         leaves = [m for m in self.modules() if not any(True for _ in m.children())]
-        blocked = (self.fast and not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
+        blocked = (not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
                    and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-                   and all(type(m) in _BLOCKED and not m.training and next(m.parameters(), x).dtype == torch.float32 for m in leaves)
-                   and not _watched(*self.modules()))
+                   and all(type(m) in _BLOCKED and not m.training and next(m.parameters(), x).dtype == torch.float32 for m in leaves))
         return [m.to_dense() for m in self._maps(x.to_mkldnn())] if blocked else self._maps(x)
 
 class PlainEncoder(_Encoder):

@@ -2,12 +2,16 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in a shell's background job; some tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'.ci'))
