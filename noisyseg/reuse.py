@@ -29,6 +29,10 @@ def _candidates(model, where):
 
 def _tensors(tree): return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
 
+def _equal(x, y):
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.is_mkldnn != y.is_mkldnn: return False
+    return torch.equal(x.to_dense(), y.to_dense()) if x.is_mkldnn else torch.equal(x, y)
+
 def _same(now, then, versions):
     "Are these the inputs of the call that is remembered, unchanged since?"
     (a, spec), (b, other) = tree_flatten(now), tree_flatten(then)
@@ -36,7 +40,7 @@ def _same(now, then, versions):
     for x, y in zip(a, b):
         if isinstance(x, torch.Tensor) != isinstance(y, torch.Tensor): return False
         if isinstance(x, torch.Tensor):
-            if x is not y and not (x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)): return False
+            if x is not y and not _equal(x, y): return False
         elif x is not y and x != y: return False
     return [t._version for t in _tensors(then)] == versions
 

@@ -5,6 +5,7 @@
     python nbs/studies/damp_corruptions.py segmentation                   # camvid_robustness_card.csv, from the CamVid study's checkpoints
     python nbs/studies/damp_corruptions.py train card --size full         # the published length, for a GPU
 """
+import argparse
 import sys
 
 import camvid_weight_noise
@@ -40,7 +41,8 @@ def segmentation(a):
     df = robustness_card(camvid_weight_noise.trained(), batches, none, severities=(1, 3, 5), baseline='clean', stats=valid.stats,
                          ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card', progress=sys.stdout.isatty())
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
-    keep(HERE/'camvid_robustness_card.csv', df, a, data='CamVid, validation, every other image, 120×160', test_images=sum(len(y) for _, y in batches))
+    keep(HERE/'camvid_robustness_card.csv', df, argparse.Namespace(threads=a.threads), data='CamVid, validation, every other image, 120×160',
+         test_images=sum(len(y) for _, y in batches))
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 
 if __name__ == '__main__':
