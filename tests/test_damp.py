@@ -230,7 +230,7 @@ def test_small_last_batch_says_what_to_do():
 
 
 WORKER = '''
-import copy, sys, fastai.callback.progress, torch, torch.distributed as dist, torch.nn.functional as F
+import copy, os, sys, fastai.callback.progress, torch, torch.distributed as dist, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -267,7 +267,9 @@ for how in ('sub-batch', 'sync'):
     assert both[0][0] == both[1][0] and both[0][2] != both[1][2], 'one seed is recorded, and each process draws its own noise'
     assert all(torch.equal(a, b) for a, b in zip(both[0][1], both[1][1])), 'the processes ended with different weights'
 print('fine', flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)   # gloo's threads may outlive it, and abort an orderly exit
 '''
 
 

@@ -664,7 +664,7 @@ def test_schedules_groups_and_the_rest_of_fastai(tmp_path):
 # ---- two processes
 
 WORKER = '''
-import math, sys, torch, torch.distributed as dist, torch.nn.functional as F
+import math, os, sys, torch, torch.distributed as dist, torch.nn.functional as F
 from fastai.callback.training import GradientAccumulation
 from fastai.data.all import DataLoaders
 from fastai.learner import Learner, Recorder
@@ -735,7 +735,9 @@ scaler.update()
 assert len(calls) == 3 and not torch.equal(before, flat(m))
 agree(m, 'after an infinity')
 print('fine', flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)   # gloo's threads may outlive it, and abort an orderly exit
 '''
 
 def test_two_processes(tmp_path):
