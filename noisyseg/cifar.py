@@ -8,14 +8,14 @@ Docs: https://noisyseg.github.io/noisyseg/cifar.html.md"""
 __all__ = ['cifar10_stats', 'ZippedImages', 'crop_and_flip', 'ImageSet', 'ImageDL', 'cifar10', 'gratings']
 
 # %% ../nbs/03e_cifar.ipynb #c80e1e48
-import hashlib, io, os, random, zipfile
+import hashlib, io, os, zipfile
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders
 from fastai.data.external import fastai_path
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import TensorImage, default_device
@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from .data import _find
-from .loaders import _mean_std
+from .loaders import EpochDL, _mean_std
 from .masks import MissingData, data_root, denormalize, whole  # noqa: F401  data_root: one import serves
 
 # %% ../nbs/03e_cifar.ipynb #432723e2
@@ -168,13 +168,8 @@ class ImageSet:
         return TensorImage(x), self.labels[i] # a TensorCategory would not go with plain PyTorch's losses
 
 # %% ../nbs/03e_cifar.ipynb #0d6d867f
-class ImageDL(TfmdDL):
-    "fastai's `TfmdDL` for an `ImageSet`: whole batches at once; `epoch` counts passes and, with the set's seed, fixes order and augmentation"
-    epoch = -1
-    def before_iter(self):
-        self.epoch += 1
-        super().before_iter()
-    def shuffle_fn(self, idxs): return random.Random(f'{self.dataset.seed} {self.epoch}').sample(idxs, len(idxs))
+class ImageDL(EpochDL):
+    "Batches of an `ImageSet`, whole ones at once; epoch and seed fix order and augmentation"
     def create_batches(self, samps):
         yield from (self.dataset.batch(idxs, max(self.epoch, 0)) for idxs in chunked(samps, self.bs, self.drop_last))
 

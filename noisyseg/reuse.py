@@ -10,7 +10,7 @@ __all__ = ['Reuse']
 # %% ../nbs/01c_reuse.ipynb #34c43ee3
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .select import select
 
@@ -26,6 +26,8 @@ def _candidates(model, where):
             for c in m.children(): yield from find(c)
         else: yield m
     return list(dict.fromkeys(find(model)))
+
+def _copied(tree): return tree_map(lambda leaf: leaf, tree)   # new lists and dicts, the same tensors: callers may change theirs
 
 def _tensors(tree): return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
 
@@ -73,6 +75,7 @@ class Reuse:
             if m in self.overridden: m.forward = self.overridden[m]
 
     def _keep(self, k, inputs, out):
+        inputs, out = _copied((inputs, out))
         tensors = _tensors((inputs, out))
         if any(t.is_inference() for t in tensors): return   # these don't count their changes
         self.room -= (size := sum(t.nbytes for t in tensors))
@@ -94,7 +97,7 @@ class Reuse:
                 elif [t._version for t in _tensors(out)] == made:
                     k.state = 'before'
                     self.hits += 1
-                    return out
+                    return _copied(out)
             new = forward(*args, **kwargs)
             if k.state != 'behind' and i == len(k.calls) and (i == 0 or k.state == 'before'): self._keep(k, inputs, new)
             return new
