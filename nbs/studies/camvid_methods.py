@@ -1,0 +1,88 @@
+"""The study of the robustness family on segmentation: UNet3+ on CamVid, trained in five ways, under everything that a robustness card knows.
+
+    python nbs/studies/camvid_methods.py train --seeds 0 1 2        # a checkpoint for each way and seed; those that exist are kept
+    python nbs/studies/camvid_methods.py card --seeds 0 1 2         # camvid_methods.csv; resumes where it was stopped
+    python nbs/studies/camvid_methods.py train card --size full     # a longer training at a larger size, for a GPU
+
+The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of the papers, and scores choose nothing.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from camvid_weight_noise import NoPeeking
+from fastai.data.external import fastai_path
+from fastai.torch_core import default_device, set_seed
+from noise_aware import Clock, keep, machine, out
+
+from noisyseg.damp import DAMP
+from noisyseg.data import camvid
+from noisyseg.laws import MaxGaussian
+from noisyseg.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.robustness_card import card_table, robustness_card
+from noisyseg.sam import SAMCallback
+from noisyseg.training import WeightNoise, load_model, read_card, save_model, segmentation_learner
+from noisyseg.unet3plus import unet3plus_small
+
+SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=2), 'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
+LR = 4e-3
+N, SIGMA, PARTS = 0.1, 0.1, 4          # MaxGaussian; DAMP and its sub-batches
+STRENGTHS = {'weight noise': (0.05, 0.1), 'relative attack': (0.05, 0.1, 0.2), 'absolute attack': (0.01, 0.02), 'fewer bits': (6, 4, 3)}
+
+def ways(seed):
+    "What a network is trained with, by the way's name; the optimizer of all is Adam, as in the CamVid study."
+    return {
+        'standard': [],
+        'weight noise': [WeightNoise(MaxGaussian(N, alpha=2.), seed=seed)],
+        'DAMP': [DAMP(SIGMA, PARTS, seed=seed)],
+        'SAM': [SAMCallback(0.05)],
+        'ASAM': [SAMCallback(0.5, adaptive=True)],
+    }
+
+def file(a, way, seed): return a.models/a.size/f'camvid-{way.replace(" ", "-")}-{seed}.safetensors'
+
+def train(a):
+    for seed in a.seeds:
+        for way in ways(seed):
+            if (path := file(a, way, seed)).exists(): continue
+            print(f'{way}, seed {seed}', flush=True)
+            set_seed(seed)
+            size = SIZES[a.size]['size']
+            dls = camvid(size=size, bs=a.bs, seed=seed, cache=True)
+            loss = DeepSupervisionLoss(HybridLoss(msssim=0, ignore_index=dls.ignore_index))
+            clock = Clock()
+            learn = segmentation_learner(dls, unet3plus_small, None, loss, arch_args=dict(upsample='after', deep_supervision=False), metrics=[],
+                                         cbs=[*ways(seed)[way], NoPeeking(), clock])
+            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, LR)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(learn, path, dataset='CamVid, 11 classes, train (367 images)', way=way, seed=seed, seconds=clock.seconds, hardware=machine(),
+                       date=time.strftime('%Y-%m-%d'), settings=dict(size=size, epochs=a.epochs, bs=a.bs, lr_max=LR))
+
+def card(a):
+    models = {(way, seed): load_model(f, device=default_device()) for way in ways(0) for seed in a.seeds if (f := file(a, way, seed)).exists()}
+    cost = {way: sum(read_card(file(a, way, a.seeds[0]))['seconds']) for way in dict.fromkeys(w for w, _ in models)}
+    valid = camvid(size=SIZES[a.size]['size'], bs=8, seed=0, augment=False).valid
+    x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
+    some = slice(None, None, SIZES[a.size]['every'])
+    df = robustness_card(models, list(zip(x[some].split(8), y[some].split(8))), STRENGTHS, severities=(1, 3, 5), draws=10, baseline='standard', cost=cost,
+                         stats=valid.stats, ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/a.size/'camvid-methods-card',
+                         progress=sys.stdout.isatty())
+    df = df[df['metric'] == 'mIoU'].drop(columns='class')
+    keep(out(a, 'camvid_methods.csv'), df, a, data=f'CamVid, validation, {len(y[some])} of {len(y)} images', train_seeds=sorted({s for _, s in models}))
+    print(card_table(df.assign(**{'class': ''})).T.to_string())
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('what', nargs='+', choices=(what := {'train': train, 'card': card}))
+    p.add_argument('--size', choices=SIZES, default='small')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--epochs', type=int, help='instead of what the size says')
+    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-camvid', help='folder of checkpoints')
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    a = p.parse_args()
+    a.epochs, a.bs = a.epochs or SIZES[a.size]['epochs'], SIZES[a.size]['bs']
+    torch.set_num_threads(a.threads)
+    for w in a.what: what[w](a)
