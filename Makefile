@@ -30,8 +30,9 @@ set-up: ## the virtual environment (.venv), with pinned dependencies; the others
 lab: set-up ## open JupyterLab on the tour
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
 
+# as many processes as there are cores, of one thread each: two torch programs of two threads on two cores stand in each other's way
 test: set-up ## run everything: the notebooks, tests/, and that code, README and site fit the notebooks
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
 	@$(PY) -m noisyseg.demo

@@ -74,3 +74,9 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if call.when == 'call': item.failed = report.failed
     return report
+
+
+def pytest_collection_modifyitems(items):
+    "Where tests run in several processes, those of one file share one, and with it their browser and their trained networks; notebooks go to whoever is free."
+    for item in items:
+        if item.path.name != 'test_tooling_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
