@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .conditions import Batches
+from .jobs import connected
 from .laws import AbsoluteGaussian, RelativeGaussian
 from .select import conv_and_linear, select
 from .summary import summarise
@@ -38,18 +39,20 @@ def attack_sweep(
     seed: int = 0,  # fixes the noise
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # path such as attacks.csv: rows are kept in attacks-relative.csv and attacks-absolute.csv, and the same call resumes
+    store=None,  # path such as attacks.csv or attacks.parquet: rows are kept in attacks-relative.csv and attacks-absolute.csv, and the same call resumes
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size
+    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # rows of `noise_sweep`, with the column attack: 'relative' or 'absolute'
     "Score models under Gaussian attacks on their weights, with relative and with absolute strength; they come out as they went in."
     if isinstance(draws, int) and draws < 10:
         raise ValueError(f"draws: expected at least 10, got {draws}; an interval over fewer says little. noise_sweep takes any number for a quick look")
     found, frames = Batches(dl, cache_mb), []
     attacks = ('relative', RelativeGaussian(), relative), ('absolute', AbsoluteGaussian(), absolute)
-    for (name, law, levels), path in zip(attacks, _two_stores(store)):
-        df = noise_sweep(models, found, law, levels, draws, where, seed, ignore_index, class_names, path, progress, cache_mb)
-        frames.append(df.assign(attack=name))
+    with connected(on):
+        for (name, law, levels), path in zip(attacks, _two_stores(store)):
+            df = noise_sweep(models, found, law, levels, draws, where, seed, ignore_index, class_names, path, progress, cache_mb, on)
+            frames.append(df.assign(attack=name))
     out = pd.concat(frames, ignore_index=True)
     out.attrs = frames[0].attrs
     return out

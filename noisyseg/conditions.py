@@ -51,7 +51,7 @@ def digest(
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/13c_conditions.ipynb #89a5dfe9
+# %% ../nbs/13c_conditions.ipynb #d5d026b3
 def _open(dl):
     "The length of `dl`, None if it can be read only once or does not know, and an iterator."
     if isinstance(dl, DataLoaders): dl = dl.valid
@@ -80,6 +80,7 @@ class Batches:
         self.held = held if len(held) == self.n else None
 
     def __len__(self): return self.n
+    def __getstate__(self): return vars(self) | {'dl': None if self.held else self.dl}   # to another process batches go instead of their loader
     def __iter__(self): return iter(self.held) if self.held else (self._checked(b, i, [self.first]) for i, b in enumerate(self.dl))
 
     def _checked(self, batch, i, before):

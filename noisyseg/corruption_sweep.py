@@ -7,22 +7,23 @@ Docs: https://noisyseg.github.io/noisyseg/corruption_sweep.html.md"""
 # %% auto #0
 __all__ = ['corruption_sweep', 'corruption_error', 'mean_corruption_error']
 
-# %% ../nbs/13e_corruption_sweep.ipynb #46638680
+# %% ../nbs/13e_corruption_sweep.ipynb #167d4b41
 import os
+from contextlib import ExitStack
 from itertools import chain
-from pathlib import Path
 
 import pandas as pd
 from fastai.data.core import DataLoaders
-from fastprogress.fastprogress import progress_bar
+from fastcore.basics import patch
 
 from . import __version__
 from .conditions import Batches, digest, scores, untouched
 from .corruptions import ALL_19, CORRUPTIONS, STANDARD_15, Corruption, CorruptedBatches
-from .store import Cell, Row, Store, to_frame
+from .jobs import as_place, run_jobs
+from .store import Cell, Row, Store, _file_in, cell_text, how_made, to_frame
 from .sweeps import _check_count, _check_models, _Grid
 
-# %% ../nbs/13e_corruption_sweep.ipynb #07689c18
+# %% ../nbs/13e_corruption_sweep.ipynb #dee2a06b
 _COLUMNS = ['model', 'train_seed', 'corruption', 'family', 'severity', 'table', 'seed', 'metric', 'class', 'value', 'n_pixels']
 
 class _CorruptionGrid(_Grid):
@@ -49,18 +50,17 @@ class _CorruptionGrid(_Grid):
         "What must be equal for two sweeps to share a store."
         models = {n + (f' (training seed {run})' if run else ''): {'weights': digest(*m.state_dict().values())} for (n, run), m in self.models.items()}
         return dict(corruption=name, table=self.table, seed=self.seed, stats=repr(self.stats), ignore_index=self.ignore_index,
-                    classes=self.classes, data=self.batches.fingerprint(), models=models, versions={'noisyseg': __version__})
+                    classes=self.classes, data=self.batches.fingerprint(), models=models, versions={'noisyseg': __version__}, **how_made())
 
-# %% ../nbs/13e_corruption_sweep.ipynb #fad793c0
-def _measure_corruption(grid, name, rows, count):
-    "Measure every model under one corruption (or 'clean'), what `rows` has left to do."
-    for severity in [0] if name == 'clean' else grid.severities:
-        missing = [key for key in grid.models if Cell(*key, float(severity), 0) not in rows.cells]
-        batches = Batches(grid.at(name, severity), grid.cache_mb) if severity and missing else grid.batches
-        for key in missing:
-            found = scores(grid.models[key], batches, grid.classes, grid.ignore_index, f'model {key[0]!r}')
-            rows.add(Cell(*key, float(severity), 0), [Row(*key, name, 'input', float(severity), 0, grid.seed, *s) for s in found])
-        count(len(grid.models))
+# %% ../nbs/13e_corruption_sweep.ipynb #4d020bab
+@patch
+def measure(self:_CorruptionGrid, key, jobs):
+    "The rows of each of `jobs`, models under one corruption (or 'clean') at one severity."
+    name, severity = key
+    batches = Batches(self.at(name, severity), self.cache_mb) if severity else self.batches
+    for _, cell in jobs:
+        found = scores(self.models[cell.model, cell.train_seed], batches, self.classes, self.ignore_index, f'model {cell.model!r}')
+        yield [Row(cell.model, cell.train_seed, name, 'input', float(severity), 0, self.seed, *s) for s in found]
 
 def corruption_sweep(
     models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
@@ -72,27 +72,22 @@ def corruption_sweep(
     stats: tuple = None,  # (mean, std) that images are normalised with; None: as the loader says, else they are in [0, 1]
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # folder that keeps the rows as they come, a file for each corruption; the same call resumes, more of anything extends
+    store=None,  # folder for the rows as they come, a file for each corruption (Parquet if its name ends in .parquet); the same call resumes or extends
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size, and corrupted anew for each model beyond it
+    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # tidy: a row for each model, corruption, severity and score
     "Score every model under every corruption at every severity, on the same corrupted images (arXiv 1903.12261, section 4)."
-    models = _check_models(models)
+    models, _ = _check_models(models), as_place(on)
     if store is not None and not isinstance(store, (str, os.PathLike)): raise TypeError(f"store: expected the path of a folder or None, got {store!r}")
-    with untouched(models.values()):
-        grid, stores, done = _CorruptionGrid(models, dl, corruptions, severities, seed, table, stats, ignore_index, class_names, cache_mb), {}, 0
-        bar = progress_bar(range(len(models) * (1 + len(grid.corruptions) * len(grid.severities)))) if progress else None
-        if bar: bar.update(0)
-        def count(n):
-            nonlocal done
-            done += n
-            if bar: bar.update(done)
-        for name in ('clean', *grid.corruptions):
-            rows = stores[name] = Store(store and Path(store)/f'{name}.csv', grid.fingerprint(name))
-            try: _measure_corruption(grid, name, rows, count)
-            finally: rows.save()
-    keys = [(n, Cell(*key, float(s), 0)) for key in models for n in stores for s in ([0] if n == 'clean' else grid.severities)]
-    df = to_frame(chain.from_iterable(stores[n].cells[c] for n, c in keys)).rename(columns={'law': 'corruption', 'level': 'severity'})
+    with untouched(models.values()), ExitStack() as stack:
+        grid = _CorruptionGrid(models, dl, corruptions, severities, seed, table, stats, ignore_index, class_names, cache_mb)
+        stores = {name: stack.enter_context(Store(_file_in(store, name), grid.fingerprint(name))) for name in ('clean', *grid.corruptions)}
+        cells = {(n, s): [(n, Cell(*key, float(s), 0, 'input')) for key in models] for n in stores for s in ([0] if n == 'clean' else grid.severities)}
+        missing = [(at, [(n, c) for n, c in jobs if c not in stores[n].cells]) for at, jobs in cells.items()]
+        run_jobs(grid, missing, lambda job, *found: stores[job[0]].add(job[1], *found), on, progress, lambda job: f'{cell_text(job[1])} ({job[0]})', store)
+    found = [(n, Cell(*key, float(s), 0, 'input')) for key in models for n, s in cells]
+    df = to_frame(chain.from_iterable(stores[n].cells.get(c, []) for n, c in found)).rename(columns={'law': 'corruption', 'level': 'severity'})
     df = df.assign(severity=df['severity'].astype(int), table=table, family=[getattr(CORRUPTIONS.get(c), 'family', '') for c in df['corruption']])[_COLUMNS]
     df.attrs['models'] = list(dict.fromkeys(name for name, _ in models))
     return df

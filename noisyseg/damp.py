@@ -270,8 +270,16 @@ def _prepare(self:DAMP):
             box = [self.seed]
             torch.distributed.broadcast_object_list(box)   # where it was None, each process drew one for itself
             self.seed = box[0]
-        self._generator = torch.Generator(next(self._inner.parameters()).device).manual_seed(self.seed + 7919 * rank_distrib())
+        self._generator = torch.Generator(next(self._inner.parameters()).device).manual_seed(self.seed)
     if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(self._inner, self.where)
+
+@patch
+def _pass_over(self:DAMP, n):
+    "Leave out `n` draws, which are other processes': so the generator is in the same state in all of them."
+    if not n: return
+    weights = self._clone._clean if self._clone else [getattr(s.module, s.attr) for s in select(self._inner, self.where)]
+    for _ in range(n):
+        for w in weights: _fill_normal(torch.empty(w.shape, device=w.device), self._generator)
 
 @patch
 def _install(self:DAMP): self.learn._do_one_batch = self._one_batch
@@ -283,6 +291,21 @@ def after_batch(self:DAMP): self._install()   # each batch removes it first, so 
 def after_train(self:DAMP): self._remove()
 
 @patch
+def state_dict(self:DAMP) -> dict:
+    "What a resumed fit needs: the seed, and where the generator is."
+    return {'seed': self.seed, 'generator': None if self._generator is None else self._generator.get_state()}
+
+@patch
+def load_state_dict(self:DAMP,
+    state: dict,  # from `state_dict`
+):
+    "Draw on where another run stopped."
+    self.seed, self._generator = state['seed'], None
+    if state['generator'] is None: return
+    self._prepare()
+    self._generator.set_state(state['generator'])
+
+@patch
 def _one_batch(self:DAMP):
     "`Learner._do_one_batch` with Algorithm 1 for its forward pass."
     l = self.learn
@@ -291,6 +314,8 @@ def _one_batch(self:DAMP):
     self._prepare()
     xb, yb = _tensors(l.xb, 'xb'), _tensors(l.yb, 'yb')
     sizes, scaler = _sizes(xb + yb, self.m), getattr(l, 'scaler', None)
+    before, after = (rank_distrib(), num_distrib() - 1 - rank_distrib()) if num_distrib() > 1 else (0, 0)   # the other processes' sub-batches
+    self._pass_over(before * self.m)
     if self.batchnorm == 'sync':
         with _in_lockstep(self._inner, self.where, self.law, self.gradient, sizes, self._generator): l.pred = l.model(*xb)
         l('after_pred')
@@ -300,6 +325,7 @@ def _one_batch(self:DAMP):
         l.loss_grad, preds = _one_by_one(l.model, loss_func, xb, yb, sizes, self.law, self.gradient, self._clone, self._generator, scaler)
         l.pred = _joined(preds)
         l('after_pred')
+    self._pass_over(after * self.m)
     l.loss = l.loss_grad.detach().clone()
     l('after_loss')
     l._do_grad_opt()

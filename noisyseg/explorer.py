@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/explorer.html.md"""
 __all__ = ['WHERES', 'STATE', 'demo_models', 'NoiseExplorer', 'pack']
 
 # %% ../nbs/15b_explorer.ipynb #61d7fcaa
-import base64, gzip, html, json, shutil
+import base64, gzip, html, json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -315,7 +315,7 @@ def to_site(self:NoiseExplorer,
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items(): write_atomic(folder/name, data)
     write_atomic(folder/'manifest.json', json.dumps(manifest, separators=(',', ':')) + '\n')
-    if not (folder/'explorer.js').is_symlink(): shutil.copy(Path(noisyseg.__file__).parent/'explorer.js', folder/'explorer.js')
+    if not (folder/'explorer.js').is_symlink(): write_atomic(folder/'explorer.js', (Path(noisyseg.__file__).parent/'explorer.js').read_bytes())
     write_atomic(folder/'index.html', _page('<div class="noisyseg-explorer" data-src="./"></div>\n'
                                             '<script type="module">import {mountAll} from "./explorer.js"; mountAll()</script>'))
     return sum(p.stat().st_size for p in folder.iterdir())
@@ -337,7 +337,8 @@ def to_html(self:NoiseExplorer,
     "The sample, the draw and the corruption that are shown, at all levels, as one self-contained page."
     if levels is None: levels = sorted({*_grid(None, max(Law.registry[self.law].top, self.level)), self.level})
     manifest = self._manifest([self.sample], _grid(levels, 1), [self.seed], [self.layer] if self.layer else [])
-    data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels, [self.seed])).decode()])).replace('</', '<\\/')
+    data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels, [self.seed])).decode()]))
+    data = data.replace('<', '\\u003c')   # no text in it can end the script, or begin a comment
     module = (Path(noisyseg.__file__).parent/'explorer.js').read_text().replace('export default {render}', '')
     caption = html.escape(f'{law_of(self.law, self.level, self.params)} on {self.where}, seed {self.seed}, sample {self.sample + 1}'
                           + (f', {self.corruption}, severity {self.severity}' if self.corruption else ''))

@@ -20,7 +20,7 @@ from torch import Tensor
 def _number(law, name, low, strict=False):
     "Check that a field of a law is a finite number, at least (or above) `low`; nothing is coerced."
     v = getattr(law, name)
-    ok = isinstance(v, (int, float)) and not isinstance(v, bool) and (v > low if strict else v >= low) and not math.isnan(v)
+    ok = isinstance(v, (int, float)) and not isinstance(v, bool) and (v > low if strict else v >= low) and (v < 2**1023 or v == math.inf)
     if not ok: raise ValueError(f"{type(law).__name__}: {name} is a number {'above' if strict else 'of at least'} {low}, got {v!r}")
 
 @dataclass(frozen=True)

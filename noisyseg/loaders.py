@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/loaders.html.md"""
 # %% auto #0
 __all__ = ['height_width', 'fit', 'augmenter', 'MaskDataset', 'show_masks', 'EpochDL', 'MaskDL', 'mask_dataloaders']
 
-# %% ../nbs/03c_loaders.ipynb #24556efc
+# %% ../nbs/03c_loaders.ipynb #86df5deb
 import copy
 import math
 import random
@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from fastcore.basics import store_attr
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
+from fastai.torch_core import TensorImage, TensorMask, default_device, num_distrib, to_cpu
 from fastai.vision.core import imagenet_stats
 from .masks import colorize, denormalize, whole
 
@@ -149,13 +149,19 @@ def show_masks(
     fig.legend(handles=patches, loc='outside lower left', ncols=math.ceil(len(vocab)/lines), frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/03c_loaders.ipynb #e379a28f
+# %% ../nbs/03c_loaders.ipynb #2861000b
 class EpochDL(TfmdDL):
-    "fastai's `TfmdDL`, but `epoch` counts passes and, with the dataset's seed, fixes the order"
-    epoch = -1
+    "fastai's `TfmdDL`, but `epoch` counts passes and, with the dataset's seed, fixes the order; `start` is the next pass's first batch, once"
+    epoch, start = -1, 0
     def before_iter(self):
         self.epoch += 1
         super().before_iter()
+    def get_idxs(self):
+        idxs, skip, self.start = super().get_idxs(), self.start*(self.bs or 1), 0
+        if not skip: return idxs
+        n = max(1, num_distrib())                                # each process of a distributed run has a part, and skips in it
+        part = math.ceil(len(idxs)/n)
+        return [i for r in range(n) for i in (idxs + idxs)[r*part+skip : (r+1)*part]]
     def shuffle_fn(self, idxs): return random.Random(f'{self.dataset.seed} {self.epoch}').sample(idxs, len(idxs))
 
 class MaskDL(EpochDL):

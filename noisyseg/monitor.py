@@ -7,10 +7,11 @@ Docs: https://noisyseg.github.io/noisyseg/monitor.html.md"""
 # %% auto #0
 __all__ = ['TrainingMonitor']
 
-# %% ../nbs/15c_monitor.ipynb #4e9684bd
+# %% ../nbs/15c_monitor.ipynb #01d28059
 import base64, io, time
 from functools import partial
 from html import escape
+from itertools import cycle
 
 import ipywidgets as W
 import numpy as np
@@ -30,7 +31,7 @@ from .conditions import logits_of, plain_batch, untouched
 from .masks import colorize, distinct_palette, to_rgb, whole
 from .metrics import to_mask
 from .perturb import perturbed
-from .pictures import OKABE_ITO, noisyseg_template
+from .pictures import OKABE_ITO, SYMBOLS, noisyseg_template
 from .select import as_selector, conv_and_norm
 from .training import WeightNoise
 
@@ -67,11 +68,20 @@ def _panel(pixels, title, note, alt):
     caption = f'<figcaption style="line-height:1.35;margin-top:4px"><b>{escape(title)}</b><br>{escape(note)}</figcaption>'
     return f'<figure style="margin:0;flex:1 1 100px;min-width:0;max-width:230px;overflow-wrap:anywhere">{_img(pixels, alt)}{caption}</figure>'
 
-# %% ../nbs/15c_monitor.ipynb #f6bcaa02
+# %% ../nbs/15c_monitor.ipynb #688e0615
 def _right(mask, truth, ignore_index):
     "Share of the pixels that count which a mask has right."
     counts = np.ones_like(truth, bool) if ignore_index is None else truth != ignore_index
     return float((mask == truth)[counts].mean()) if counts.any() else float('nan')
+
+def _key(found, palette, vocab):
+    "The colours of some classes, and their names."
+    key = [f'<span style="white-space:nowrap"><span aria-hidden="true" style="display:inline-block;width:.8em;height:.8em;border:1px solid #808080;'
+           f'background:rgb{tuple(int(v) for v in palette[c])}"></span> {escape(str(vocab[c]))}</span>' for c in sorted(found) if c < len(palette)]
+    return f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:6px">{"".join(key)}</div>'
+
+def _row(panels): return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(panels)}</div>'
+def _words(html): return f'<div style="color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif">{html}</div>'
 
 def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
     "Image, truth and predictions side by side, and the classes' colours."
@@ -81,31 +91,31 @@ def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
     for name, m in masks.items():
         note = f'{_right(m, truth, ignore_index):.0%} of pixels right'
         panels.append(_panel(paint(m), name, ' · '.join(o for o in (note, notes.get(name)) if o), f'Mask predicted with {name}, {note}'))
-    found = sorted(set().union(*(np.unique(m).tolist() for m in (truth, *masks.values()))) - {ignore_index})
-    key = [f'<span style="white-space:nowrap"><span aria-hidden="true" style="display:inline-block;width:.8em;height:.8em;border:1px solid #808080;'
-           f'background:rgb{tuple(int(v) for v in palette[c])}"></span> {escape(str(vocab[c]))}</span>' for c in found if c < len(palette)]
-    return ('<div style="color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif"><div style="display:flex;flex-wrap:wrap;gap:12px">'
-            f'{"".join(panels)}</div><div style="display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:6px">{"".join(key)}</div></div>')
+    found = set().union(*(np.unique(m).tolist() for m in (truth, *masks.values()))) - {ignore_index}
+    return _words(_row(panels) + _key(found, palette, vocab))
 
-# %% ../nbs/15c_monitor.ipynb #19b721c7
+# %% ../nbs/15c_monitor.ipynb #1b73d596
 def _thinned(points, most=400):
     "x and y of a list of pairs, at most `most + 1` of them, always with the last."
     kept = points[::max(1, -(-len(points) // most))]
     if points and kept[-1] is not points[-1]: kept = [*kept, points[-1]]
     return [p[0] for p in kept], [p[1] for p in kept]
 
-def _curves(series, score, note=''):
-    "The figure of some series of (epoch, value): the losses on the left, the score on the right."
-    left, right = [('train_loss', 'training loss, smoothed'), ('valid_loss', 'validation loss')], [(score, f'{score}{note}')] if score else []
-    fig = make_subplots(1, 1 + bool(right), horizontal_spacing=0.14)
-    for i, (key, name) in enumerate(left + right):
-        x, y = _thinned(series.get(key, []))
-        style = dict(mode='lines+markers', marker=dict(symbol=('circle', 'square', 'diamond')[i], size=7)) if i else dict(mode='lines')
-        fig.add_scatter(x=x, y=y, name=name, meta=key, line=dict(color=OKABE_ITO[i], width=2), row=1, col=1 + (i > 1), **style)
-    fig.update_layout(template=noisyseg_template, autosize=True, height=270, margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
-    return fig.update_xaxes(title_text='epoch', rangemode='tozero').update_yaxes(title_text='loss', col=1).update_yaxes(title_text=score or '', col=2)
+def _curves(series, score, panels=()):
+    "The figure of some series of (epoch, value): the losses on the left, then the score, then what `panels` draw."
+    axes = [('loss', {'train_loss': 'training loss, smoothed', 'valid_loss': 'validation loss'})] + [(score, {score: score})] * bool(score)
+    axes += [(p.axis, p.curves) for p in panels]
+    fig, colors = make_subplots(1, len(axes), horizontal_spacing=0.28 / len(axes)), cycle(zip(OKABE_ITO, SYMBOLS))
+    for col, (title, curves) in enumerate(axes, 1):
+        for key, name in curves.items():
+            (x, y), (color, symbol) = _thinned(series.get(key, [])), next(colors)
+            style = dict(mode='lines') if key == 'train_loss' else dict(mode='lines+markers', marker=dict(symbol=symbol, size=7))
+            fig.add_scatter(x=x, y=y, name=name, meta=key, line=dict(color=color, width=2), row=1, col=col, **style)
+        fig.update_yaxes(title_text=title, col=col)
+    fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320, margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
+    return fig.update_xaxes(title_text='epoch', rangemode='tozero')
 
-# %% ../nbs/15c_monitor.ipynb #f3825c0f
+# %% ../nbs/15c_monitor.ipynb #3ca905e5
 def _hear_at_once(widget):
     "Let messages of this widget go to the shell that the browser names, also where another one is busy with a cell."
     if hasattr(widget.comm, '_reply_subshell_for'): widget.comm._reply_subshell_for = None   # ipykernel 7.4
@@ -116,8 +126,8 @@ def _in_notebook():
 
 class _Dashboard:
     "The widgets: made once, then only changed."
-    def __init__(self, figure, on_stop):
-        self.state, self.progress, self.sample = W.HTML(), W.HTML(), W.HTML()
+    def __init__(self, figure, on_stop, n_panels=0):
+        self.state, self.progress, self.sample, *self.panels = (W.HTML() for _ in range(3 + n_panels))
         self.stop = W.Button(description='Stop', tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
         self.stop.on_click(lambda _: on_stop())
         _hear_at_once(self.stop)
@@ -125,8 +135,8 @@ class _Dashboard:
         self.figure._config = dict(responsive=True, displayModeBar=False)   # as wide as there is room for, and nothing that leads elsewhere
         top = W.Box([self.stop, self.state, self.progress], layout=W.Layout(flex_flow='row wrap', align_items='center'))
         for w in (self.state, self.progress): w.layout.margin = '2px 12px'
-        self.box = W.VBox([top, self.figure, self.sample], layout=W.Layout(width='100%'))
-        self.parts = [self.stop, self.state, self.progress, self.sample, self.figure, top, self.box]
+        self.box = W.VBox([top, self.figure, self.sample, *self.panels], layout=W.Layout(width='100%'))
+        self.parts = [self.stop, self.state, self.progress, self.sample, *self.panels, self.figure, top, self.box]
 
 # %% ../nbs/15c_monitor.ipynb #b5d51115
 _TEXT = 'color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif'
@@ -155,10 +165,10 @@ def free(self:_Dashboard):
             if w.has_trait(name) and hasattr(inner := w._trait_values.get(name), 'close'): inner.close()
         w.close()
 
-# %% ../nbs/15c_monitor.ipynb #70d57774
+# %% ../nbs/15c_monitor.ipynb #be2a0d64
 class TrainingMonitor(Callback):
     "Watch a fit: loss and score, one held-out sample with and without noise, time left, and a Stop button."
-    order, _stateattrs = 60, ('_dash',)   # after the Recorder; widgets are not saved with a learner
+    order, watches, _stateattrs = 60, True, ('_dash',)   # after the Recorder; widgets are not saved with a learner
     _dash = None
     def __init__(self,
         law=None,  # show the sample under this law's noise; None: that of the learner's WeightNoise, if it has one
@@ -168,15 +178,19 @@ class TrainingMonitor(Callback):
         metric: str = None,  # the score to draw, by its name in fastai's table; None: miou, else the first there is
         interval: float = 0.25,  # least time between two updates, in seconds
         show: bool = None,  # show the dashboard? None: in a notebook, but not in one process of many
+        panels=None,  # what else to watch, such as PseudoLabelPanel(); one, or a list
     ):
         if law is not None and not callable(law): raise TypeError(f"law= is a law such as MaxGaussian(0.05), (weight, z) -> weight, or None, got {law!r}")
         if metric is not None and not isinstance(metric, str): raise TypeError(f"metric= is a name in fastai's table, such as 'miou', or None, got {metric!r}")
         if show not in (None, True, False): raise TypeError(f"show= is True, False or None, got {show!r}")
         if isinstance(interval, bool) or not isinstance(interval, (int, float)): raise TypeError(f"interval= is a number of seconds, got {interval!r}")
         if not 0 <= interval < float('inf'): raise ValueError(f"interval= is a number of seconds, 0 or more, got {interval!r}")
+        self.panels = [] if panels is None else list(panels) if isinstance(panels, (list, tuple)) else [panels]
+        for p in self.panels:
+            if not all(hasattr(p, k) for k in ('look', 'curves', 'axis')): raise TypeError(f"panels= are objects with look(learn), curves and axis, got {p!r}")
         self.law, self.where, self.metric, self.interval, self.show = law, None if where is None else as_selector(where), metric, interval, show
         self.sample, self.seed = sample if sample is None else whole('sample', sample, 0), whole('seed', seed, 0)
-        self.state, self._rows, self._series, self._masks, self._held, self._score = 'waiting', [], {}, {}, None, None
+        self.state, self._rows, self._series, self._masks, self._held, self._score, self._pictures = 'waiting', [], {}, {}, None, None, {}
         self._fit = self._batch = self._x = self._n = self._mean = 0
         self._on = self._stopping = False
         self._said, self._cell = (0., ''), None
@@ -189,9 +203,9 @@ class TrainingMonitor(Callback):
     @property
     def figure(self) -> go.Figure:
         "The curves as an ordinary figure."
-        return _curves(self._series, self._score)
+        return _curves(self._series, self._score, self.panels)
 
-# %% ../nbs/15c_monitor.ipynb #5235f908
+# %% ../nbs/15c_monitor.ipynb #3a5f7d9a
 @patch
 def _note(self:TrainingMonitor, metric, value):
     "Write down one number."
@@ -207,8 +221,16 @@ def _noise(self:TrainingMonitor):
 
 @patch
 def _look(self:TrainingMonitor):
-    "Predict the sample, with clean and with noisy weights."
-    if self.sample is None or rank_distrib(): return
+    "Predict the sample, with clean and with noisy weights, and let the panels look."
+    if rank_distrib(): return
+    if self.sample is not None: self._look_at_sample()
+    for i, p in enumerate(self.panels):
+        numbers, self._pictures[i] = p.look(self.learn)
+        for name, v in numbers.items(): self._note(name, v)
+        if self._dash: self._dash.panels[i].value = self._pictures[i]
+
+@patch
+def _look_at_sample(self:TrainingMonitor):
     model = self.learn.model
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)): model = model.module
     if self._held is None:
@@ -224,11 +246,12 @@ def _look(self:TrainingMonitor):
 
 @patch(as_prop=True)
 def picture(self:TrainingMonitor):
-    "The sample as it was seen last, for a notebook to show."
-    if not self._masks: raise RuntimeError("there is no picture yet: a fit makes one, unless sample=None")
-    return HTML(_sample_html(*self._held, self._masks, self._notes, **self._paint))
+    "The sample as it was seen last, and what the panels saw, for a notebook to show."
+    if not self._masks and not self._pictures: raise RuntimeError("there is no picture yet: a fit makes one, unless sample=None")
+    sample = [_sample_html(*self._held, self._masks, self._notes, **self._paint)] if self._masks else []
+    return HTML('<br>'.join([*sample, *self._pictures.values()]))
 
-# %% ../nbs/15c_monitor.ipynb #5d6b484a
+# %% ../nbs/15c_monitor.ipynb #42372558
 def _clock(seconds): return f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'
 
 @patch
@@ -255,10 +278,29 @@ def _open(self:TrainingMonitor):
     "Make the widgets if there are none, and show them once in a cell."
     if not (self.show if self.show is not None else _in_notebook() and num_distrib() <= 1): return
     from IPython.display import display
-    if self._dash is None: self._dash, self._cell = _Dashboard(self.figure, self._ask), None
+    if self._dash is None: self._dash, self._cell = _Dashboard(self.figure, self._ask, len(self.panels)), None
     cell = getattr(get_ipython(), 'execution_count', None)
     if self._cell is None or cell != self._cell[0]: display(self._dash.box)
     self._cell = (cell,)
+
+@patch
+def state_dict(self:TrainingMonitor) -> dict:
+    "What was seen so far, for a fit that will be resumed."
+    h = self.history
+    names = list(h.metric.unique())
+    return {'names': names, 'rows': torch.tensor(h.assign(metric=h.metric.map(names.index)).to_numpy(float)), 'seconds': time.perf_counter() - self._start,
+            **{k: getattr(self, k) for k in ('_fit', '_batch', '_x', '_n', '_mean', '_began')}}
+
+@patch
+def load_state_dict(self:TrainingMonitor,
+    state: dict,  # from `state_dict`
+):
+    "Go on with what another run has seen."
+    self._rows, self._series, self._start = [], {}, time.perf_counter() - state['seconds']
+    for k in ('_fit', '_batch', '_x', '_n', '_mean', '_began'): setattr(self, k, state[k])
+    for fit, x, batch, seconds, i, value in state['rows'].tolist():
+        self._rows.append((int(fit), x, int(batch), seconds, state['names'][int(i)], value))
+        self._series.setdefault(state['names'][int(i)], []).append((x, value))
 
 @patch
 def close(self:TrainingMonitor):

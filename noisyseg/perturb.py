@@ -11,7 +11,7 @@ __all__ = ['TABLE', 'WeightClone', 'clone_weights', 'HoldInterrupts', 'perturbed
 import signal, threading, warnings, weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 
 import torch
@@ -23,6 +23,7 @@ from .select import by_name, conv_and_linear, conv_and_norm, kernels_and_scales,
 
 # %% ../nbs/01b_perturb.ipynb #9f352a85
 _active = []  # weak references to the clones that hold noise now, oldest first
+_claiming = threading.RLock()  # held while a clone enters that list
 
 class _Shift(nn.Module):
     "Adds a fixed tensor: the last step of a parametrization while noise is in. Not a buffer, so that state dicts do not see it."
@@ -59,7 +60,7 @@ class WeightClone:
         self._sites = [s for s in sites if not s.parametrized]
         self._params = [getattr(s.module, s.attr) for s in self._sites]
         self._computed = [s for s in sites if s.parametrized]
-        self._shifted = []  # the parametrization lists that carry a _Shift now
+        self._shifts = {}  # number of a computed weight -> the _Shift at the end of its parametrizations, while noise is in
         with torch.inference_mode(False), torch.no_grad():
             self._clean = [torch.empty_like(p) for p in self._params] + [s.value().detach().clone() for s in self._computed]
         self._z = self._unit = None
@@ -173,11 +174,11 @@ def _write(self:WeightClone, i, new):
     "Put `new` in the place of weight `i`."
     if i < len(self._params): self._params[i].copy_(new); return
     s = self._computed[i - len(self._params)]
-    plist, shift = s.module.parametrizations[s.attr], new.to(self._clean[i].dtype) - self._clean[i]
-    if plist in self._shifted: plist[len(plist) - 1].shift = (shift,)
+    shift = new.to(self._clean[i].dtype) - self._clean[i]
+    if i in self._shifts: self._shifts[i][1].shift = (shift,)
     else:
-        plist.append(_Shift(shift))
-        self._shifted.append(plist)
+        self._shifts[i] = plist, added = s.module.parametrizations[s.attr], _Shift(shift)
+        plist.append(added)
 
 @patch
 @_changes_weights
@@ -190,33 +191,57 @@ def inject(self:WeightClone,
     if not callable(law): raise TypeError(f"a law is a function (weight, z) -> perturbed weight, got {law!r}")
     generator = _as_generator(generator)
     tables = [(_table(d), _table(d)._version) for d in {c.device for c in self._clean}] if self.rng == 'table' else []
-    with self._drawing(generator, redraw) as draws:
-        if not self.injected: self.store()
+    with self._changing(), self._drawing(generator, redraw) as draws:
         self._begin()
-        try:
-            for i, z in enumerate(draws):
-                if i >= len(self._params): self._write(i, _apply(law, self._clean[i], z)); continue
-                rowwise = getattr(law, 'rowwise', lambda w: False)(self._clean[i])
-                for p, c, zb in _blocks(rowwise, self._params[i], self._clean[i], z): p.copy_(_apply(law, c, zb))
-            if any(t._version != v for t, v in tables):
-                _table.cache_clear()
-                raise RuntimeError(f"{law} changes z in place; with rng='table' others use the same numbers: let it make a new tensor")
-        except BaseException:
-            self.recover()
-            raise
+        for i, z in enumerate(draws):
+            if i >= len(self._params): self._write(i, _apply(law, self._clean[i], z)); continue
+            rowwise = getattr(law, 'rowwise', lambda w: False)(self._clean[i])
+            for p, c, zb in _blocks(rowwise, self._params[i], self._clean[i], z): p.copy_(_apply(law, c, zb))
+        if any(t._version != v for t, v in tables):
+            _table.cache_clear()
+            raise RuntimeError(f"{law} changes z in place; with rng='table' others use the same numbers: let it make a new tensor")
     self.law, self._unit = law, None
     self._settle()
     return self
 
 # %% ../nbs/01b_perturb.ipynb #78d1f69d
 @patch
+def _places(self:WeightClone):
+    "What the weights are told by: two Parameters may be views of one memory."
+    return [(p.device, p.data_ptr()) for p in self._params] + [(s.module, s.attr) for s in self._computed]
+
+@patch
 def _shares(self:WeightClone, other):
     "Do two clones hold a weight in common?"
-    return any(p is q for p in self._params for q in other._params) or any(a.module is b.module for a in self._computed for b in other._computed)
+    return not set(self._places()).isdisjoint(other._places())
+
+@patch
+def _claim(self:WeightClone):
+    "Enter the list of those that hold noise, unless another thread is at these weights."
+    with _claiming:
+        others = [c for c in (r() for r in _active) if c is not None and c._thread != threading.get_ident()]
+        if any(c is self or self._shares(c) for c in others):
+            raise RuntimeError("another thread holds noise in these weights now: give each thread a model of its own (copy.deepcopy), or let them take turns")
+        self._thread = threading.get_ident()
+        if not self.injected: _active.append(weakref.ref(self))
+
+@patch
+def _disclaim(self:WeightClone):
+    with _claiming: _active[:] = [r for r in _active if r() is not None and r() is not self]
+
+@patch
+@contextmanager
+def _changing(self:WeightClone):
+    "While weights are written: all of it, or clean weights."
+    self._claim()
+    try: yield
+    except BaseException:
+        self.recover() if self.injected else self._disclaim()
+        raise
 
 @patch
 def _begin(self:WeightClone):
-    if not self.injected: _active.append(weakref.ref(self))
+    if not self.injected: self.store()
     self.injected, self._versions = True, []   # no versions: what changes from here on is our own doing
 
 @patch
@@ -226,30 +251,76 @@ def _settle(self:WeightClone):
     self._versions = [p._version for p in self._params]
 
 @patch
-def _restore(self:WeightClone):
-    n, weights = len(self._params), [p.data for p in self._params] if self.gradient == 'recovered' else self._params
-    if n: torch._foreach_copy_(weights, self._clean[:n])
-    for plist in self._shifted:
-        if isinstance(plist[len(plist) - 1], _Shift): del plist[len(plist) - 1]
-    self._shifted = []
+def _replaced(self:WeightClone):
+    "Weights that are another tensor by now: copies of the noisy one, as conversions make them, and parametrized ones, with clean values; names of others."
+    copies, late, lost = [], [], []
+    for i, s in enumerate(self._sites + self._computed):
+        if i < len(self._params):
+            old = noisy = self._params[i]
+            if getattr(s.module, s.attr, None) is old and old.shape == self._clean[i].shape: continue
+            if s.parametrized: late.append((s, self._clean[i])); continue
+        elif i not in self._shifts or (s.parametrized and s.module.parametrizations[s.attr] is self._shifts[i][0]): continue
+        else: noisy = self._clean[i] + self._shifts[i][1].shift[0]
+        new = getattr(s.module, s.attr, None)
+        same = isinstance(new, Tensor) and not new.is_meta and new.shape == noisy.shape == self._clean[i].shape and torch.equal(new, noisy.to(new))
+        copies.append((new, self._clean[i])) if same else lost.append(s.name)
+    return copies, late, lost
+
+@patch
+def _restore(self:WeightClone, inherited, copies, late):
+    pairs = [(p, c) for i, (p, c) in enumerate(zip(self._params, self._clean)) if i not in inherited and p.shape == c.shape] + copies
+    if pairs: torch._foreach_copy_([p.data if self.gradient == 'recovered' else p for p, _ in pairs], [c for _, c in pairs])
+    for s, c in late:   # what the parametrization made of the noisy weight, it makes again of the clean one
+        with suppress(NotImplementedError, RuntimeError): setattr(s.module, s.attr, c.clone())
+    for plist, shift in self._shifts.values():
+        for i, step in enumerate(plist):
+            if step is shift: del plist[i]; break
+    self._shifts = {}
+
+@patch
+def _above(self:WeightClone):
+    "The clones that perturbed some of these weights later, and still do."
+    active = [c for c in (r() for r in _active) if c is not None and c.injected]
+    return [c for c in active[active.index(self) + 1:] if self._shares(c)]
 
 @patch
 @_changes_weights
 def recover(self:WeightClone) -> WeightClone:
     "Put the clean weights back, bit for bit. Does nothing when nothing is injected."
     if not self.injected: return self
-    above = [c for c in (r() for r in _active) if c is not None]
-    above = above[above.index(self) + 1:]
-    if any(self._shares(c) for c in above): raise RuntimeError("these weights were perturbed again after this clone: recover the later clone first")
-    touched = sum(p._version != v for p, v in zip(self._params, self._versions))
-    self._restore()
+    if self._above(): raise RuntimeError("these weights were perturbed again after this clone: recover the later clone first")
+    return self._recover()
+
+@patch
+@_changes_weights
+def _end(self:WeightClone):
+    "Recover at the end of a block. Where a later clone still holds a weight, it inherits what is to be put back."
+    if not self.injected: return
+    inherited = set()
+    for later in self._above():
+        theirs = {place: i for i, place in enumerate(later._places()[:len(later._params)])}
+        for i, place in enumerate(self._places()[:len(self._params)]):
+            if i in inherited or place not in theirs: continue
+            later._clean[theirs[place]].copy_(self._clean[i])
+            later._unit = None
+            inherited.add(i)
+    self._recover(inherited)
+    if inherited: warnings.warn(f"this block ended before a later one that perturbs {len(inherited)} of its weights: they hold the later noise until that "
+                                "ends, and are clean then", stacklevel=4)
+
+@patch
+def _recover(self:WeightClone, inherited=()):
+    touched = sum(p._version != v for i, (p, v) in enumerate(zip(self._params, self._versions)) if i not in inherited)
+    copies, late, lost = self._replaced()
+    self._restore(inherited, copies, late)
     self.injected = False
-    _active[:] = [r for r in _active if r() is not None and r() is not self]
+    self._disclaim()
     _forget_casts()
     for c in (r() for r in _active):
         if c is not None and self._shares(c): c._settle()
     if touched: warnings.warn(f"{touched} of {len(self._params)} weights were changed while they were perturbed (an optimizer step inside?); "
-                              "that change is undone", stacklevel=3)
+                              "that change is undone", stacklevel=4)
+    if lost: warnings.warn(f"{', '.join(lost)}: replaced while perturbed, and so not recovered: what is there now was left as it is", stacklevel=4)
     return self
 
 # %% ../nbs/01b_perturb.ipynb #8f1103ae
@@ -262,14 +333,14 @@ class HoldInterrupts:
         cls.marked.add(f.__code__)
         return f
 
-    def __init__(self): self.old, self.waiting = None, None
+    def __init__(self): self.old, self.waiting, self.installed = None, None, False
 
     def install(self):
         "Take over the handler of SIGINT; only the main thread has one."
         old = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-        if callable(old):
+        if callable(old) and not self.installed:
             self.mine = self.handle   # one bound method, to know it again
-            self.old = old
+            self.old, self.waiting, self.installed = old, None, True
             signal.signal(signal.SIGINT, self.mine)
 
     def handle(self, signum, frame):
@@ -280,9 +351,11 @@ class HoldInterrupts:
 
     def release(self):
         "Give the handler back, and let an interrupt that waited happen now."
-        if self.old is None: return
-        if signal.getsignal(signal.SIGINT) == self.mine: signal.signal(signal.SIGINT, self.old)
-        old, self.old = self.old, None
+        if not self.installed: return
+        self.installed, old = False, self.old
+        # blocks may end in another order than they began: then this one goes on passing interrupts down, until the later one ends
+        while isinstance(below := getattr(old, '__self__', None), HoldInterrupts) and not below.installed: old = below.old
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == self.mine: signal.signal(signal.SIGINT, old)
         if self.waiting: old(*self.waiting)
 
 # %% ../nbs/01b_perturb.ipynb #aecf700e
@@ -300,6 +373,7 @@ class perturbed:
 
     @HoldInterrupts.within
     def __enter__(self) -> WeightClone:
+        if self.clone.injected: raise RuntimeError("this block is open already: to nest, make another perturbed(model, law)")
         self.hold.install()
         try:
             self.clone.inject(self.law, self.generator)
@@ -310,9 +384,9 @@ class perturbed:
 
     @HoldInterrupts.within
     def __exit__(self, *exc):
-        try: self.clone.recover()
+        try: self.clone._end()
         except BaseException:   # some other signal's exception, such as a timeout's: once more
-            self.clone.recover()
+            self.clone._end()
             raise
         finally: self.hold.release()
 
@@ -326,17 +400,13 @@ def rescale(self:WeightClone,
     if self._z is None or self.law is None: raise RuntimeError("nothing was drawn yet: inject(law) first, then rescale(level)")
     if not hasattr(self.law, 'at'): raise TypeError(f"{self.law} has no level to change: rescale needs a law with .at(level), such as those in noisyseg.laws")
     law = self.law.at(level)
-    if not self.injected: self.store()
-    self._begin()
-    try:
+    with self._changing():
+        self._begin()
         if hasattr(law, 'noise') and self._unit is None: self._unit = [_unit_noise(law, c, z) for c, z in zip(self._clean, self._z)]
         for i, c in enumerate(self._clean):
             if self._unit is None: self._write(i, _apply(law, c, self._z[i]))
             elif i < len(self._params) and c.dtype == self._unit[i].dtype: torch.add(c, self._unit[i], alpha=level, out=self._params[i])
             else: self._write(i, c + level * self._unit[i])
-    except BaseException:
-        self.recover()
-        raise
     self.law = law
     self._settle()
     return self

@@ -7,17 +7,19 @@ Docs: https://noisyseg.github.io/noisyseg/quantization_sweep.html.md"""
 # %% auto #0
 __all__ = ['quantization_sweep']
 
-# %% ../nbs/13f_quantization_sweep.ipynb #949b20a0
+# %% ../nbs/13f_quantization_sweep.ipynb #e6cfabfd
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 
 from .conditions import Batches
+from .jobs import connected
 from .quantize import SCHEMES, Quantize
 from .select import conv_and_linear
 from .sweeps import noise_sweep
 
-# %% ../nbs/13f_quantization_sweep.ipynb #bf4399fe
+# %% ../nbs/13f_quantization_sweep.ipynb #b2be8252
 def _options(name, given, allowed):
     given = (given,) if isinstance(given, str) else tuple(given)
     if not given or not set(given) <= set(allowed): raise ValueError(f"{name}: expected some of {', '.join(allowed)}, got {given!r}")
@@ -40,13 +42,17 @@ def quantization_sweep(
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size
+    store=None,  # path such as bits.csv: rows are kept in bits-symmetric-channel.csv and so on, and the same call resumes
+    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # rows of `noise_sweep`: `level` is the number of bits (0: not quantized), `law` names the grid; and the columns per and scheme
     "Score models after rounding their weights to each number of bits; they come out as they went in."
     bits, grids = _bits(bits), list(product(_options('scheme', scheme, SCHEMES), _options('per', per, ('channel', 'tensor'))))
-    found, frames = Batches(dl, cache_mb), []
-    for s, p in grids:
-        df = noise_sweep(models, found, Quantize(per=p, scheme=s), [0, *bits], 1, where, 0, ignore_index, class_names, None, progress, cache_mb)
-        frames.append(df.assign(per=p, scheme=s))
+    found, frames, path = Batches(dl, cache_mb), [], None if store is None else Path(store)
+    with connected(on):
+        for s, p in grids:
+            law, kept = Quantize(per=p, scheme=s), path and path.with_stem(f'{path.stem}-{s}-{p}')
+            df = noise_sweep(models, found, law, [0, *bits], 1, where, 0, ignore_index, class_names, kept, progress, cache_mb, on)
+            frames.append(df.assign(per=p, scheme=s))
     out = pd.concat(frames, ignore_index=True)
     out.attrs = frames[0].attrs
     return out

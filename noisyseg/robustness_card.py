@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/robustness_card.html.md"""
 # %% auto #0
 __all__ = ['WEIGHTS', 'STRENGTHS', 'robustness_card', 'card_summary', 'card_table', 'plot_card']
 
-# %% ../nbs/14d_robustness_card.ipynb #3beab838
+# %% ../nbs/14d_robustness_card.ipynb #68e0bc04
 import math, os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +20,12 @@ from plotly.subplots import make_subplots
 from .conditions import Batches
 from .corruption_sweep import corruption_sweep, mean_corruption_error
 from .corruptions import STANDARD_15
+from .jobs import connected
 from .laws import AbsoluteGaussian, MaxGaussian, RelativeGaussian
 from .pictures import INK, LINE, noisyseg_template
 from .quantize import Quantize
 from .select import conv_and_linear, conv_and_norm
+from .store import _file_in
 from .summary import summarise
 from .sweeps import _check_count, _check_models, noise_sweep
 
@@ -55,7 +57,7 @@ def _costs(cost, names, baseline):
             raise ValueError(f"cost: expected seconds, or multiples of the baseline's, above 0, got {v!r} for {k!r}")
     return {n: cost.get(n, math.nan) / cost.get(baseline, math.nan) for n in names}
 
-# %% ../nbs/14d_robustness_card.ipynb #04eecaef
+# %% ../nbs/14d_robustness_card.ipynb #ebde3661
 _COLUMNS = ['model', 'train_seed', 'disturbance', 'law', 'where', 'level', 'draw', 'seed', 'metric', 'class', 'value', 'n_pixels', 'cost', 'baseline']
 
 def robustness_card(
@@ -72,9 +74,10 @@ def robustness_card(
     stats: tuple = None,  # (mean, std) that images are normalised with; None: as the loader says, else they are in [0, 1]
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # folder that keeps the rows as they come; the same call resumes
+    store=None,  # folder that keeps the rows as they come, in Parquet if its name ends in .parquet; the same call resumes
     progress: bool = True,  # show progress bars
     cache_mb: int = 1024,  # batches are held in memory up to this size
+    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # tidy: the rows of all sweeps, with the columns disturbance ('clean', …), level (strength or severity), cost and baseline
     "Score every model under every disturbance, on paired draws and the same corrupted images; models come out as they went in."
     named = list(dict.fromkeys(n for n, _ in _check_models(models)))
@@ -86,19 +89,22 @@ def robustness_card(
     found = Batches(dl, cache_mb)
     x, y = found.first
     levels = _strengths(strengths, 'accuracy' if y.ndim == 1 else 'mIoU')
-    common = dict(seed=seed, ignore_index=ignore_index, class_names=class_names, progress=progress, cache_mb=cache_mb)
-    frames = [noise_sweep(models, found, MaxGaussian(), 0, 1, store=store and Path(store)/'clean.csv', **common).assign(disturbance='clean', law='', where='')]
-    for name, at in levels.items():
-        law, where = WEIGHTS[name]
-        path = store and Path(store)/f'{name.replace(" ", "-")}.csv'
-        df = noise_sweep(models, found, law, at, 1 if name == 'fewer bits' else draws, where, store=path, **common)
-        if name == 'fewer bits': df = df.sort_values('level', ascending=False, kind='stable')  # mild to strong, like the others
-        frames.append(df.assign(disturbance=name))
-    if len(corruptions := [corruptions] if isinstance(corruptions, str) else list(corruptions)):
-        table = table or ('cifar' if max(x.shape[2:]) <= 64 else 'imagenet')
-        df = corruption_sweep(models, found, corruptions, severities, table=table, stats=stats, store=store and Path(store)/f'corruptions-{table}', **common)
-        df = df[df['severity'] > 0].rename(columns={'corruption': 'law', 'severity': 'level'})
-        frames.append(df.assign(disturbance='corrupted inputs', where=f'input, {table} settings', draw=0).astype({'level': float}))
+    corruptions = [corruptions] if isinstance(corruptions, str) else list(corruptions)
+    table = table or ('cifar' if max(x.shape[2:]) <= 64 else 'imagenet')
+    common = dict(seed=seed, ignore_index=ignore_index, class_names=class_names, progress=progress, cache_mb=cache_mb, on=on)
+    def noise(law, at, n, where, name): return noise_sweep(models, found, law, at, n, where, store=_file_in(store, name.replace(' ', '-')), **common)
+    with connected(on):
+        frames = [noise(MaxGaussian(), 0, 1, conv_and_norm, 'clean').assign(disturbance='clean', law='', where='')]
+        for name, at in levels.items():
+            law, where = WEIGHTS[name]
+            df = noise(law, at, 1 if name == 'fewer bits' else draws, where, name)
+            if name == 'fewer bits': df = df.sort_values('level', ascending=False, kind='stable')  # mild to strong, like the others
+            frames.append(df.assign(disturbance=name))
+        if corruptions:
+            folder = store and Path(store)/f"corruptions-{table}{'.parquet' if Path(store).suffix == '.parquet' else ''}"
+            df = corruption_sweep(models, found, corruptions, severities, table=table, stats=stats, store=folder, **common)
+            df = df[df['severity'] > 0].rename(columns={'corruption': 'law', 'severity': 'level'})
+            frames.append(df.assign(disturbance='corrupted inputs', where=f'input, {table} settings', draw=0).astype({'level': float}))
     out = pd.concat(frames, ignore_index=True).assign(cost=lambda d: d['model'].map(costs), baseline=baseline)[_COLUMNS]
     out.attrs['models'] = named
     return out

@@ -182,6 +182,21 @@ class SAMCallback(Callback):
 
     def before_fit(self): self._n_steps, self._due, self._kept, self.rhos = 0, None, [], []
 
+    @property
+    def can_save(self) -> bool:
+        "Is no accumulated batch waiting for its second pass?"
+        return not self._kept
+
+    def state_dict(self) -> dict:
+        "What a resumed fit needs: the count of steps, and the rhos so far."
+        return {'n_steps': self._n_steps, 'rhos': list(self.rhos)}
+
+    def load_state_dict(self,
+        state: dict,  # from `state_dict`
+    ):
+        "Count on where another run stopped, after a whole step."
+        self._n_steps, self.rhos, self._due, self._kept = state['n_steps'], list(state['rhos']), None, []
+
     def before_train(self):
         if (self.m is not None or self.batch_part < 1) and (mix := next((c for c in self.learn.cbs if isinstance(c, MixHandler)), None)):
             raise ValueError(f"{mix.name} keeps the labels of the whole batch, so that it can't be split: leave m= and batch_part= as they are")

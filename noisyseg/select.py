@@ -155,7 +155,11 @@ def _check_weight(name, w):
     if isinstance(w, nn.parameter.UninitializedTensorMixin): raise ValueError(f"{name} has no shape yet: run one batch through the model first")
     if w.is_meta: raise ValueError(f"{name} is on the meta device and holds no numbers: load the weights first")
     if w.is_inference(): raise ValueError(f"{name} was made under torch.inference_mode and can't be changed in place: build the model outside of it")
-    if not w.is_floating_point(): raise ValueError(f"{name} is {w.dtype}: noise needs floating-point weights. Leave it out with where=")
+    if not w.is_floating_point() or w.dtype.itemsize < 2:
+        raise ValueError(f"{name} is {w.dtype}: noise needs floating-point weights of 16 bits or more. Leave it out with where=")
+    if w.layout != torch.strided: raise ValueError(f"{name} is laid out as {w.layout}: noise needs ordinary, dense weights. Leave it out with where=")
+    if any(n > 1 and step == 0 for n, step in zip(w.shape, w.stride())):
+        raise ValueError(f"{name} of shape {tuple(w.shape)} is expanded: several of its numbers are one. Make it whole with .clone() before it gets noise")
 
 @torch.no_grad()
 def select(

@@ -8,8 +8,8 @@ Docs: https://noisyseg.github.io/noisyseg/sweeps.html.md"""
 __all__ = ['law_text', 'noise_sweep', 'stages', 'layer_sensitivity', 'draw_seed', 'load_sweep', 'paired_difference', 'protocols',
            'summarise']
 
-# %% ../nbs/13d_sweeps.ipynb #3f9a4fba
-import dataclasses, hashlib, math, platform, warnings
+# %% ../nbs/13d_sweeps.ipynb #ba9e7328
+import dataclasses, hashlib, math, platform
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import chain, groupby
@@ -17,16 +17,17 @@ from itertools import chain, groupby
 import numpy as np
 import pandas as pd
 import torch
-from fastprogress.fastprogress import ConsoleProgressBar, printing, progress_bar
+from fastcore.basics import patch
 from torch import nn
 
 from . import __version__
 from .conditions import Batches, digest, draw_seed, logits_of, scores, untouched
+from .jobs import as_place, run_jobs
 from .metrics import ConfusionMeter
 from .perturb import perturbed
 from .reuse import Reuse
 from .select import Selector, as_selector, conv_and_norm, select
-from .store import Cell, Row, Store, load_sweep, to_frame
+from .store import Cell, Row, Store, cell_text, how_made, load_sweep, to_frame
 from .summary import paired_difference, protocols, summarise
 
 _all_ = ['draw_seed', 'load_sweep', 'paired_difference', 'protocols', 'summarise']  # what one needs next to a sweep: one import serves
@@ -71,7 +72,7 @@ def _check_law(law, levels):
         raise TypeError(f"law: expected a noise law with .at(level), such as MaxGaussian(), got {what}")
     for l in levels: law.at(l)  # a level that the law refuses is refused now
 
-# %% ../nbs/13d_sweeps.ipynb #c40cc089
+# %% ../nbs/13d_sweeps.ipynb #05d30071
 class _Grid:
     "Everything that a sweep needs, checked and ready."
     def __init__(self, models, dl, law, levels, draws, where, seed, ignore_index, class_names, cache_mb):
@@ -79,6 +80,7 @@ class _Grid:
         self.draws, self.seed = _check_count('draws', draws, 1), _check_count('seed', seed, 0)
         _check_law(law, self.levels)
         self.law, self.where = law, as_selector(where)
+        self.wheres, self.reuse, self.kinds = {str(self.where): self.where}, {}, 1
         self.names = {key: [s.name for s in select(m, self.where)] for key, m in models.items()}
         self.batches, self.cache_mb = Batches(dl, cache_mb), cache_mb
         self.ignore_index = self.batches.ignore_index if ignore_index is None else ignore_index
@@ -98,7 +100,7 @@ class _Grid:
         for out in outs.values(): ConfusionMeter(n, self.ignore_index).update(out, y)
         return classes
 
-# %% ../nbs/13d_sweeps.ipynb #6020ae29
+# %% ../nbs/13d_sweeps.ipynb #1495e7ce
 def law_text(
     law,  # a noise law, such as MaxGaussian()
 ) -> str:  # such as 'MaxGaussian(n, alpha=2, per=kernel, clip=clamp)'
@@ -108,59 +110,47 @@ def law_text(
     settings = [f'{n}={v:g}' if isinstance(v, float) else f'{n}={v}' for n, v in values]
     return f"{type(law).__name__}({', '.join([names[0], *settings])})"
 
+def _short(*names): return hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16]
+
 def _fingerprint(grid):
     "What must be equal for two sweeps to share a store."
     def of(key, model): return {
         'weights': digest(*(t for t in model.state_dict().values() if isinstance(t, torch.Tensor))),
-        'perturbed weights': hashlib.sha256('\n'.join(grid.names[key]).encode()).hexdigest()[:16]}
+        'perturbed weights': _short(*grid.names[key])}
     models = {key[0] + (f' (training seed {key[1]})' if key[1] else ''): of(key, m) for key, m in grid.models.items()}
     versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}  # for the reader; not compared
     return dict(law=law_text(grid.law), where=str(grid.where), seed=grid.seed, ignore_index=grid.ignore_index, classes=grid.classes,
-                data=grid.batches.fingerprint(), models=models, versions=versions)
+                data=grid.batches.fingerprint(), models=models, versions=versions, **how_made())
 
-# %% ../nbs/13d_sweeps.ipynb #cd314141
-def _cells(grid):
-    "In the order of measurement: draws, then models, then levels."
-    return [Cell(*key, level, k) for k in range(grid.draws) for key in grid.models for level in grid.levels if level > 0 or k == 0]
+# %% ../nbs/13d_sweeps.ipynb #52b9a3f7
+def _cells(grid, wheres):
+    "In the order of measurement: draws, then models, then weights, then levels."
+    return [Cell(*key, level, k, w) for k in range(grid.draws) for key in grid.models for w in wheres for level in grid.levels if level > 0 or k == 0]
 
-def _measure(grid, jobs, done):
-    "Measure `jobs`, pairs (where, cell), and hand the rows of each to `done`."
-    kinds = {(id(where), *cell[:2]): where for where, cell in jobs if cell.level > 0}
-    reuse = {k: Reuse(grid.models[k[1:]], where, grid.cache_mb / len(kinds)) for k, where in kinds.items()}
-    for (_, noise, draw, name, run), group in groupby(jobs, lambda j: (id(j[0]), j[1].level > 0, j[1].draw, *j[1][:2])):
-        group = list(group)
-        model, where = grid.models[name, run], group[0][0]
-        kept = reuse[id(where), name, run] if noise else None
-        with perturbed(model, grid.law, where, draw_seed(grid.seed, draw)) if noise else nullcontext() as clone, kept or nullcontext():
-            for job in group:
-                level = job[1].level
-                if noise:
-                    clone.rescale(level)
-                    kept.start()
-                found = scores(model, grid.batches, grid.classes, grid.ignore_index, f'model {name!r}')
-                done(job, [Row(name, run, law_text(grid.law), str(where), level, draw, grid.seed, *s) for s in found])
+def _draw_of(cell): return cell.where, cell.level > 0, cell.draw, cell.model, cell.train_seed
 
-def _run(grid, jobs, done, progress, path=None):
-    "`_measure` with a progress bar. Ctrl-C keeps what was measured: in the store, if there is one, else in what is returned."
-    bar, n = progress_bar(range(len(jobs))) if progress and jobs else None, 0
-    def count(*result):
-        nonlocal n
-        done(*result)
-        n += 1
-        if bar: bar.update(n)
-    if bar: bar.update(0)
-    try: _measure(grid, jobs, count)
-    except KeyboardInterrupt as e:
-        told = f"interrupted: {n} of {len(jobs)} cells were measured"
-        if path is None:
-            warnings.warn(f"{told}, and their rows are returned. With store='sweep.csv' the same call measures the rest", stacklevel=3)
-            return
-        e.add_note(f"{told}; their rows are in {path}, and the same call measures the rest")
-        raise
-    finally:
-        if isinstance(bar, ConsoleProgressBar) and printing(): print()  # a bar in a terminal leaves its line open
+@patch
+def measure(self:_Grid, key, cells):
+    "The rows of each of `cells`, which have one draw of one model in common."
+    where, noise, draw, name, run = key
+    model, selector = self.models[name, run], self.wheres[where]
+    if noise and (where, name, run) not in self.reuse: self.reuse[where, name, run] = Reuse(model, selector, self.cache_mb / self.kinds)
+    kept = self.reuse[where, name, run] if noise else None
+    with perturbed(model, self.law, selector, draw_seed(self.seed, draw)) if noise else nullcontext() as clone, kept or nullcontext():
+        for cell in cells:
+            if noise:
+                clone.rescale(cell.level)
+                kept.start()
+            found = scores(model, self.batches, self.classes, self.ignore_index, f'model {name!r}')
+            yield [Row(name, run, law_text(self.law), where, cell.level, draw, self.seed, *s) for s in found]
 
-# %% ../nbs/13d_sweeps.ipynb #4d0fc143
+def _run(grid, cells, rows, on, progress):
+    "Measure those of `cells` that the store `rows` does not have."
+    missing = [c for c in cells if c not in rows.cells]
+    grid.kinds = len({(c.where, c.model, c.train_seed) for c in missing if c.level > 0}) or 1
+    run_jobs(grid, [(key, list(group)) for key, group in groupby(missing, _draw_of)], rows.add, on, progress, cell_text, rows.path)
+
+# %% ../nbs/13d_sweeps.ipynb #e61f41bb
 def noise_sweep(
     models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
     dl,  # batches (images, masks) or (images, labels), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
@@ -171,19 +161,17 @@ def noise_sweep(
     seed: int = 0,  # fixes the noise: draw k is that of `draw_seed(seed, k)`
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # path of a CSV file that keeps the rows as they come; the same call resumes, more levels, draws or models extend
+    store=None,  # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes, more levels, draws or models extend
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size, and read anew for each cell beyond it
+    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # tidy: a row for each model, level, draw and score; see `Row`
     "Score every model at every noise level under the same noise draws; the models come out as they went in."
-    models = _check_models(models)
+    models, _ = _check_models(models), as_place(on)
     with untouched(models.values()):
         grid = _Grid(models, dl, law, levels, draws, where, seed, ignore_index, class_names, cache_mb)
-        rows = Store(store, {'classes': grid.classes} if store is None else _fingerprint(grid))
-        cells = _cells(grid)
-        missing = [(grid.where, c) for c in cells if c not in rows.cells]
-        try: _run(grid, missing, lambda job, new: rows.add(job[1], new), progress, rows.path)
-        finally: rows.save()
+        cells = _cells(grid, grid.wheres)
+        with Store(store, {'classes': grid.classes} if store is None else _fingerprint(grid)) as rows: _run(grid, cells, rows, on, progress)
     order = sorted(cells, key=lambda c: (list(models).index(c[:2]), c.level, c.draw))
     df = to_frame(chain.from_iterable(rows.cells.get(c, []) for c in order))
     df.attrs['models'] = list(dict.fromkeys(name for name, _ in models))  # figures of a part of the rows keep each model's colour
@@ -212,7 +200,7 @@ def _named(names, label):
     names = frozenset(names)
     return Selector(lambda name, module, weight: name in names, label or '(model)')
 
-# %% ../nbs/13d_sweeps.ipynb #b30ac972
+# %% ../nbs/13d_sweeps.ipynb #49fbfe45
 def _check_groups(groups, model, where):
     "`groups` as a dict label -> Selector of some of the weights in `where`."
     if groups is None: return stages(model, where)
@@ -241,18 +229,23 @@ def layer_sensitivity(
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size
     name: str = 'model',  # how the rows call the model
+    store=None,  # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes, more groups, levels or draws extend
+    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # as `noise_sweep`, with the columns group, depth (order of the groups) and n_weights
     "Noise in one layer group at a time: what does each cost? The clean scores are there as group 'none', depth -1, level 0."
     _check_law(law, [])
     if not law.level > 0: raise ValueError(f"law: expected a noise level above 0, got {law}")
-    models = _check_models({name: model})
+    models, _ = _check_models({name: model}), as_place(on)
     with untouched([model]):
         grid = _Grid(models, dl, law, [law.level], draws, where, seed, ignore_index, class_names, cache_mb)
-        groups, none = _check_groups(groups, model, where), Selector(lambda *a: False, 'none')
-        jobs = [(none, Cell(name, 0, 0., 0)), *((g, c) for c in _cells(grid) for g in groups.values())]
-        rows = {str(g): [] for g in (none, *groups.values())}
-        _run(grid, jobs, lambda job, new: rows[str(job[0])].extend(new), progress)
-    size = {s.name: s.value().numel() for s in select(model, where)}
-    weights = {'none': 0, **{g: sum(size[n] for n in sel.names(model)) for g, sel in groups.items()}}
-    frames = [to_frame(r).assign(group=g, depth=i - 1, n_weights=weights[g]) for i, (g, r) in enumerate(rows.items()) if r]
-    return pd.concat(frames, ignore_index=True) if frames else to_frame([])
+        groups = _check_groups(groups, model, where)
+        names = {g: selector.names(model) for g, selector in groups.items()}
+        grid.wheres = {'none': Selector(lambda *a: False, 'none'), **groups}
+        cells = [Cell(name, 0, 0., 0, 'none'), *_cells(grid, groups)]
+        kept = {'classes': grid.classes} if store is None else _fingerprint(grid) | {'groups': {g: _short(*n) for g, n in names.items()}}
+        with Store(store, kept) as rows: _run(grid, cells, rows, on, progress)
+    size, depth = {s.name: s.value().numel() for s in select(model, where)}, list(grid.wheres)
+    order = sorted((c for c in cells if c in rows.cells), key=lambda c: (depth.index(c.where), c.draw))
+    df = to_frame(chain.from_iterable(rows.cells[c] for c in order))
+    weights = {'none': 0, **{g: sum(size[n] for n in own) for g, own in names.items()}}
+    return df.assign(group=df['where'], depth=[depth.index(g) - 1 for g in df['where']], n_weights=df['where'].map(weights))

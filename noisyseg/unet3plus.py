@@ -6,8 +6,8 @@ Docs: https://noisyseg.github.io/noisyseg/unet3plus.html.md"""
 
 # %% auto #0
 __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'unet3plus_paper', 'unet3plus_resnet',
-           'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'from_published', 'ConvBlock',
-           'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
+           'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'unet3plus_slim',
+           'from_published', 'ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
 # %% ../nbs/04e_unet3plus.ipynb #8bde38cc
 import inspect, math, re
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from .bnrelu import batch_norm_relu
-from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder  # noqa: F401  one serves
+from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder, slim_resnet_encoder  # noqa: F401
 from .upconv import conv_of_upsampled
 
 _all_ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
@@ -269,6 +269,11 @@ def unet3plus_small(n_classes: int, in_channels: int = 3, width: int = 16, filte
 def unet3plus_tiny(n_classes: int, in_channels: int = 3, width: int = 8, filters: tuple = (16, 24, 32, 48), **kwargs) -> UNet3Plus:
     "A hundred thousand weights, four levels from half the resolution down: trains on a laptop while you watch. `kwargs` go to `UNet3Plus`."
     return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width, in_channels=in_channels, **kwargs)
+
+@_factory
+def unet3plus_slim(n_classes: int, in_channels: int = 3, width: int = 8, encoder_width: int = 16, layers: tuple = (2, 2, 2, 2), **kwargs) -> UNet3Plus:
+    "On a ResNet18 with a quarter of its channels: 0.8 million weights, residual blocks, trains on a laptop. `kwargs` go to `UNet3Plus`."
+    return UNet3Plus(slim_resnet_encoder(encoder_width, tuple(layers), in_channels), n_classes, width, in_channels=in_channels, **kwargs)
 
 # %% ../nbs/04e_unet3plus.ipynb #952a0fd3
 _PUBLISHED = [  # (pattern on the authors' names, ours); their levels count from 1

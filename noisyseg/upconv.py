@@ -47,7 +47,7 @@ def _expand(y, n_out, align_corners):
     b, n_in, k, m = y.shape
     out = y.new_empty(b, n_out, m)
     for start, low, high, A in _blocks(n_in, n_out, k, align_corners, y.dtype, y.device):
-        out[:, start:start + len(A)] = A @ y[:, low:high].view(b, -1, m)
+        out[:, start:start + len(A)] = A @ y[:, low:high].flatten(1, 2)
     return out
 
 def _gather(g, k, n_in, align_corners):

@@ -263,8 +263,9 @@ for how in ('sub-batch', 'sync'):
     learn = Learner(DataLoaders([(x, y)] * 3, []), ddp, nn.CrossEntropyLoss(), lr=0.1, cbs=damp)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     both = [None, None]
-    dist.all_gather_object(both, (damp.seed, [p.detach() for p in ddp.parameters()], damp._generator.initial_seed()))
-    assert both[0][0] == both[1][0] and both[0][2] != both[1][2], 'one seed is recorded, and each process draws its own noise'
+    dist.all_gather_object(both, (damp.seed, [p.detach() for p in ddp.parameters()], damp._generator.get_state(), damp._clone._z[0] if damp._clone else None))
+    assert both[0][0] == both[1][0] and torch.equal(both[0][2], both[1][2]), 'one seed is recorded, and the generators go together'
+    assert how == 'sync' or not torch.equal(both[0][3], both[1][3]), 'each process has draws of its own'
     assert all(torch.equal(a, b) for a, b in zip(both[0][1], both[1][1])), 'the processes ended with different weights'
 print('fine', flush=True)
 dist.barrier()

@@ -53,3 +53,52 @@ def test_stop_in_jupyterlab(tmp_path):
         page.get_by_role('status').filter(has_text='finished').first.wait_for(timeout=10_000)
         assert stop.is_disabled()
         assert not ours(page.complaints)
+
+PSEUDO = '''
+from noisyseg.all import *
+from noisyseg.mlpmatch import semi_learner
+from noisyseg.monitor import TrainingMonitor
+from noisyseg.pseudo_labels import PseudoLabelPanel
+from noisyseg.views import semi_scenes
+import numpy as np
+dls = semi_scenes(n_labelled=4, n_unlabelled=8, n_valid=4, size=32, bs=4, seed=0)
+dls.train.dataset.labelled.vocab[:] = ['<img src=x onerror="window.broken=1">', *dls.vocab[1:]]
+truth = [scene(np.random.default_rng([0, 0, 4 + i]), 32)[1] for i in range(8)]
+monitor = TrainingMonitor(interval=0.1, panels=PseudoLabelPanel(2, truth))
+learn = semi_learner(dls, level='mlpmatch', threshold=0.4, seed=0, cbs=monitor)
+with learn.no_bar(), learn.no_logging(): learn.fit(500, 3e-3)
+'''
+SEEN = '''
+import json
+shares = monitor.history.query("metric in @PseudoLabelPanel.curves")
+print(json.dumps(dict(state=monitor.state, metrics=sorted(set(shares.metric)), inside=bool(shares.value.dropna().between(0, 1).all()))))
+'''
+
+
+@pytest.mark.timeout(240)
+def test_pseudo_labels_in_jupyterlab(tmp_path):
+    "Pseudo-labels, their confidence and their curves appear and change while MLPMatch trains, and a class's name is text, whatever is in it"
+    browser_path()
+    project = copy_project(tmp_path/'project')
+    write_notebook(project/'nbs'/'fit.ipynb', PSEUDO, SEEN)
+    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
+        page.set_viewport_size(dict(width=1000, height=1300))
+        start_notebook(page, url, token, 'nbs/fit.ipynb')
+        picture = page.locator('img[alt^="Pseudo-label of image 4"]').first
+        picture.wait_for(timeout=120_000)
+        seen = picture.get_attribute('src')
+        page.wait_for_function('seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen', arg=seen, timeout=60_000)
+        page.wait_for_function('() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length >= 5', timeout=60_000)
+        assert page.locator('img[alt^="Confidence in image"]').count() == page.locator('img[alt^="True mask of image"]').count() == 2
+        assert 'τ = 0.4' in page.locator('body').inner_text() and '<img src=x onerror=' in page.locator('body').inner_text()
+        assert page.evaluate('() => window.broken') is None
+        edges = 'l => l.map(i => [i.getBoundingClientRect().right, i.closest(".jp-OutputArea-output").getBoundingClientRect().right])'
+        wide = page.locator('img[alt^="Pseudo-label of image"]').evaluate_all(edges)
+        assert all(a <= b + 1 for a, b in wide), wide
+        page.get_by_role('button', name='Stop', exact=True).first.click()
+        page.wait_for_function('() => window.outcome !== null', timeout=60_000)
+        last = cells_of(page)[1]['outputs'][-1]
+        assert last['output_type'] == 'stream', last
+        told = json.loads(last['text'])
+        assert told == dict(state='stopped', metrics=['confident', 'pseudo-labels, confident', 'pseudo-labels, right'], inside=True), told
+        assert not ours(page.complaints)

@@ -27,10 +27,10 @@ from noisyseg.sam import SAMCallback
 from noisyseg.training import WeightNoise, load_model, read_card, save_model, segmentation_learner
 from noisyseg.unet3plus import unet3plus_small
 
-SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=2), 'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
+SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4), 'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
 LR = 4e-3
 N, SIGMA, PARTS = 0.1, 0.1, 4          # MaxGaussian; DAMP and its sub-batches
-STRENGTHS = {'weight noise': (0.05, 0.1), 'relative attack': (0.05, 0.1, 0.2), 'absolute attack': (0.01, 0.02), 'fewer bits': (6, 4, 3)}
+STRENGTHS = {'weight noise': (0.05, 0.1), 'relative attack': (0.1,), 'absolute attack': (0.02,), 'fewer bits': (4,)}
 
 def ways(seed):
     "What a network is trained with, by the way's name; the optimizer of all is Adam, as in the CamVid study."

@@ -1,0 +1,257 @@
+"""Two real processes on the CPU, by `learn.distrib_ctx` and Accelerate, against the same script in one process.
+
+One script runs everything that succeeds and then lets one process fail, so that processes are started but once."""
+import filecmp
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip('accelerate', reason='pip install noisyseg[distributed]')
+
+SCRIPT = r'''
+import hashlib, json, os, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from fastai.callback.core import Callback, CancelTrainException
+from fastai.optimizer import SGD
+from fastai.torch_core import num_distrib, rank_distrib
+from torch import nn
+
+from noisyseg import training
+from noisyseg.damp import DAMP
+from noisyseg.data import scenes
+from noisyseg.laws import MaxGaussian
+from noisyseg.mlpmatch import semi_learner, unet3plus_slim
+from noisyseg.sam import SAMCallback
+from noisyseg.training import WeightNoise, save_model, segmentation_learner
+from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.views import semi_scenes
+
+rank, alone = rank_distrib(), not num_distrib()
+PATIENCE = 30   # seconds that a process waits for another
+
+def net():
+    "No batch norm, so that images don't look at each other."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 7, 1))
+
+def unet():
+    torch.manual_seed(0)
+    return unet3plus_tiny(7, width=2, filters=(4, 6, 8))
+
+class Diary(Callback):
+    "A digest of the weights after each step, and the first kernel in each forward pass."
+    order = 100
+    def __init__(self): self.digests, self.seen = [], []
+    def after_pred(self): self.seen.append(next(self.learn.model.parameters()).detach().clone())
+    def after_batch(self):
+        if self.training: self.digests.append(hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in self.learn.model.parameters())).hexdigest())
+
+def learner(*cbs, model=None, bs=4, n_train=26, n_valid=5, **kw):
+    "Two processes with batches of `bs`, or one with batches of twice as many. 26 is no multiple of 4 or 8, and 5 none of 2."
+    dls = scenes(n_train, n_valid, size=16, bs=2 * bs if alone else bs, seed=1, num_workers=kw.pop('num_workers', 0))
+    kw = dict(loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=0.1) | kw
+    learn = segmentation_learner(dls, net() if model is None else model, cbs=[*cbs, Diary()], **kw)
+    return learn
+
+def across(learn, **kw):
+    "What a user writes: on a CPU there is no SyncBatchNorm."
+    return learn.distrib_ctx(**dict(sync_bn=False, cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))]) | kw)
+
+def fit(*cbs, epochs=2, ctx={}, **kw):
+    learn = learner(*cbs, **kw)
+    with across(learn, **ctx), learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    return learn
+
+def without_batch_norm(model):
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d): setattr(model, name, nn.GroupNorm(2, child.num_features))
+        else: without_batch_norm(child)
+    return model
+
+def match(*cbs, batch_norm=True, **kw):
+    "MLPMatch. With GroupNorm, without boxes and dropout (each process draws its own) and margins, images don't look at each other."
+    torch.manual_seed(0)
+    model = unet3plus_slim(7, width=4, encoder_width=4, layers=(1, 1, 1, 1))
+    if not batch_norm: model, kw = without_batch_norm(model), kw | dict(cutmix=0., dropout=0.)
+    bs = 4 if alone else 2
+    dls = semi_scenes(8, 16, 3, size=32, seed=1, bs=bs, zoom=(1, 1))
+    learn = semi_learner(dls, model, cbs=[*cbs, Diary()], opt_func=SGD, lr=0.1, seed=3, threshold=0.2, lam=1., **kw)
+    with across(learn), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn
+
+def record(learn):
+    return {'weights': {k: v.detach().clone() for k, v in learn.model.state_dict().items()}, 'digests': learn.diary.digests, 'seen': learn.diary.seen[0],
+            'epoch': learn.dls.train.epoch, 'values': [list(map(float, v[:3])) for v in learn.recorder.values]}
+
+m = 2 if alone else 1            # sub-batches of a process
+part = 4 if alone else None      # images that share an ascent: those of one process
+noise = lambda **kw: WeightNoise(MaxGaussian(0.2), **kw)
+damp = lambda m=m, **kw: DAMP(0.2, m=m, seed=5, **kw)
+equal = dict(
+    plain=lambda: fit(),
+    noise=lambda: fit(noise(seed=7)),
+    noise_epoch=lambda: fit(noise(seed=7, when='both', draw='epoch', gradient='recovered')),
+    damp=lambda: fit(damp()),
+    damp_4=lambda: fit(damp(2 * m, gradient='exact')),
+    damp_sync=lambda: fit(damp(batchnorm='sync')),
+    sam=lambda: fit(SAMCallback(0.5, m=part)),
+    sam_global=lambda: fit(SAMCallback(0.5, sync=True)),
+    asam=lambda: fit(SAMCallback(2., adaptive=True, m=part)),
+    noise_and_sam=lambda: fit(noise(seed=7), SAMCallback(0.2, m=part)),
+    damp_and_sam=lambda: fit(damp(2 * m), SAMCallback(0.2, sync=True)),
+    mlpmatch=lambda: match(batch_norm=False),
+    mlpmatch_parts=lambda: match(noise(seed=7), batch_norm=False, in_parts=True),
+    workers=lambda: fit(epochs=1, num_workers=1))
+only_two = dict(
+    own_noise=lambda: fit(noise(seed=7, shared=False)),
+    drawn_seed=lambda: (torch.manual_seed(rank), fit(noise()))[1],
+    mlpmatch_own=lambda: match(noise(seed=7, shared=False), SAMCallback(0.1), shared=False),
+    batch_norm=lambda: fit(noise(seed=7), SAMCallback(0.1), damp(2), model=unet(), loss_func=None))
+
+class SaveEach(Callback):
+    "No training; saves in the middle of the fit, where the model is wrapped."
+    def __init__(self, path): self.path = path
+    def before_train(self): raise CancelTrainException
+    def after_epoch(self): self.path_back = save_model(self.learn, self.path, dataset='scenes')
+
+def checkpoints(out):
+    "A network with batch norm, validated and saved in the middle of a fit and after it."
+    written, write = [], training.write_atomic
+    training.write_atomic = lambda path, data: (written.append(Path(path).name), write(path, data))[1]
+    save = SaveEach(out/'middle')
+    learn = fit(noise(seed=7, when='valid'), save, model=unet(), loss_func=None, epochs=1, n_valid=11)
+    back = save_model(learn, out/'end.safetensors', dataset='scenes')
+    learn.remove_cb(save)
+    with across(learn), learn.no_bar(): preds, truth = learn.get_preds()
+    training.write_atomic = write
+    return {'written': written, 'paths': [str(save.path_back), str(back)], 'values': list(map(float, learn.recorder.values[-1])),
+            'preds': preds.as_subclass(torch.Tensor), 'truth': truth.as_subclass(torch.Tensor)}
+
+class FailsOn1(Callback):
+    order, passes = 50, 0
+    def after_pred(self):
+        self.passes += self.training
+        if rank == 1 and self.passes == 6: raise ZeroDivisionError('stop')
+
+def failure(out):
+    "At the top of the third step's ascent, under noise, process 1 fails but lives on: process 0 waits for its gradient in vain."
+    cb, found = [noise(seed=7), SAMCallback(0.2)], {}
+    learn = learner(FailsOn1(), *cb)
+    t = time.time()
+    try:
+        with across(learn), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    except BaseException as e: error, found = e, {'error': f'{type(e).__name__}: {e}', 'seconds': time.time() - t}
+    model = training._unwrapped(learn.model)
+    found |= {'injected': cb[0]._clone.injected, 'climbed': cb[1]._ascent.climbed, 'digests': learn.diary.digests,
+              'digest': hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()}
+    (out/f'failure-{rank}.json').write_text(json.dumps(found))
+    while rank == 1 and not (out/'failure-0.json').exists(): time.sleep(0.1)
+    raise error
+
+def main(out):
+    for name, run in (equal if alone else equal | only_two).items(): torch.save(record(run()), out/f'{name}-{rank}.pt')
+    torch.save(checkpoints(out), out/f'checkpoints-{rank}.pt')
+    if alone: return
+    AcceleratorState._reset_state()   # the precision is settled once for a process
+    torch.save(record(fit(damp(2), SAMCallback(0.1), ctx=dict(mixed_precision='bf16'))), out/f'bf16-{rank}.pt')
+    AcceleratorState._reset_state()
+    failure(out)
+
+if __name__ == '__main__': main(Path(sys.argv[1]))
+'''
+
+EQUAL = ['plain', 'noise', 'noise_epoch', 'damp', 'damp_4', 'damp_sync', 'sam', 'sam_global', 'asam', 'noise_and_sam', 'damp_and_sam', 'mlpmatch',
+         'mlpmatch_parts', 'workers']
+ONLY_TWO = ['own_noise', 'drawn_seed', 'mlpmatch_own', 'batch_norm', 'bf16']
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "Folders `two` and `one` with what the script wrote in two processes and in one."
+    top = tmp_path_factory.mktemp('distributed')
+    (top/'script.py').write_text(SCRIPT)
+    for name in ('one', 'two'): (top/name).mkdir()
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    env |= dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo', PYTHONWARNINGS='ignore')
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', free_port()]
+    jobs = [subprocess.Popen([sys.executable, *more, str(top/'script.py'), str(top/name)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for name, more in (('one', []), ('two', torchrun))]
+    deadline, said = time.time() + 400, []
+    try:
+        for job in jobs: said.append(job.communicate(timeout=max(1, deadline - time.time()))[0])
+    finally:
+        for job in jobs: job.kill()
+    assert jobs[0].returncode == 0, said[0][-3000:]
+    assert (top/'two'/'failure-0.json').exists(), said[1][-6000:]
+    return top, jobs[1].returncode, said[1]
+
+def load(runs, name): return [torch.load(runs[0]/f) for f in (f'two/{name}-0.pt', f'two/{name}-1.pt')]
+def alone(runs, name): return torch.load(runs[0]/f'one/{name}-0.pt')
+
+@pytest.mark.parametrize('name', EQUAL + ONLY_TWO)
+def test_weights_are_equal_after_every_step(runs, name):
+    a, b = load(runs, name)
+    assert a['digests'] == b['digests'] and len(set(a['digests'])) == len(a['digests']) == (3 if name == 'workers' else 4 if 'mlpmatch' in name else 6)
+    assert a['values'] == b['values'] and a['epoch'] == b['epoch']
+    for k, v in a['weights'].items(): assert torch.equal(v, b['weights'][k]) and (not v.is_floating_point() or v.isfinite().all()), k
+
+@pytest.mark.parametrize('name', EQUAL)
+def test_two_processes_train_as_one_with_the_whole_batch(runs, name):
+    two, one = load(runs, name)[0], alone(runs, name)
+    for k, v in one['weights'].items(): torch.testing.assert_close(two['weights'][k], v, rtol=0, atol=1e-6, msg=k)
+    assert two['epoch'] == one['epoch'] == len(one['values']) - 1 and len(two['digests']) == len(one['digests'])
+    for v, w in zip(two['values'], one['values']):
+        assert v[0] == pytest.approx(w[0], abs=1e-5)   # training loss
+        assert v[2] == pytest.approx(w[2], abs=2e-3)   # mIoU: a pixel on the edge may fall either way
+
+def test_noise_is_shared_or_each_has_its_own(runs):
+    for name in ('noise', 'drawn_seed'):
+        a, b = load(runs, name)
+        assert torch.equal(a['seen'], b['seen'])
+    a, b = load(runs, 'own_noise')
+    assert not torch.allclose(a['seen'], b['seen'], atol=1e-3)
+
+def test_mixed_precision(runs):
+    low, full = load(runs, 'bf16')[0], load(runs, 'damp_and_sam')[0]
+    assert low['values'][-1][0] < low['values'][0][0] and low['values'][-1][0] == pytest.approx(full['values'][-1][0], abs=0.05)
+
+def test_checkpoints_are_written_once(runs):
+    a, b = load(runs, 'checkpoints')
+    assert a['written'] == ['middle.safetensors', 'middle.json', 'end.safetensors', 'end.json'] and b['written'] == [] and a['paths'] == b['paths']
+    folders = runs[0]/'two', runs[0]/'one'
+    assert filecmp.cmp(*(f/'middle.safetensors' for f in folders), shallow=False)   # names, numbers and card
+    cards = [json.loads((f/'end.json').read_text()) for f in folders]
+    for c in cards: c.pop('metrics')
+    assert cards[0] == cards[1] and cards[0]['architecture']['factory'] == 'unet3plus_tiny' and cards[0]['classes'][1] == 'disc'
+    assert not [p.name for p in folders[0].iterdir() if p.name.endswith('.part')]
+
+def test_validation_counts_each_image_once_and_predictions_come_in_order(runs):
+    (a, b), one = load(runs, 'checkpoints'), alone(runs, 'checkpoints')
+    assert a['values'][1] == b['values'][1] == one['values'][1]   # mIoU of 11 images, 6 and 6 of them seen
+    for k in ('preds', 'truth'):
+        assert len(a[k]) == 11 and torch.equal(a[k], b[k])
+        torch.testing.assert_close(a[k], one[k], rtol=0, atol=1e-6)
+
+def test_when_one_process_fails_all_have_clean_weights(runs):
+    top, returncode, said = runs
+    waited, failed = (json.loads((top/f'two/failure-{r}.json').read_text()) for r in range(2))
+    assert failed['error'].startswith('ZeroDivisionError') and failed['seconds'] < 20
+    assert waited['error'].startswith('RuntimeError') and 20 < waited['seconds'] < 90   # its patience was 30 s
+    for found in (waited, failed):
+        assert not found['injected'] and not found['climbed'] and len(found['digests']) == 2 and found['digest'] == found['digests'][-1]
+    assert waited['digest'] == failed['digest'] and returncode != 0 and 'ZeroDivisionError' in said

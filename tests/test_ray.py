@@ -1,0 +1,329 @@
+"Sweeps on Ray: the numbers of a local run, bit for bit, whatever happens to workers, drivers and stores on the way."
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from noisyseg.attack_sweep import attack_sweep
+from noisyseg.corruption_sweep import corruption_sweep
+from noisyseg.jobs import OnRay, connected
+from noisyseg.laws import MaxGaussian
+from noisyseg.quantization_sweep import quantization_sweep
+from noisyseg.robustness_card import robustness_card
+from noisyseg.store import Store
+from noisyseg.sweeps import layer_sensitivity, load_sweep, noise_sweep
+from noisyseg.train_grid import train_grid
+from noisyseg.training import load_model
+from noisyseg.unet3plus import unet3plus_tiny
+
+ray = pytest.importorskip('ray')
+pytest.importorskip('pyarrow')
+law, levels, two = MaxGaussian(per='channel'), [0, 0.05, 0.1, 0.2], OnRay(workers=2, threads=1)
+
+
+class Net(nn.Sequential):
+    "A small network that notes each of its evaluations and each of its journeys in `log`, and meets with accidents"
+    def __init__(self, seed=0, log=None, pause=0., accident=None):
+        torch.manual_seed(seed)
+        super().__init__(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+        self.log, self.pause, self.accident, self.home = log, pause, accident, os.getpid()
+        self.clean = self[0].weight.detach().clone()
+
+    def note(self, what):
+        if self.log:
+            with open(self.log, 'a') as f: f.write(f'{what} {os.getpid()}\n')
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.note('travelled')
+
+    def forward(self, x):
+        self.note('evaluated')
+        time.sleep(self.pause)
+        if self.accident and os.getpid() != self.home: self.accident(self)
+        return super().forward(x)
+
+    def noise(self): return (self[0].weight - self.clean).abs().max().item()
+
+
+def batches(n=2, size=12):
+    g = torch.Generator().manual_seed(1)
+    return [(torch.rand(4, 3, size, size, generator=g), torch.randint(0, 3, (4, size, size), generator=g)) for _ in range(n)]
+
+
+def sweep(net=None, on=two, draws=4, **kw):
+    return noise_sweep(net or Net(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, progress=False, on=on, **kw)
+
+
+def same(a, b):
+    assert_frame_equal(a, b, check_exact=True)
+    assert a['value'].to_numpy().tobytes() == b['value'].to_numpy().tobytes()
+
+
+def lines(log, what): return [line for line in Path(log).read_text().splitlines() if line.startswith(what)] if Path(log).exists() else []
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    "One Ray for the module, as `on='ray'` would start it; it is named by the path where its driver's test module is found"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)   # workers find this module
+        with connected(two): yield ray.get_runtime_context().gcs_address
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def whole(): return sweep(on='local')
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------------------
+
+def test_listens_to_this_machine_only(cluster):
+    found = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN]
+    assert found and set(found) <= {'127.0.0.1', '::ffff:127.0.0.1', '::1'}
+
+
+def test_noise_sweep(cluster, tmp_path):
+    normed = Net(2)
+    nn.utils.parametrizations.weight_norm(normed[0])
+    nets = {'a': Net(0), ('b', 1): Net(1).to(memory_format=torch.channels_last), 'normed': normed, 'UNet3+': unet3plus_tiny(3), 'half': Net(3).bfloat16()}
+    x, y = (torch.cat(t) for t in zip(*batches(size=32)))
+    held = sweep(nets, dl=[(x, y)], on='local')
+    same(held, sweep(nets, dl=[(x, y)]))
+    same(sweep(nets, dl=DataLoader(TensorDataset(x, y), 3), on='local'), sweep(nets, dl=DataLoader(TensorDataset(x, y), 3), cache_mb=0, store=tmp_path/'s.csv'))
+    same(held[held['model'] == 'a'].reset_index(drop=True), sweep(nets['a'], dl=[(x, y)], on=OnRay(workers=1, threads=1)).assign(model='a'))
+
+
+def test_all_the_others(cluster, tmp_path):
+    args = dict(dl=batches(size=32), progress=False)
+    cases = {'layers': lambda **kw: layer_sensitivity(Net(), law=law.at(0.2), draws=3, store=tmp_path/f'layers-{kw["on"] == two}.parquet', **args, **kw),
+             'bits': lambda **kw: quantization_sweep(Net(), bits=[2, 4], **args, **kw),
+             'attacks': lambda **kw: attack_sweep({'a': Net(0), 'b': Net(1)}, relative=[0, 0.2], absolute=[0.1], **args, **kw),
+             'corruptions': lambda **kw: corruption_sweep({'a': Net(0), 'b': Net(1)}, corruptions=['fog', 'gaussian_noise'], severities=(1, 3), **args, **kw),
+             'card': lambda **kw: robustness_card({'a': Net(0), 'b': Net(1)}, strengths={'weight noise': .1, 'absolute attack': ()}, corruptions='fog',
+                                                  severities=2, draws=2, store=tmp_path/f'card-{kw["on"] == two}.parquet', **args, **kw)}
+    for f in cases.values(): same(f(on='local'), f(on=two))
+    assert len(load_sweep(tmp_path/'card-True.parquet')) == len(load_sweep(tmp_path/'card-False.parquet')) > 0
+
+
+class Threads(Net):
+    "Says how many threads there are, by the class that it sees"
+    def forward(self, x):
+        out = super().forward(x) * 0
+        out[:, torch.get_num_threads() - 1] += 1
+        return out
+
+
+def test_workers_have_the_threads_of_the_driver(cluster, monkeypatch):
+    one, score = sweep(Threads(), on='ray', draws=1), lambda df: df[df['class'] == '1']['value'].tolist()
+    try:
+        torch.set_num_threads(2)
+        net, dl = unet3plus_tiny(3), [(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))]
+        same(sweep(Threads(), on='local', draws=1), sweep(Threads(), on='ray', draws=1))
+        same(sweep(net, on='local', draws=1, dl=dl), sweep(net, on='ray', draws=1, dl=dl))
+        same(one, sweep(Threads(), draws=1))   # threads=1 in `two`
+        assert score(sweep(Threads(), on='ray', draws=1)) != score(one)
+    finally: torch.set_num_threads(1)
+    same(one, sweep(Threads(), on='local', draws=1))
+
+
+def test_settings_travel(cluster):
+    with torch.autocast('cpu', torch.bfloat16): same(sweep(on='local'), sweep())
+
+
+def test_models_travel_once_to_each_worker(cluster, tmp_path, whole):
+    log = tmp_path/'log'
+    same(sweep(Net(log=log, pause=0.1), on=OnRay(workers=2, threads=1, parcel=0)), whole)
+    assert len(lines(log, 'travelled')) == 2
+    assert len({line.split()[1] for line in lines(log, 'evaluated')} - {str(os.getpid())}) == 2
+
+
+def test_warnings_travel(cluster):
+    class Breaks(Net):
+        def forward(self, x): return super().forward(x) * (float('nan') if self.noise() > 0 else 1)
+    with pytest.warns(UserWarning, match='nan'): sweep(Breaks())
+
+
+# --- accidents --------------------------------------------------------------------------------------------------------------------
+
+def dies_once(net):
+    marker = Path(f'{net.log}.died')
+    if net.noise() > 0 and len(lines(net.log, 'evaluated')) > 10 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_costs_its_task(cluster, tmp_path, whole):
+    log = tmp_path/'log'
+    same(sweep(Net(log=log, accident=dies_once), on=OnRay(workers=2, threads=1, parcel=0)), whole)
+    assert (tmp_path/'log.died').exists()
+    first_look, cells = 1, 1 + 4 * 3
+    assert first_look + 2 * cells < len(lines(log, 'evaluated')) <= first_look + 2 * cells + 2   # two batches a cell
+    assert len(lines(log, 'travelled')) <= 3
+
+
+def dies_when_loud(net):
+    if net.noise() > 0.05: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loud(whole):
+    "The cells at which `dies_when_loud` dies or `objects_when_loud` raises"
+    from noisyseg.perturb import perturbed
+    from noisyseg.sweeps import draw_seed
+    net, found = Net(), set()
+    for draw in range(4):
+        for level in levels[1:]:
+            with perturbed(net, law.at(level), generator=draw_seed(0, draw)):
+                if net.noise() > 0.05: found.add((level, draw))
+    return found
+
+
+def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
+    store = tmp_path/'s.parquet'
+    with pytest.raises(RuntimeError, match=r"model 'model', level 0\.2, draw \d, conv_and_norm: its worker died 2 times"):
+        sweep(Net(accident=dies_when_loud), on=OnRay(workers=2, threads=1, retries=1), store=store)
+    kept = load_sweep(store)
+    assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
+    same(sweep(Net(), store=store), whole)
+
+
+class Objection(Exception):
+    "An error that cannot be unpickled by its arguments alone"
+    def __init__(self, a, b): super().__init__(f'{a} {b}')
+
+
+def objects_when_loud(net):
+    if net.noise() > 0.05: raise ZeroDivisionError('too loud')
+
+
+def objects_strangely(net):
+    if net.noise() > 0.05: raise Objection('too', 'loud')
+
+
+def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
+    store = tmp_path/'s.csv'
+    with pytest.raises(ZeroDivisionError, match='too loud') as e: sweep(Net(accident=objects_when_loud), store=store)
+    notes = '\n'.join(e.value.__notes__)
+    assert "in model 'model', level 0.2, draw" in notes and 'on worker ' in notes and 'objects_when_loud' in notes
+    kept = load_sweep(store)
+    assert len(kept) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
+    with pytest.raises(RuntimeError, match='Objection: too loud'): sweep(Net(accident=objects_strangely), store=store)
+    same(sweep(Net(), store=store), whole)
+
+
+def test_what_cannot_travel_is_told(cluster):
+    net = Net()
+    net.lock = threading.Lock()
+    with pytest.raises(TypeError, match='lock') as e: sweep(net)
+    assert "on='local' has no such need" in e.value.__notes__[0]
+
+
+def test_ctrl_c_keeps_what_was_measured(cluster, tmp_path, whole):
+    store, log = tmp_path/'s.parquet', tmp_path/'log'
+    def press():
+        while len(lines(log, 'evaluated')) < 20: time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt) as e: sweep(Net(log=log, pause=0.05), on=OnRay(workers=2, threads=1, parcel=0.1), store=store)
+    assert 'of 13 cells were measured; their rows are in' in e.value.__notes__[0]
+    n = len(load_sweep(store).drop_duplicates(['level', 'draw']))
+    assert f'interrupted: {n} of 13' in e.value.__notes__[0] and 0 < n < 13
+    time.sleep(0.3)
+    before = len(lines(log, 'evaluated'))
+    time.sleep(0.3)
+    assert len(lines(log, 'evaluated')) == before   # nobody goes on
+    same(sweep(Net(), store=store), whole)
+
+
+def test_two_drivers_on_one_store(tmp_path, whole):
+    for name in 's.csv', 's.parquet':
+        sweep(on='local', store=tmp_path/name)
+        grid = json.loads((tmp_path/f'{name}.grid.json').read_text())
+        with Store(tmp_path/name, grid), pytest.raises(RuntimeError, match=f'is being written by process {os.getpid()}'): sweep(on='local', store=tmp_path/name)
+        same(sweep(on='local', store=tmp_path/name), whole)
+
+
+def start(store, log, on, tmp_path):
+    "A driver in a process of its own, that has measured a few cells"
+    code = f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), on={on!r}, store={str(store)!r})'
+    env = {'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *sys.path]), 'RAY_ADDRESS': ''}
+    if on.address: env['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'   # a Ray that listens to this machine only is met at 127.0.0.1
+    with open(tmp_path/'out', 'w') as out: p = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT)
+    until = time.monotonic() + 200
+    while len(lines(log, 'evaluated')) < 14 and p.poll() is None and time.monotonic() < until: time.sleep(0.05)
+    if p.poll() is not None or time.monotonic() > until:
+        p.kill()
+        pytest.fail((tmp_path/'out').read_text())
+    return p
+
+
+@pytest.mark.parametrize('own', [True, False], ids=['own Ray', 'a running cluster'])
+def test_a_driver_that_is_killed(cluster, tmp_path, whole, own):
+    store, log = tmp_path/'s.parquet', tmp_path/'log'
+    p = start(store, log, OnRay(None if own else cluster, workers=2, threads=1, parcel=0), tmp_path)
+    workers = {int(line.split()[1]) for line in lines(log, 'evaluated')} - {p.pid}
+    family = [psutil.Process(i) for i in workers] + psutil.Process(p.pid).children(recursive=True)
+    p.kill()
+    p.wait()
+    gone, alive = psutil.wait_procs([f for f in family if own or f.pid in workers], timeout=30)
+    assert workers and not alive
+    kept = len(load_sweep(store).drop_duplicates(['level', 'draw']))
+    assert 0 < kept < 13
+    again = tmp_path/'again'
+    same(sweep(Net(log=again), store=store), whole)
+    assert len(lines(again, 'evaluated')) == 1 + 2 * (13 - kept)   # only what was missing
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name[0] != '.') == ['again', 'log', 'out', 's.parquet', 's.parquet.grid.json']
+    same(load_sweep(store).sort_values(['level', 'draw'], kind='stable', ignore_index=True), whole)
+
+
+# --- training grids ---------------------------------------------------------------------------------------------------------------
+
+def train(noise, seed):
+    net, (x, y) = Net(seed), batches(1)[0]
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(net(x + noise * torch.randn_like(x)), y)
+        loss.backward()
+        opt.step(), opt.zero_grad()
+    return net, {'loss': loss.item()}
+
+
+def test_train_grid(cluster, tmp_path):
+    methods = {'clean': 0., 'noisy': 0.5}
+    frames = {on: train_grid(train, methods, 2, tmp_path/on, on if on == 'local' else two, progress=False) for on in ('local', 'ray')}
+    same_but = dict(columns=['seconds', 'path'])
+    assert_frame_equal(frames['local'].drop(**same_but), frames['ray'].drop(**same_but), check_exact=True)
+    for a, b in zip(frames['local']['path'], frames['ray']['path']):
+        a, b = (load_model(p, Net()).state_dict() for p in (a, b))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    Path(frames['ray']['path'][1]).write_bytes(b'')
+    with pytest.raises(ValueError, match='no readable safetensors'): train_grid(train, methods, 2, tmp_path/'ray', two, progress=False)
+    Path(frames['ray']['path'][1]).unlink()
+    more = train_grid(train, methods, 3, tmp_path/'ray', two, progress=False)
+    assert len(more) == 6 and more['loss'].tolist()[:2] == frames['local']['loss'].tolist()[:2]
+
+
+# --- without Ray ------------------------------------------------------------------------------------------------------------------
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(ImportError, match=r'pip install noisyseg\[ray\]'): sweep()
+
+
+def test_where_is_not_known():
+    for on in ('rya', 3, None):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="on: expected 'local', 'ray'"): sweep(on=on)
