@@ -1,7 +1,7 @@
 """The study of the robustness family on segmentation: UNet3+ on CamVid, trained in five ways, under everything that a robustness card knows.
 
-    python nbs/studies/camvid_methods.py train --seeds 0 1 2        # a checkpoint for each way and seed; those that exist are kept
-    python nbs/studies/camvid_methods.py card --seeds 0 1 2         # camvid_methods.csv; resumes where it was stopped
+    python nbs/studies/camvid_methods.py train --seeds 0 1          # a checkpoint for each way and seed; those that exist are kept
+    python nbs/studies/camvid_methods.py card --seeds 0 1           # camvid_methods.csv; resumes where it was stopped
     python nbs/studies/camvid_methods.py train card --size full     # a longer training at a larger size, for a GPU
 
 The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of the papers, and scores choose nothing.
@@ -20,6 +20,7 @@ from noise_aware import Clock, keep, machine, out
 
 from noisyseg.damp import DAMP
 from noisyseg.data import camvid
+from noisyseg.jobs import OnRay
 from noisyseg.laws import MaxGaussian
 from noisyseg.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.robustness_card import card_table, robustness_card
@@ -69,7 +70,7 @@ def card(a):
     some = slice(None, None, SIZES[a.size]['every'])
     df = robustness_card(models, list(zip(x[some].split(8), y[some].split(8))), STRENGTHS, severities=(1, 3, 5), draws=10, baseline='standard', cost=cost,
                          stats=valid.stats, ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/a.size/'camvid-methods-card',
-                         progress=sys.stdout.isatty())
+                         progress=sys.stdout.isatty(), on=OnRay(threads=a.threads) if a.on == 'ray' else a.on)
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
     keep(out(a, 'camvid_methods.csv'), df, a, data=f'CamVid, validation, {len(y[some])} of {len(y)} images', train_seeds=sorted({s for _, s in models}))
     print(card_table(df.assign(**{'class': ''})).T.to_string())
@@ -78,9 +79,10 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('what', nargs='+', choices=(what := {'train': train, 'card': card}))
     p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     p.add_argument('--epochs', type=int, help='instead of what the size says')
     p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-camvid', help='folder of checkpoints')
+    p.add_argument('--on', choices=['local', 'ray'], default='local', help='where the card is measured')
     p.add_argument('--threads', type=int, default=os.cpu_count())
     a = p.parse_args()
     a.epochs, a.bs = a.epochs or SIZES[a.size]['epochs'], SIZES[a.size]['bs']
