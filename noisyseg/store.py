@@ -49,9 +49,15 @@ class Row(NamedTuple):
 
 COLUMNS = [f.rstrip('_') for f in Row._fields]
 
-def cell_of(row): return Cell(row.model, row.train_seed, row.level, row.draw, row.where)
+def cell_of(
+    row: Row,  # any row of a sweep
+) -> Cell:  # the cell that it belongs to
+    "The cell of a row."
+    return Cell(row.model, row.train_seed, row.level, row.draw, row.where)
 
-def cell_text(cell):
+def cell_text(
+    cell: Cell,  # a measurement in a sweep
+) -> str:  # such as "model 'clean', level 0.05, draw 3, conv_and_norm"
     "A cell in words, for messages."
     run = f' (training seed {cell.train_seed})' if cell.train_seed else ''
     return f'model {cell.model!r}{run}, level {cell.level:g}, draw {cell.draw}, {cell.where}'

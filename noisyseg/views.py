@@ -169,7 +169,11 @@ class SemiDataset(GetAttr):
 class SemiDL(MaskDL):
     "Batches of a `SemiDataset`, made whole by whoever loads them"
     _n_inp, _types = 1, {tuple: [TensorImage, TensorMask, TensorImage, TensorImage, TensorImage, Tensor]}
-    def __init__(self, dataset, bs=None, **kwargs):
+    def __init__(self,
+        dataset, # a `SemiDataset`
+        bs=None, # stays None: the dataset makes the batches
+        **kwargs
+    ):
         if bs is not None: raise ValueError(f"{bs=}: the dataset makes the batches; pass bs and bs_unlabelled to it, or to semi_dataloaders")
         super().__init__(dataset, bs=None, **kwargs)
     def create_item(self, s): return self.dataset.batch(s or 0, max(self.epoch, 0))

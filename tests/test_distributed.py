@@ -128,7 +128,7 @@ class SaveEach(Callback):
 def checkpoints(out):
     "A network with batch norm, validated and saved in the middle of a fit and after it."
     written, write = [], training.write_atomic
-    training.write_atomic = lambda path, data: (written.append(Path(path).name), write(path, data))[1]
+    training.write_atomic = lambda path, data, **kw: (written.append(Path(path).name), write(path, data, **kw))[1]
     save = SaveEach(out/'middle')
     learn = fit(noise(seed=7, when='valid'), save, model=unet(), loss_func=None, epochs=1, n_valid=11)
     back = save_model(learn, out/'end.safetensors', dataset='scenes')
