@@ -10,6 +10,7 @@ __all__ = ['COLUMNS', 'Cell', 'Row', 'cell_of', 'cell_text', 'to_frame', 'how_ma
 # %% ../nbs/13a_store.ipynb #47d2360a
 import csv, io, json, math, os, platform, shlex, socket, sys, time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from glob import escape
 from itertools import chain
@@ -215,9 +216,13 @@ class _Lock:
             except FileNotFoundError: mine = False
             if mine: break
             self.file.close()   # its holder removed it between our two steps
-        self.file.truncate(0)
-        self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
-        self.file.flush()
+        try:
+            self.file.truncate(0)
+            self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
+            self.file.flush()
+        except OSError:   # a full disk: no lock is left behind
+            with suppress(OSError): self.release()
+            raise
 
     def _refuse(self):
         self.file.seek(0)

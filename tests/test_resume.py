@@ -102,7 +102,9 @@ def train(method, path, *cbs, every=1, epochs=2, lr=1e-2, end=None):
 
 def bits(state):
     "All that does not depend on the clock."
-    kept = {name: {k: v for k, v in s.items() if k != 'elapsed'} for name, s in state['callbacks'].items()}
+    kept = {name: {k: v for k, v in s.items() if k not in ('elapsed', 'seconds')} for name, s in state['callbacks'].items()}
+    for s in kept.values():
+        if isinstance(s.get('rows'), torch.Tensor): s['rows'] = s['rows'][:, [0, 1, 2, 4, 5]]   # the monitor's, without their seconds
     return digest_state({k: v for k, v in state.items() if k != 'rows'} | {'callbacks': kept})
 
 def live(f, *args, after=None, sig=signal.SIGKILL, when=None, **kw):
