@@ -80,11 +80,3 @@ def pytest_collection_modifyitems(items):
     "Where tests run in several processes, those of one file share one, and with it their browser and their trained networks; notebooks go to whoever is free."
     for item in items:
         if item.path.name != 'test_tooling_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
-@pytest.fixture(autouse=True)
-def own_interrupts():
-    "A test that leaves a network under noise leaves a handler of Ctrl-C, too: the next test begins without it"
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    if signal.getsignal(signal.SIGINT) is not before: signal.signal(signal.SIGINT, before)

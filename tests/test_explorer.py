@@ -1,14 +1,11 @@
 """The explorer as people use it: in a real JupyterLab and as a page without a kernel, in a real browser (see test_lab.py for when it is skipped)."""
-import functools
-import http.server
 import os
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import copy_project, root
-from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, write_notebook
+from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
 
 cells = ['from noisyseg.explorer import NoiseExplorer\nfrom noisyseg.laws import Law\nfrom dataclasses import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): raise RuntimeError("this law fails")',
@@ -224,17 +221,6 @@ def test_explorer_in_jupyterlab(tmp_path):
         assert not ours(page.complaints)
 
 
-@contextmanager
-def served(folder):
-    "A plain file server"
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try: yield f'http://127.0.0.1:{server.server_port}'
-        finally: server.shutdown()
-
-
 @pytest.mark.timeout(120)
 def test_explorer_without_a_kernel(tmp_path):
     "The gallery of the site: alive from a file server, with its state in the address"
@@ -261,6 +247,7 @@ def test_a_saved_page_needs_nothing_else(tmp_path):
     "One HTML file, opened from disk"
     browser_path()
     import torch
+
     from noisyseg.explorer import NoiseExplorer
     from noisyseg.unet3plus import unet3plus_tiny
     torch.manual_seed(0)
@@ -281,6 +268,7 @@ def test_a_corrupted_page(tmp_path):
     "A page without a kernel shows the corruption that it was made under: a picture for each draw, and what changed against the clean prediction"
     browser_path()
     import torch
+
     from noisyseg.explorer import NoiseExplorer
     from noisyseg.unet3plus import unet3plus_tiny
     torch.manual_seed(0)
@@ -310,6 +298,7 @@ def test_a_corrupted_page(tmp_path):
 def test_the_slider_does_not_corrupt_again(monkeypatch):
     "One corruption for each sample, severity and seed, whatever the noise and however many models"
     import torch
+
     from noisyseg.explorer import NoiseExplorer
     from noisyseg.predictor import NoisyPredictor
     from noisyseg.unet3plus import unet3plus_tiny
@@ -329,6 +318,7 @@ def test_memory_stays_flat():
     "A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than the cache"
     import torch
     from ipywidgets.widgets.widget import _instances
+
     from noisyseg import explorer
     from noisyseg.unet3plus import unet3plus_tiny
 

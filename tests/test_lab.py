@@ -2,6 +2,8 @@
 
 Needs Chromium (any of `chromium`, `chromium-browser`, `google-chrome` on the PATH). Without it the tests are skipped, except
 where NOISYSEG_REQUIRE_BROWSER=1 or CI is set: there its absence is a failure. Screenshots of failures go to NOISYSEG_SCREENSHOTS."""
+import functools
+import http.server
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -136,6 +139,17 @@ def lab(tmp_path, request):
             folder = Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))
             page.screenshot(path=folder/f'{request.node.name}.png')
             print(f'The page as it was: {folder/request.node.name}.png')
+
+
+@contextmanager
+def served(folder):
+    "A plain file server"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try: yield f'http://127.0.0.1:{server.server_port}'
+        finally: server.shutdown()
 
 
 @pytest.mark.timeout(patience + 60)

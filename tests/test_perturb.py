@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -16,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from noisyseg.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
-from noisyseg.perturb import clone_weights, perturbed
-from noisyseg.select import conv_and_linear, conv_and_norm, kernels_and_scales, select
+from noisyseg.perturb import WeightClone, clone_weights, perturbed
+from noisyseg.select import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
 
 
 def snapshot(model): return {k: (v.data_ptr(), v.stride(), v.clone()) for k, v in model.state_dict().items()}
@@ -217,3 +218,19 @@ def test_ctrl_c_at_random_moments_leaves_clean_weights():
             left.append(p.stdout.readline())
         assert left == ['left 0\n'] * 40, left
     finally: p.kill()
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason='only the main thread hears Ctrl-C')
+def test_ctrl_c_in_an_inner_block_does_not_wait_for_the_outer_one(monkeypatch):
+    "It waits until the inner block's weights are back, and no longer"
+    net, reached = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), []
+    clean = [p.detach().clone() for p in net.parameters()]
+    inject = WeightClone.inject
+    def pressed(self, *args, **kw):
+        signal.raise_signal(signal.SIGINT)
+        return inject(self, *args, **kw)
+    with pytest.raises(KeyboardInterrupt), perturbed(net, MaxGaussian(0.1), by_name('0.*'), generator=0):
+        monkeypatch.setattr(WeightClone, 'inject', pressed)
+        with perturbed(net, MaxGaussian(0.1), by_name('1.*'), generator=0): reached.append('inner')
+        reached.append('outer')
+    assert not reached and all(torch.equal(p, c) for p, c in zip(net.parameters(), clean))

@@ -2,7 +2,6 @@
 import ast
 import functools
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -15,12 +14,10 @@ import stat
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -31,7 +28,7 @@ import yaml
 from conftest import notebooks, read_nb, root
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lab import browser_page, browser_path
+from test_lab import browser_page, browser_path, served
 from torch import nn
 from torchvision.datasets import CIFAR10, SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
@@ -48,7 +45,6 @@ from noisyseg.report import report_html
 from noisyseg.store import load_sweep
 from noisyseg.sweeps import noise_sweep
 from noisyseg.training import load_model, read_card
-
 
 # --- the page itself -----------------------------------------------------------------------------------------------------------------
 
@@ -271,21 +267,12 @@ def test_extraction_is_whole_or_not_at_all(tmp_path):
     if not (tmp_path/'out').exists(): extract(tmp_path/'a.tar', tmp_path/'out', max_ratio=10)
     assert len(list((tmp_path/'out'/'set').iterdir())) == 3000
 
-@contextmanager
-def serving(folder):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try: yield f'http://127.0.0.1:{server.server_port}'
-        finally: server.shutdown()
-
 def test_a_download_that_is_another_file(tmp_path):
     "Refused, and nothing of it kept; the right one is kept, and not fetched again"
     (tmp_path/'www').mkdir()
     archive = tar(tmp_path/'www'/'a.tgz', ('set/file', b'content', tarfile.REGTYPE, ''))
     right, home = hashlib.md5(archive.read_bytes()).hexdigest(), tmp_path/'home'
-    with serving(tmp_path/'www') as url:
+    with served(tmp_path/'www') as url:
         assert (fetch_and_extract(f'{url}/a.tgz', home/'set', inside='set', md5=right)/'file').read_bytes() == b'content'
         assert [p.name for p in home.iterdir()] == ['set']
         whole = archive.read_bytes()
@@ -399,7 +386,7 @@ def test_names_are_text_in_the_explorer(tmp_path, page):
     e.to_site(tmp_path/'site', samples=[0], seeds=[0])
     opened(page, tmp_path/'page.html')
     seen = [harmless(page)]
-    with serving(tmp_path/'site') as url:
+    with served(tmp_path/'site') as url:
         opened(page, f'{url}/index.html')
         seen.append(harmless(page))
     for text in seen: assert all(n in text for n in EVIL), [n for n in EVIL if n not in text]
