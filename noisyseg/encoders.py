@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/encoders.html.md"""
 # %% auto #0
 __all__ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder', 'slim_resnet_encoder']
 
-# %% ../nbs/04d_encoders.ipynb #e2eb22c8
+# %% ../nbs/04d_encoders.ipynb #49f00dc5
 import warnings
 from collections import OrderedDict
 from pickle import UnpicklingError
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.models.resnet import BasicBlock
 
-from .bnrelu import batch_norm_relu, can_batch_norm_relu
+from .bnrelu import batch_norm_relu, can_batch_norm_relu, folded
 from .winograd import winograd_conv, winograd_wins
 
-# %% ../nbs/04d_encoders.ipynb #84e45401
+# %% ../nbs/04d_encoders.ipynb #a9fabb5f
 def _watched(*modules):
     "Does somebody want to see one of these layers being called? A hook does, and so do those who record or transform the network."
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True   # first: a compiler would stumble over what follows
@@ -47,10 +47,16 @@ class ConvBlock(nn.Sequential):
         conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=bias)
         super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
 
-    def forward(self, x):
+    def forward(self,
+        x: Tensor,  # map, (batch, in_channels, height, width)
+        inplace: bool = False,  # nobody needs x any more: without autograd, its memory may be taken
+    ) -> Tensor:  # (batch, out_channels, height, width) at stride 1
         c = self.conv
         if not (self.fast and c.stride == (1, 1) and winograd_wins(x.shape, c.weight.shape) and _shortcut(x, [self])): return super().forward(x)
-        return batch_norm_relu(winograd_conv(x.contiguous(memory_format=torch.channels_last), c.weight, c.bias), [self.bn])
+        x = x.contiguous(memory_format=torch.channels_last)
+        if torch.is_grad_enabled() or self.training: return batch_norm_relu(winograd_conv(x, c.weight), [self.bn], [c.bias])
+        factor, bias = folded([self.bn], [c.bias])
+        return winograd_conv(x, c.weight * factor.view(-1, 1, 1, 1), bias, relu=True, inplace=inplace)
 
 # %% ../nbs/04d_encoders.ipynb #366e2b17
 _BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known to work in both layouts

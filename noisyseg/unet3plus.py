@@ -9,7 +9,7 @@ __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'u
            'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'unet3plus_slim',
            'from_published', 'ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
-# %% ../nbs/04e_unet3plus.ipynb #8bde38cc
+# %% ../nbs/04e_unet3plus.ipynb #ec272675
 import inspect, math, re
 from contextlib import contextmanager
 from functools import wraps
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from .bnrelu import batch_norm_relu
+from .bnrelu import batch_norm_relu, folded
 from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder, slim_resnet_encoder  # noqa: F401
 from .upconv import conv_of_upsampled
 
@@ -50,7 +50,7 @@ def resize_to(
     if here[0] >= size[0] and here[1] >= size[1]: return pool_to(x, size)
     return F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners)
 
-# %% ../nbs/04e_unet3plus.ipynb #f64f4a5b
+# %% ../nbs/04e_unet3plus.ipynb #e38c9622
 class Level(nn.Module):
     "One decoder level: every source to this level's size and to `width` channels, concatenated and fused (arXiv 2004.08790, eq. 1)."
     def __init__(self,
@@ -70,31 +70,40 @@ class Level(nn.Module):
 
     def set_fast(self, fast): self.fast = self.fuse.fast = fast
 
-    def _conv(self, conv, x, size):
+    def _conv(self, x, weight, bias, size, **kw):
         "The convolution of one branch, at this level's size."
-        if x.shape[-2] >= size[0] and x.shape[-1] >= size[1]: return conv(resize_to(x, size))
-        return conv_of_upsampled(x, conv.weight, size, conv.bias)
+        if x.shape[-2] < size[0] or x.shape[-1] < size[1]: return conv_of_upsampled(x, weight, size, bias, **kw)
+        y = F.conv2d(resize_to(x, size), weight, bias, padding=1)
+        return torch.clamp_min(y, 0, out=kw['out']) if kw else y
 
     def _source(self, block, x, size):
         "One branch."
         finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
         if self.after and not finer: return resize_to(block(x), size, align_corners=True)
         if finer or not self.fast or _watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward: return block(resize_to(x, size))
-        return block.relu(block.bn(self._conv(block.conv, x, size)))
+        return block.relu(block.bn(self._conv(x, block.conv.weight, block.conv.bias, size)))
 
     def _together(self, maps, size):
         "All branches, those of this size normalised at once."
         n = self.index + 1 if self.after else len(maps)
-        last = lambda x: x.contiguous(memory_format=torch.channels_last)
-        here = torch.cat([last(self._conv(b.conv, x, size)) for b, x in zip(self.branches[:n], maps)], 1)
-        here = batch_norm_relu(here, [b.bn for b in self.branches[:n]])
+        last, blocks = lambda x: x.contiguous(memory_format=torch.channels_last), self.branches[:n]
+        norms, biases = [b.bn for b in blocks], [b.conv.bias for b in blocks]
+        if torch.is_grad_enabled() or self.training:
+            here = torch.cat([last(self._conv(x, b.conv.weight, None, size)) for b, x in zip(blocks, maps)], 1)
+            here = batch_norm_relu(here, norms, biases)
+        else:   # each convolution does its batch norm and ReLU, and writes into the concatenation
+            widths, (factor, bias) = [b.num_features for b in norms], folded(norms, biases)
+            here = maps[0].new_empty(len(maps[0]), *size, sum(widths)).permute(0, 3, 1, 2)
+            for b, x, f, shift, out in zip(blocks, maps, factor.split(widths), bias.split(widths), here.split(widths, 1)):
+                self._conv(x, b.conv.weight * f.view(-1, 1, 1, 1), shift, size, relu=True, out=out)
         return torch.cat([here, *(last(self._source(b, x, size)) for b, x in zip(self.branches[n:], maps[n:]))], 1) if n < len(maps) else here
 
     def forward(self, maps):
         size = tuple(maps[self.index].shape[-2:])
         if self.fast and _shortcut(maps[self.index], self.branches): x = self._together(maps, size)
         else: x = torch.cat([self._source(b, m, size) for b, m in zip(self.branches, maps)], 1)
-        return self.fuse(self.dropout(x))
+        mine = type(self.fuse) is ConvBlock and not torch.is_grad_enabled() and not _watched(self.dropout, self.fuse)   # nobody else has seen this map
+        return self.fuse(self.dropout(x), inplace=True) if mine else self.fuse(self.dropout(x))
 
 # %% ../nbs/04e_unet3plus.ipynb #ca9f309d
 def gate(

@@ -28,7 +28,7 @@ def taps(
     up = F.pad(up, (0, 0, k // 2, k // 2))
     return torch.stack([up[i:i + n_out] for i in range(k)], 1)
 
-# %% ../nbs/04a_upconv.ipynb #daf24c53
+# %% ../nbs/04a_upconv.ipynb #a64a0069
 BLOCK = 32  # output pixels to a product: fewer waste calls, more multiply zeros
 
 @lru_cache(512)
@@ -42,50 +42,55 @@ def _blocks(n_in, n_out, k, align_corners, dtype, device):
         out.append((start, low, high, rows[:, :, low:high].transpose(1, 2).reshape(len(rows), -1).to(device, dtype)))
     return out
 
-def _expand(y, n_out, align_corners):
-    "Sum of taps along one dimension: (batch, n_in, k, m) -> (batch, n_out, m)."
-    b, n_in, k, m = y.shape
-    out = y.new_empty(b, n_out, m)
-    for start, low, high, A in _blocks(n_in, n_out, k, align_corners, y.dtype, y.device):
-        out[:, start:start + len(A)] = A @ y[:, low:high].flatten(1, 2)
-    return out
+def _expand(y, out, align_corners, bias=None, relu=False):
+    "Sum of taps along one dimension, y (batch, n_in, k, m) into out (batch, n_out, m)."
+    for start, low, high, A in _blocks(y.shape[1], out.shape[1], y.shape[2], align_corners, y.dtype, y.device):
+        block, to = A @ y[:, low:high].flatten(1, 2), out[:, start:start + len(A)]
+        if bias is not None: block += bias
+        torch.clamp_min(block, 0, out=to) if relu else to.copy_(block)
 
-def _gather(g, k, n_in, align_corners):
-    "The transpose of `_expand`: (batch, n_out, m) -> (batch, n_in, k, m)."
-    b, n_out, m = g.shape
-    out = g.new_zeros(b, n_in, k, m)
-    for start, low, high, A in _blocks(n_in, n_out, k, align_corners, g.dtype, g.device):
-        out[:, low:high] += (A.T @ g[:, start:start + len(A)]).view(b, high - low, k, m)
-    return out
+def _gather(g, out, align_corners):
+    "The transpose of `_expand`, adding to out: g (batch, n_out, m), out (batch, n_in, k, …)."
+    for start, low, high, A in _blocks(out.shape[1], g.shape[1], out.shape[2], align_corners, g.dtype, g.device):
+        part = out[:, low:high]
+        part += (A.T @ g[:, start:start + len(A)]).view(part.shape)
 
-# %% ../nbs/04a_upconv.ipynb #b3154bbe
+# %% ../nbs/04a_upconv.ipynb #2e874a9d
 def _pointwise(weight): return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)   # (ky·kx·out, channels, 1, 1)
+
+def _by_taps(x, weight, out, align_corners, bias=None, relu=False):
+    "Into out (batch, out, height, width), whose channels come last."
+    (b, _, h, w), (o, _, k, _), height = x.shape, weight.shape, out.shape[2]
+    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), _pointwise(weight)).permute(0, 2, 3, 1)   # at low resolution: (b, h, w, ky·kx·o)
+    y = y.reshape(b, h, w, k, k * o).transpose(2, 3).reshape(b, h, k, w * k * o)
+    z = y.new_empty(b, height, w * k * o)
+    _expand(y, z, align_corners)                                                                             # rows
+    _expand(z.view(b * height, w, k, o), out.permute(0, 2, 3, 1).flatten(0, 1), align_corners, bias, relu)  # columns
+    return out
+
+def _new(x, channels, size): return x.new_empty(len(x), *size, channels).permute(0, 3, 1, 2)
 
 class _UpConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, size, align_corners):
-        (b, _, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, size
-        y = F.conv2d(x.contiguous(memory_format=torch.channels_last), _pointwise(weight)).permute(0, 2, 3, 1)       # at low resolution: (b, h, w, ky·kx·o)
-        y = y.reshape(b, h, w, k, k * o).transpose(2, 3).reshape(b, h, k, w * k * o)
-        z = _expand(y, height, align_corners)                                     # rows: (b, height, w·kx·o)
-        z = _expand(z.view(b * height, w, k, o), width, align_corners)             # columns
         ctx.save_for_backward(x, weight)
         ctx.align_corners = align_corners
-        return z.view(b, height, width, o).permute(0, 3, 1, 2)
+        return _by_taps(x, weight, _new(x, len(weight), size), align_corners)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         (b, c, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, g.shape[-2:]
-        g = _gather(g.permute(0, 2, 3, 1).reshape(b * height, width, o), k, w, ctx.align_corners)           # columns
-        g = _gather(g.view(b, height, w * k * o), k, h, ctx.align_corners).view(b, h, k, w, k * o)         # rows
-        g = g.transpose(2, 3).reshape(b, h, w, k * k * o)
-        gx, gw, _ = torch.ops.aten.convolution_backward(g.permute(0, 3, 1, 2), x.contiguous(memory_format=torch.channels_last), _pointwise(weight), None,
-                                                        (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad[:2], False))
+        z = g.new_zeros(b * height, w, k, o)
+        _gather(g.permute(0, 2, 3, 1).reshape(b * height, width, o), z, ctx.align_corners)                # columns
+        y = g.new_zeros(b, h, w, k, k, o)
+        _gather(z.view(b, height, w * k * o), y.transpose(2, 3), ctx.align_corners)                        # rows
+        gx, gw, _ = torch.ops.aten.convolution_backward(y.flatten(3).permute(0, 3, 1, 2), x.contiguous(memory_format=torch.channels_last), _pointwise(weight),
+                                                        None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad[:2], False))
         return gx, None if gw is None else gw.view(k, k, o, c).permute(2, 3, 0, 1), None, None
 
-# %% ../nbs/04a_upconv.ipynb #af3c2611
+# %% ../nbs/04a_upconv.ipynb #d403628d
 def conv_of_upsampled(
     x: Tensor,  # map, (batch, channels, height, width), floating point
     weight: Tensor,  # of the convolution: (out, channels, k, k), k odd
@@ -93,6 +98,8 @@ def conv_of_upsampled(
     bias: Tensor = None,  # (out,)
     align_corners: bool = False,  # of the bilinear interpolation
     plain: bool = None,  # True: the plain way, False: by taps; None: whichever is less work
+    relu: bool = False,  # ReLU of the result
+    out: Tensor = None,  # where to write, (batch, out, *size), without autograd; in channels-last memory, or some channels of such a map
 ) -> Tensor:  # (batch, out, *size)
     "`conv2d(interpolate(x, size, mode='bilinear'), weight, bias, padding=k//2)`, to within rounding, without making the large map."
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
@@ -101,11 +108,23 @@ def conv_of_upsampled(
     size = tuple(map(int, size))
     if len(size) != 2 or min(size) < 1: raise ValueError(f"size: expected (height, width), got {size}")
     if plain is None: plain = not taps_win(x.shape, weight.shape, size) or torch.is_autocast_enabled(x.device.type)
+    if out is not None:
+        shape = (len(x), len(weight), *size)
+        if torch.is_grad_enabled(): raise ValueError("out= is for use without autograd: within torch.no_grad()")
+        if out.shape != shape or (out.stride(1) != 1 and shape[1] > 1):
+            raise ValueError(f"out: expected {shape} with channels last in memory, got {tuple(out.shape)} with strides {out.stride()}")
     if plain:
-        return F.conv2d(F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners), weight, bias, padding=weight.shape[-1] // 2)
-    out = _UpConv.apply(x, weight, size, align_corners)
-    if not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous(): out = out.contiguous()   # the layout that came in
-    return out if bias is None else out + bias.view(-1, 1, 1)
+        y = F.conv2d(F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners), weight, bias, padding=weight.shape[-1] // 2)
+        if relu: y = y.relu_()
+        return y if out is None else out.copy_(y)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if not torch.is_grad_enabled():
+        y = _by_taps(x, weight, _new(x, len(weight), size) if out is None else out, align_corners, bias, relu)
+        return y if last or out is not None else y.contiguous()   # in the layout that came in
+    y = _UpConv.apply(x, weight, size, align_corners)
+    if not last: y = y.contiguous()
+    if bias is not None: y = y + bias.view(-1, 1, 1)
+    return y.relu_() if relu else y
 
 def taps_win(
     shape: tuple,  # of the map, (batch, channels, height, width)

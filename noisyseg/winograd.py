@@ -1,4 +1,4 @@
-"""A 3×3 convolution in half the multiplications, with small rounding errors: Winograd's trick along the rows, an ordinary convolution down the columns.
+"""A 3×3 convolution in a quarter of the multiplications, with small rounding errors: Winograd's trick in both directions, as one grouped convolution.
 
 Docs: https://noisyseg.github.io/noisyseg/winograd.html.md"""
 
@@ -7,7 +7,10 @@ Docs: https://noisyseg.github.io/noisyseg/winograd.html.md"""
 # %% auto #0
 __all__ = ['BAND', 'winograd_conv', 'winograd_wins']
 
-# %% ../nbs/04b_winograd.ipynb #0489b818
+# %% ../nbs/04b_winograd.ipynb #135e5832
+import math, threading
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,55 +48,88 @@ def _interpolate_t(y, out):
         torch.add(even, odd, alpha=p, out=out[k])
         torch.sub(even, odd, alpha=p, out=out[k + 1])
 
-# %% ../nbs/04b_winograd.ipynb #94209514
-BAND = 8192   # pixels of a map to a band: the fewer, the less memory; the more, the longer the convolutions
-_STRIP = 8    # rows to a pass of additions
+# %% ../nbs/04b_winograd.ipynb #042b86c1
+BAND = 256   # tiles to a convolution: the fewer, the less memory; the more, the longer the products
+_STRIP = 2   # rows of tiles to a pass of additions
+
+def _parts(start, stop, step): return [(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 def _bands(height, width):
-    rows = max(_STRIP, BAND // width)
-    return [(i, min(i + rows, height)) for i in range(0, height, rows)]
+    "Rows of tiles of a map: (number of tiles in a row, where each band of rows starts and stops)."
+    tiles = -(-width // 4)
+    return tiles, _parts(0, -(-height // 4), max(1, BAND // tiles))
 
-def _strips(start, stop): return [(i, min(i + _STRIP, stop)) for i in range(start, stop, _STRIP)]
+def _values(x, start, stop, out):
+    "B^T D B: rows of tiles of one image (height, width, channels), zero beyond its edges, into out (6, 6, rows of tiles, tiles, channels)."
+    (h, w, c), tiles = x.shape, out.shape[3]
+    for a, z in _parts(start, stop, _STRIP):
+        top, bottom = 4 * a - 1, 4 * z + 1
+        p = F.pad(x[max(top, 0):bottom], (0, 0, 1, 4 * tiles + 1 - w, max(-top, 0), max(bottom - h, 0)))
+        rows = x.new_empty(6, len(p), tiles, c)
+        _evaluate([p[:, j:j + 4 * tiles - 3:4] for j in range(6)], rows)
+        _evaluate([rows[:, j:j + 4 * (z - a) - 3:4] for j in range(6)], out[:, :, a - start:z - start])
 
-def _values(x, start, stop):
-    "Rows start - 1 to stop of one image (height, width, channels), zero beyond its edges, at the six points: (6, stop - start + 2, tiles, channels)."
-    h, w, c = x.shape
-    tiles = -(-w // 4)
-    out, first, last = x.new_empty(6, stop - start + 2, tiles, c), max(start - 1, 0), min(stop + 1, h)
-    if start == 0: out[:, 0] = 0
-    if stop == h: out[:, -1] = 0
-    for a, b in _strips(first, last):
-        p = F.pad(x[a:b], (0, 0, 1, 4 * tiles + 1 - w))
-        _evaluate([p[:, j:j + 4 * tiles - 3:4] for j in range(6)], out[:, a - start + 1:b - start + 1])
-    return out
+def _outputs(m, out, bias, relu):
+    "A^T M A: values at the points (6, 6, rows of tiles, tiles, channels) into out (4 · rows, 4 · tiles, channels)."
+    _, _, n, tiles, c = m.shape
+    out = out.view(n, 4, tiles, 4, c)
+    for a, z in _parts(0, n, _STRIP):
+        columns, y = m.new_empty(4, 6, z - a, tiles, c), out[a:z]
+        _interpolate(m[:, :, a:z], columns)
+        _interpolate(columns.transpose(0, 1), y.permute(3, 1, 0, 2, 4))
+        if bias is not None: y.add_(bias)
+        if relu: y.relu_()
 
-def _as_map(v): return v[None].permute(0, 3, 1, 2)   # (height, width, channels) -> (1, channels, height, width), channels last in memory
+_GG = torch.kron(_G, _G)   # G on both sides, (36, 9)
+_kept = threading.local()
 
-def _conv(x, weight):
-    (b, c, h, w), o, tiles = x.shape, len(weight), -(-x.shape[3] // 4)
-    u = (_G.to(weight) @ weight.permute(3, 0, 1, 2).reshape(3, -1)).view(6, o, c, 3, 1)
-    out = x.new_empty(b, h, 4 * tiles, o)
-    for i, image in enumerate(x.permute(0, 2, 3, 1)):
-        for start, stop in _bands(h, w):
-            products = [F.conv2d(_as_map(v), k)[0].permute(1, 2, 0) for v, k in zip(_values(image, start, stop), u)]
-            for a, z in _strips(start, stop):
-                _interpolate([m[a - start:z - start] for m in products], [out[i, a:z, j::4] for j in range(4)])
-    return out[:, :, :w].permute(0, 3, 1, 2)
+def _workspace(name, like, *shape):
+    "Uninitialised memory, the same in the next call: asking the system for new pages takes longer than filling them."
+    n, kept = math.prod(shape), getattr(_kept, name, None)
+    if n * like.element_size() > 2**25: return like.new_empty(shape)
+    if kept is None or kept.numel() < n or kept.dtype != like.dtype or kept.device != like.device:
+        with torch.inference_mode(False): kept = like.new_empty(n)
+        setattr(_kept, name, kept)
+    return kept[:n].view(shape)
 
-# %% ../nbs/04b_winograd.ipynb #820e9300
+def _conv(x, weight, bias=None, relu=False, inplace=False):
+    (b, c, h, w), o = x.shape, len(weight)
+    tiles, bands = _bands(h, w)
+    u = torch.mm(_GG.to(weight), weight.permute(2, 3, 0, 1).reshape(9, -1), out=_workspace('u', weight, 36, o * c)).view(36 * o, c, 1, 1)
+    images = x.permute(0, 2, 3, 1)
+    out = images if inplace and o == c and h % 4 == w % 4 == 0 and images.is_contiguous() else x.new_empty(b, bands[-1][1] * 4, tiles * 4, o)
+    for image, y in zip(images, out):
+        write = lambda: None
+        for start, stop in bands:
+            v = _workspace('v', x, stop - start, tiles, 6, 6, c)   # in this order the points are channels, to the convolution
+            _values(image, start, stop, v.permute(2, 3, 0, 1, 4))
+            write()   # what this band has read of the one before may be overwritten now
+            m = F.conv2d(v.flatten(2)[None].permute(0, 3, 1, 2), u, groups=36)[0].permute(1, 2, 0).view(stop - start, tiles, 6, 6, o)
+            write = partial(_outputs, m.permute(2, 3, 0, 1, 4), y[4 * start:4 * stop], bias, relu)
+        write()
+    return out[:, :h, :w].permute(0, 3, 1, 2)
+
+# %% ../nbs/04b_winograd.ipynb #26ebfa48
+def _values_t(g, start, stop, out):
+    "The transpose of `_outputs`: a gradient (height, width, channels) at the points."
+    (h, w, c), tiles = g.shape, out.shape[3]
+    for a, z in _parts(start, stop, _STRIP):
+        p = F.pad(g[4 * a:4 * z], (0, 0, 0, 4 * tiles - w, 0, max(4 * z - h, 0)))
+        rows = g.new_empty(6, len(p), tiles, c)
+        _interpolate_t([p[:, j::4] for j in range(4)], rows)
+        _interpolate_t([rows[:, j::4] for j in range(4)], out[:, :, a - start:z - start])
+
 def _weight_gradient(x, g, weight):
-    (_, c, h, w), o, tiles = x.shape, g.shape[1], -(-x.shape[3] // 4)
-    at_points, kernel = x.new_zeros(6, o, c, 3), weight.new_empty(o, c, 3, 1)
+    (o, c), (tiles, bands) = weight.shape[:2], _bands(*x.shape[2:])
+    total = _workspace('u', weight, 36, o, c).zero_()
     for image, grad in zip(x.permute(0, 2, 3, 1), g.permute(0, 2, 3, 1)):
-        for start, stop in _bands(h, w):
-            grads = x.new_empty(6, stop - start, tiles, o)
-            for a, z in _strips(start, stop):
-                p = F.pad(grad[a:z], (0, 0, 0, 4 * tiles - w))
-                _interpolate_t([p[:, j::4] for j in range(4)], grads[:, a - start:z - start])
-            for total, m, v in zip(at_points, grads, _values(image, start, stop)):
-                total += torch.ops.aten.convolution_backward(_as_map(m), _as_map(v), kernel, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1,
-                                                             (False, True, False))[1][..., 0]
-    return (_G.to(weight).T @ at_points.view(6, -1)).view(3, o, c, 3).permute(1, 2, 3, 0)
+        for start, stop in bands:
+            v, m = (_workspace(name, x, 6, 6, stop - start, tiles, n) for name, n in (('v', c), ('m', o)))
+            _values(image, start, stop, v)
+            _values_t(grad, start, stop, m)
+            for t, p, q in zip(total, m.view(36, -1, o), v.view(36, -1, c)):
+                t += F.conv1d(q[None], p.t()[..., None])[0]   # p.t() @ q, again as a convolution
+    return (_GG.to(weight).T @ total.view(36, -1)).view(3, 3, o, c).permute(2, 3, 0, 1)
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
@@ -108,25 +144,30 @@ class _Winograd(torch.autograd.Function):
         return (_conv(g, weight.transpose(0, 1).flip(2, 3)) if ctx.needs_input_grad[0] else None,
                 _weight_gradient(x, g, weight) if ctx.needs_input_grad[1] else None)
 
-# %% ../nbs/04b_winograd.ipynb #9e0bcacb
+# %% ../nbs/04b_winograd.ipynb #0e2afda1
 def winograd_conv(
     x: Tensor,  # map, (batch, channels, height, width), floating point; best in channels-last memory
     weight: Tensor,  # (out, channels, 3, 3)
     bias: Tensor = None,  # (out,)
-    plain: bool = None,  # True: the plain way, False: by six points; None: whichever is faster
-) -> Tensor:  # (batch, out, height, width); by six points in channels-last memory
-    "`conv2d(x, weight, bias, padding=1)` to within rounding, in half the multiplications."
+    plain: bool = None,  # True: the plain way, False: by points; None: whichever is faster
+    relu: bool = False,  # ReLU of the result
+    inplace: bool = False,  # without autograd, the result may take x's place in memory
+) -> Tensor:  # (batch, out, height, width); by points in channels-last memory
+    "`conv2d(x, weight, bias, padding=1)` to within rounding, in a quarter of the multiplications."
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2:] != (3, 3):
         raise ValueError(f"expected x (batch, channels, height, width) and weight (out, channels, 3, 3), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if plain is None: plain = x.device.type != 'cpu' or not winograd_wins(x.shape, weight.shape) or torch.is_autocast_enabled(x.device.type)
-    if plain: return F.conv2d(x, weight, bias, padding=1)
-    out = _Winograd.apply(x, weight)
-    return out if bias is None else out + bias.view(-1, 1, 1)
+    if not plain and not torch.is_grad_enabled(): return _conv(x, weight, bias, relu, inplace)
+    if plain: out = F.conv2d(x, weight, bias, padding=1)
+    else:
+        out = _Winograd.apply(x, weight)
+        if bias is not None: out = out + bias.view(-1, 1, 1)
+    return out.relu_() if relu else out
 
 def winograd_wins(
     shape: tuple,  # of the map, (batch, channels, height, width)
     weight: tuple,  # shape of the weight, (out, channels, 3, 3)
 ) -> bool:
-    "Does it pay on a CPU, by measurement? Each number takes part in a dozen additions, so there must be many channels to multiply it with, and many pixels."
+    "Does it pay on a CPU, by measurement? Each number takes part in some thirty additions, so many channels must share them, and many pixels the kernels."
     (_, c, h, w), o = shape, weight[0]
     return min(c, o) >= 128 and h * w >= 48 * 48 and w >= 16
