@@ -44,7 +44,7 @@ def _forget_casts():
     torch.clear_autocast_cache()
     parametrize._cache.clear()
 
-# %% ../nbs/01b_perturb.ipynb #671bf036
+# %% ../nbs/01b_perturb.ipynb #96eeb9d8
 class WeightClone:
     "A clone of some weights of a model, and what may be done with it: `inject`, `rescale`, `recover`. Make one with `clone_weights`."
     def __init__(self,
@@ -64,6 +64,7 @@ class WeightClone:
         with torch.inference_mode(False), torch.no_grad():
             self._clean = [torch.empty_like(p) for p in self._params] + [s.value().detach().clone() for s in self._computed]
         self._z = self._unit = None
+        self._block = _ALL  # how many elements are worked on at a time
         self._versions = []
 
     @property
@@ -96,7 +97,7 @@ def clone_weights(
     clone.store()
     return clone
 
-# %% ../nbs/01b_perturb.ipynb #6988ae3b
+# %% ../nbs/01b_perturb.ipynb #b48a4e6c
 def _changes_weights(f):
     "Run a method without autograd, and with ordinary tensors even inside `torch.inference_mode`."
     @wraps(f)
@@ -104,13 +105,13 @@ def _changes_weights(f):
         with torch.inference_mode(False), torch.no_grad(): return f(self, *args, **kwargs)
     return wrapped
 
-_BLOCK = 2**15 - 1  # elements: operations on more of them PyTorch shares out among threads, and they outgrow the cache
+_ONE, _ALL = 2**15 - 1, 2**17  # elements that PyTorch leaves to one thread, and enough of them for all threads that do not outgrow the cache
 
-def _blocks(rowwise, *tensors):
-    "Large tensors in blocks of the same rows, where that makes no difference; else whole."
+def _blocks(size, *tensors):
+    "Large tensors on a CPU in blocks of the same rows, of about `size` elements."
     t = tensors[0]
-    if not rowwise or t.device.type != 'cpu' or t.numel() <= _BLOCK: return [tensors]
-    return zip(*(o.split(max(1, _BLOCK * len(t) // t.numel())) for o in tensors))
+    if t.device.type != 'cpu' or t.numel() <= size: return [tensors]
+    return zip(*(o.split(max(1, size * len(t) // t.numel())) for o in tensors))
 
 @patch
 @_changes_weights
@@ -119,8 +120,8 @@ def store(self:WeightClone):
     if self.injected: raise RuntimeError("the weights hold noise now: recover() before taking the clone anew")
     n = len(self._params)
     if all(p.device.type == 'cpu' for p in self._params):
-        for p, c in zip(self._params, self._clean):   # not by several threads: one may be drawing
-            for pb, cb in _blocks(True, p.detach(), c): cb.copy_(pb)
+        for p, c in zip(self._params, self._clean):
+            for pb, cb in _blocks(self._block, p.detach(), c): cb.copy_(pb)
     else: torch._foreach_copy_(self._clean[:n], [p.detach() for p in self._params])
     for c, s in zip(self._clean[n:], self._computed): c.copy_(s.value())
     self._unit = None
@@ -155,11 +156,14 @@ def _drawing(self:WeightClone, generator, redraw):
     if self._z is None: self._z = [torch.empty(c.shape, device=c.device) for c in self._clean]
     if self.n_weights < 2**20 or any(z.device.type != 'cpu' for z in self._z): yield (_fill_normal(z, generator) for z in self._z); return
     with ThreadPoolExecutor(1) as pool:
+        self._block = _ONE   # the others belong to the drawing
         futures = [pool.submit(_fill_normal, z, generator) for z in self._z]
         try: yield (f.result() for f in futures)
-        finally: pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._block = _ALL
 
-# %% ../nbs/01b_perturb.ipynb #6d998093
+# %% ../nbs/01b_perturb.ipynb #45190845
 def _apply(law, clean, z):
     "`law(clean, z)` in float32 or better, checked."
     dtype = torch.promote_types(clean.dtype, torch.float32)
@@ -195,8 +199,8 @@ def inject(self:WeightClone,
         self._begin()
         for i, z in enumerate(draws):
             if i >= len(self._params): self._write(i, _apply(law, self._clean[i], z)); continue
-            rowwise = getattr(law, 'rowwise', lambda w: False)(self._clean[i])
-            for p, c, zb in _blocks(rowwise, self._params[i], self._clean[i], z): p.copy_(_apply(law, c, zb))
+            weights, rowwise = (self._params[i], self._clean[i], z), getattr(law, 'rowwise', lambda w: False)(self._clean[i])
+            for p, c, zb in _blocks(self._block, *weights) if rowwise else [weights]: p.copy_(_apply(law, c, zb))
         if any(t._version != v for t, v in tables):
             _table.cache_clear()
             raise RuntimeError(f"{law} changes z in place; with rng='table' others use the same numbers: let it make a new tensor")

@@ -90,7 +90,7 @@ class _UpConv(torch.autograd.Function):
                                                         None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad[:2], False))
         return gx, None if gw is None else gw.view(k, k, o, c).permute(2, 3, 0, 1), None, None
 
-# %% ../nbs/04a_upconv.ipynb #d403628d
+# %% ../nbs/04a_upconv.ipynb #d1b4064c
 def conv_of_upsampled(
     x: Tensor,  # map, (batch, channels, height, width), floating point
     weight: Tensor,  # of the convolution: (out, channels, k, k), k odd
@@ -107,7 +107,10 @@ def conv_of_upsampled(
                          f"got {tuple(x.shape)} and {tuple(weight.shape)}")
     size = tuple(map(int, size))
     if len(size) != 2 or min(size) < 1: raise ValueError(f"size: expected (height, width), got {size}")
-    if plain is None: plain = not taps_win(x.shape, weight.shape, size) or torch.is_autocast_enabled(x.device.type)
+    if plain is None: plain = not taps_win(x.shape, weight.shape, size)
+    if not plain and torch.is_autocast_enabled(x.device.type):
+        low = lambda t: None if t is None else t.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False): return conv_of_upsampled(low(x), low(weight), size, low(bias), align_corners, False, relu, out)
     if out is not None:
         shape = (len(x), len(weight), *size)
         if torch.is_grad_enabled(): raise ValueError("out= is for use without autograd: within torch.no_grad()")

@@ -144,7 +144,7 @@ class _Winograd(torch.autograd.Function):
         return (_conv(g, weight.transpose(0, 1).flip(2, 3)) if ctx.needs_input_grad[0] else None,
                 _weight_gradient(x, g, weight) if ctx.needs_input_grad[1] else None)
 
-# %% ../nbs/04b_winograd.ipynb #0e2afda1
+# %% ../nbs/04b_winograd.ipynb #beafe73e
 def winograd_conv(
     x: Tensor,  # map, (batch, channels, height, width), floating point; best in channels-last memory
     weight: Tensor,  # (out, channels, 3, 3)
@@ -170,4 +170,4 @@ def winograd_wins(
 ) -> bool:
     "Does it pay on a CPU, by measurement? Each number takes part in some thirty additions, so many channels must share them, and many pixels the kernels."
     (_, c, h, w), o = shape, weight[0]
-    return min(c, o) >= 128 and h * w >= 48 * 48 and w >= 16
+    return min(c, o) >= 240 and h * w >= 60 * 60 and w >= 16
