@@ -64,8 +64,8 @@ def number(v): return '' if v is None else f'{v:.2e}' if abs(v) < 0.01 else f'{v
 
 def cells(r):
     spread = f'({r["low"]:.2f}–{r["high"]:.2f})' if r['rounds'] > 1 and r['low'] is not None else ''
-    ns, of_ns = r.get('ns_per_weight'), r['target_of'] == 'ns_per_weight'
-    target = f'≤ {r["target"]:g}{" ns" if of_ns else ""}' if r['target'] else ''
+    ns, of = r.get('ns_per_weight'), {'ns_per_weight': ' ns', 'ours': f' {r["unit"]}'}.get(r['target_of'], '')
+    target = f'≤ {r["target"]:.3g}{of}' if r['target'] else ''
     unit, ratio = r['unit'] if r['ours'] is not None else '', '' if r['ratio'] is None else f'{r["ratio"]:.2f}'
     verdict = r['verdict'].upper() if r['verdict'] in ('worse', 'target missed') else r['verdict']
     ns = f'{ns:.2f} ns/weight' if ns else ''
