@@ -17,6 +17,7 @@ from noisyseg.bnrelu import *
 from noisyseg.encoders import *
 from noisyseg.unet3plus import *
 from noisyseg.deeplab import *
+from noisyseg.pages import *
 from noisyseg.classifiers import *
 from noisyseg.metrics import *
 from noisyseg.losses import *

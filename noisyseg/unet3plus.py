@@ -9,7 +9,7 @@ __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'u
            'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'unet3plus_slim',
            'from_published', 'ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
-# %% ../nbs/04e_unet3plus.ipynb #ec272675
+# %% ../nbs/04e_unet3plus.ipynb #e439f508
 import inspect, math, re
 from contextlib import contextmanager
 from functools import wraps
@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from .bnrelu import batch_norm_relu, folded
 from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder, slim_resnet_encoder  # noqa: F401
-from .upconv import conv_of_upsampled
+from .upconv import _by_taps, _new, _taps_gradients, conv_of_upsampled, taps_win
 
 _all_ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
@@ -50,7 +51,34 @@ def resize_to(
     if here[0] >= size[0] and here[1] >= size[1]: return pool_to(x, size)
     return F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners)
 
-# %% ../nbs/04e_unet3plus.ipynb #e38c9622
+# %% ../nbs/04e_unet3plus.ipynb #a96dbd52
+_SAME = (1, 1), (1, 1), (1, 1), False, (0, 0), 1   # a 3×3 convolution that keeps the size, as `convolution_backward` wants to hear it
+
+class _Branches(torch.autograd.Function):
+    "Convolutions of several maps, by taps where a map must be enlarged first, as one map."
+    @staticmethod
+    def forward(ctx, size, *maps_and_weights):
+        n = len(maps_and_weights) // 2
+        maps, weights = maps_and_weights[:n], maps_and_weights[n:]
+        out = _new(maps[0], sum(map(len, weights)), size)
+        for x, w, part in zip(maps, weights, out.split([*map(len, weights)], 1)):
+            if x.shape[2:] == size: part.copy_(F.conv2d(x, w, padding=1))
+            else: _by_taps(x, w, part, False)
+        ctx.save_for_backward(*maps_and_weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        saved, needed, last = ctx.saved_tensors, ctx.needs_input_grad[1:], torch.channels_last
+        n, grads = len(saved) // 2, [None] * len(saved)
+        for i, part in enumerate(g.split([*map(len, saved[n:])], 1)):
+            x, w, which = saved[i], saved[n + i], (needed[i], needed[n + i])
+            if x.shape[2:] != g.shape[2:]: grads[i::n] = _taps_gradients(x, w, part, False, which)
+            else: grads[i::n] = torch.ops.aten.convolution_backward(part.contiguous(memory_format=last), x, w, None, *_SAME, (*which, False))[:2]
+        return None, *grads
+
+# %% ../nbs/04e_unet3plus.ipynb #0121aa32
 class Level(nn.Module):
     "One decoder level: every source to this level's size and to `width` channels, concatenated and fused (arXiv 2004.08790, eq. 1)."
     def __init__(self,
@@ -89,8 +117,9 @@ class Level(nn.Module):
         last, blocks = lambda x: x.contiguous(memory_format=torch.channels_last), self.branches[:n]
         norms, biases = [b.bn for b in blocks], [b.conv.bias for b in blocks]
         if torch.is_grad_enabled() or self.training:
-            here = torch.cat([last(self._conv(x, b.conv.weight, None, size)) for b, x in zip(blocks, maps)], 1)
-            here = batch_norm_relu(here, norms, biases)
+            enlarge = lambda b, x: x.shape[2] <= size[0] and x.shape[3] <= size[1] and taps_win(x.shape, b.conv.weight.shape, size)
+            sources = [last(x if enlarge(b, x) else resize_to(x, size)) for b, x in zip(blocks, maps)]
+            here = batch_norm_relu(_Branches.apply(size, *sources, *(b.conv.weight for b in blocks)), norms, biases)
         else:   # each convolution does its batch norm and ReLU, and writes into the concatenation
             widths, (factor, bias) = [b.num_features for b in norms], folded(norms, biases)
             here = maps[0].new_empty(len(maps[0]), *size, sum(widths)).permute(0, 3, 1, 2)

@@ -55,7 +55,7 @@ def _gather(g, out, align_corners):
         part = out[:, low:high]
         part += (A.T @ g[:, start:start + len(A)]).view(part.shape)
 
-# %% ../nbs/04a_upconv.ipynb #2e874a9d
+# %% ../nbs/04a_upconv.ipynb #0fa41833
 def _pointwise(weight): return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)   # (ky·kx·out, channels, 1, 1)
 
 def _by_taps(x, weight, out, align_corners, bias=None, relu=False):
@@ -70,6 +70,17 @@ def _by_taps(x, weight, out, align_corners, bias=None, relu=False):
 
 def _new(x, channels, size): return x.new_empty(len(x), *size, channels).permute(0, 3, 1, 2)
 
+def _taps_gradients(x, weight, g, align_corners, needed):
+    "Gradients of the small map and of the weights, each where it is needed, from that of the result."
+    (b, c, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, g.shape[-2:]
+    z = g.new_zeros(b * height, w, k, o)
+    _gather(g.permute(0, 2, 3, 1).reshape(b * height, width, o), z, align_corners)   # columns
+    y = g.new_zeros(b, h, w, k, k, o)
+    _gather(z.view(b, height, w * k * o), y.transpose(2, 3), align_corners)           # rows
+    gx, gw, _ = torch.ops.aten.convolution_backward(y.flatten(3).permute(0, 3, 1, 2), x.contiguous(memory_format=torch.channels_last), _pointwise(weight),
+                                                    None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*needed, False))
+    return gx, None if gw is None else gw.view(k, k, o, c).permute(2, 3, 0, 1)
+
 class _UpConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, size, align_corners):
@@ -79,16 +90,7 @@ class _UpConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        (b, c, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, g.shape[-2:]
-        z = g.new_zeros(b * height, w, k, o)
-        _gather(g.permute(0, 2, 3, 1).reshape(b * height, width, o), z, ctx.align_corners)                # columns
-        y = g.new_zeros(b, h, w, k, k, o)
-        _gather(z.view(b, height, w * k * o), y.transpose(2, 3), ctx.align_corners)                        # rows
-        gx, gw, _ = torch.ops.aten.convolution_backward(y.flatten(3).permute(0, 3, 1, 2), x.contiguous(memory_format=torch.channels_last), _pointwise(weight),
-                                                        None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*ctx.needs_input_grad[:2], False))
-        return gx, None if gw is None else gw.view(k, k, o, c).permute(2, 3, 0, 1), None, None
+    def backward(ctx, g): return *_taps_gradients(*ctx.saved_tensors, g, ctx.align_corners, ctx.needs_input_grad[:2]), None, None
 
 # %% ../nbs/04a_upconv.ipynb #d1b4064c
 def conv_of_upsampled(
