@@ -55,17 +55,17 @@ def _gather(g, out, align_corners):
         part = out[:, low:high]
         part += (A.T @ g[:, start:start + len(A)]).view(part.shape)
 
-# %% ../nbs/04a_upconv.ipynb #0fa41833
+# %% ../nbs/04a_upconv.ipynb #2c1d3bd1
 def _pointwise(weight): return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)   # (ky·kx·out, channels, 1, 1)
 
 def _by_taps(x, weight, out, align_corners, bias=None, relu=False):
     "Into out (batch, out, height, width), whose channels come last."
-    (b, _, h, w), (o, _, k, _), height = x.shape, weight.shape, out.shape[2]
+    (b, _, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, out.shape[2:]
     y = F.conv2d(x.contiguous(memory_format=torch.channels_last), _pointwise(weight)).permute(0, 2, 3, 1)   # at low resolution: (b, h, w, ky·kx·o)
     y = y.reshape(b, h, w, k, k * o).transpose(2, 3).reshape(b, h, k, w * k * o)
     z = y.new_empty(b, height, w * k * o)
     _expand(y, z, align_corners)                                                                             # rows
-    _expand(z.view(b * height, w, k, o), out.permute(0, 2, 3, 1).flatten(0, 1), align_corners, bias, relu)  # columns
+    _expand(z.view(b * height, w, k, o), out.permute(0, 2, 3, 1).view(b * height, width, o), align_corners, bias, relu)  # columns
     return out
 
 def _new(x, channels, size): return x.new_empty(len(x), *size, channels).permute(0, 3, 1, 2)
@@ -92,7 +92,7 @@ class _UpConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g): return *_taps_gradients(*ctx.saved_tensors, g, ctx.align_corners, ctx.needs_input_grad[:2]), None, None
 
-# %% ../nbs/04a_upconv.ipynb #d1b4064c
+# %% ../nbs/04a_upconv.ipynb #af6b94fb
 def conv_of_upsampled(
     x: Tensor,  # map, (batch, channels, height, width), floating point
     weight: Tensor,  # of the convolution: (out, channels, k, k), k odd
@@ -116,7 +116,7 @@ def conv_of_upsampled(
     if out is not None:
         shape = (len(x), len(weight), *size)
         if torch.is_grad_enabled(): raise ValueError("out= is for use without autograd: within torch.no_grad()")
-        if out.shape != shape or (out.stride(1) != 1 and shape[1] > 1):
+        if out.shape != shape or (out.stride(1) != 1 and shape[1] > 1) or (out.stride(0) != size[0] * out.stride(2) and shape[0] > 1):
             raise ValueError(f"out: expected {shape} with channels last in memory, got {tuple(out.shape)} with strides {out.stride()}")
     if plain:
         y = F.conv2d(F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners), weight, bias, padding=weight.shape[-1] // 2)
