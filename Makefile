@@ -35,7 +35,7 @@ test: set-up ## run everything: the notebooks, tests/, and that code, README and
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
-	@$(PY) -m noisyseg.demo
+	@$(PY) -m noisyseg.show.demo
 
 bench: set-up ## measured costs beside the plain way and beside peers: one table, also for the page nbs/benchmarks.ipynb; all of it: ARGS=--full
 	@$(PY) tests/bench.py $(ARGS)

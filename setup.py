@@ -31,5 +31,5 @@ setup(
     extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f'{cfg["lib_name"]} = {cfg["lib_name"]}._modidx:d']},
     packages=find_packages(include=['noisyseg', 'noisyseg.*']),
-    package_data={'noisyseg': ['*.js', 'models/*']},
+    package_data={'noisyseg.show': ['*.js', 'models/*']},
 )

@@ -1,6 +1,6 @@
-"""Write what nbdev does not: README.md from nbs/index.ipynb (nbdev-readme needs Quarto), nbs/llms.txt and noisyseg/all.py.
+"""Write what nbdev does not: README.md from nbs/index.ipynb (nbdev-readme needs Quarto), and nbs/llms.txt.
 
-`python .ci/derive.py` writes them; tests call `readme()`, `llms_txt()` and `all_py()` and hold the files to them."""
+`python .ci/derive.py` writes them; tests call `readme()` and `llms_txt()` and hold the files to them."""
 import posixpath
 import re
 from configparser import ConfigParser
@@ -15,7 +15,16 @@ root = Path(__file__).resolve().parents[1]
 settings = ConfigParser()
 settings.read(root/'settings.ini')
 settings = settings['DEFAULT']
+# subpackages import in this direction only: from those before them
+LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
 note = '<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n'
+
+
+def rank(path):
+    "The place of a notebook in the order of imports: that of its subpackage; within one, inner folders come after its own notebooks, `fast` before"
+    top, *inner = Path(path).with_suffix('').parts
+    folder = inner[:-1]
+    return LAYERS.index(top) if top in LAYERS else len(LAYERS), 0 if folder == ['fast'] else 1 if not folder else 2
 
 
 def _from_root(m):
@@ -53,16 +62,14 @@ def readme(nb_path=root/'nbs'/'index.ipynb'):
     return note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
 
-def numbered():
-    "Numbered notebooks in reading order: [('01', 'perturb'), ...]"
-    names = sorted(p.stem for p in (root/'nbs').glob('[0-9]*_*.ipynb'))
-    return [tuple(o.split('_', 1)) for o in names]
-
-
-def all_py():
-    "The text of noisyseg/all.py"
-    stars = [f'from noisyseg.{name} import *' for _, name in numbered() if (root/'noisyseg'/f'{name}.py').exists()]
-    return '"Everything public, for people at a prompt. Modules and notebooks name what they import instead."\n' + '\n'.join(stars) + '\n'
+def modules():
+    "Notebooks that export a module, in reading order: [(path below nbs, module below noisyseg), ...]"
+    found = []
+    for p in sorted((root/'nbs').rglob('*.ipynb')):
+        if any(o.startswith(('.', '_')) for o in p.relative_to(root).parts): continue
+        source = '\n'.join(c.source for c in nbformat.read(p, as_version=4).cells if c.cell_type == 'code')
+        if m := re.search(r'^#\|\s*default_exp (\S+)', source, re.M): found.append((p.relative_to(root/'nbs').as_posix(), m[1]))
+    return sorted(found, key=lambda o: (*rank(o[0]), o[0]))
 
 
 def title(nb_path):
@@ -74,7 +81,7 @@ def title(nb_path):
 
 
 def page_url(nb_id):
-    "Where the site has a notebook as markdown: `02_laws.ipynb` is the page laws.html, and beside it laws.html.md"
+    "Where the site has a notebook as markdown: `perturb/04_laws.ipynb` is the page laws.html, and beside it laws.html.md"
     return f'{settings["doc_url"]}/{nbpath2html(nb_id).as_posix()}.md'
 
 
@@ -82,7 +89,7 @@ def llms_txt():
     "The text of nbs/llms.txt: what each page of the site is about, and where its markdown is"
     name, description = title(root/'nbs'/'index.ipynb')
     parts = [f'# {name}', f'> {description}', f'[The front page]({page_url("index.ipynb")}) has the map, ten lines of use and how to install it. Each page '
-             f'is a notebook of {settings["git_url"]}; under API, `laws` is the module `noisyseg.laws`, and so on.']
+             f'is a notebook of {settings["git_url"]}; under API, `laws` is the module `noisyseg.perturb.laws`, and so on.']
     for section in yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']:
         if isinstance(section, str): continue
         pages = [(page_url(o), *title(root/'nbs'/o)) for o in section['contents']]
@@ -93,4 +100,3 @@ def llms_txt():
 if __name__ == '__main__':
     (root/'README.md').write_text(readme(), encoding='utf-8')
     (root/'nbs'/'llms.txt').write_text(llms_txt(), encoding='utf-8')
-    (root/'noisyseg'/'all.py').write_text(all_py(), encoding='utf-8')

@@ -1,1 +1,45 @@
+"""noisyseg: what happens to a network when its weights are not what training left behind.
+
+The names that people type stand here and are loaded when they are first used, so that `import noisyseg` costs next to nothing.
+All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`, `train`, `show`."""
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_names = {
+    'perturb.clone': ['perturbed', 'clone_weights'],
+    'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
+    'perturb.quantization': ['Quantize', 'quantized'],
+    'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],
+    'data.cifar': ['cifar10'],
+    'data.semi_supervised': ['semi_scenes', 'semi_folder'],
+    'data.corruptions': ['Corruption'],
+    'nets.unet3plus': ['UNet3Plus', 'unet3plus_tiny', 'unet3plus_slim'],
+    'nets.deeplab': ['deeplabv3plus'],
+    'nets.classifiers': ['resnet20'],
+    'measure.sweeps': ['noise_sweep', 'layer_sensitivity'],
+    'measure.store': ['load_sweep'],
+    'measure.summary': ['summarise', 'paired_difference'],
+    'train.learner': ['segmentation_learner', 'WeightNoise', 'save_model', 'load_model'],
+    'train.resume': ['Resumable'],
+    'train.methods.damp': ['DAMP'],
+    'train.methods.sam': ['SAM', 'SAMCallback'],
+    'train.methods.mlpmatch': ['MLPMatch', 'semi_learner'],
+    'show.plots': ['plot_sweep'],
+    'show.pictures': ['plot_prediction'],
+    'show.card': ['robustness_card', 'plot_card'],
+    'show.explorer': ['NoiseExplorer'],
+    'show.monitor': ['TrainingMonitor'],
+}
+_module_of = {name: module for module, names in _names.items() for name in names}
+__all__ = list(_module_of)
+
+
+def __getattr__(name):
+    if name not in _module_of: raise AttributeError(f"module 'noisyseg' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f'noisyseg.{_module_of[name]}'), name)
+    return value
+
+
+def __dir__(): return sorted([*globals(), *__all__])

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from bench_timing import agreement, close, row, skipped
 from torch import nn
 
-from noisyseg.bnrelu import batch_norm_relu
-from noisyseg.unet3plus import unet3plus_paper, unet3plus_resnet34, unet3plus_small, unet3plus_tiny
-from noisyseg.upconv import conv_of_upsampled, taps_win
-from noisyseg.winograd import winograd_conv, winograd_wins
+from noisyseg.nets.fast.bnrelu import batch_norm_relu
+from noisyseg.nets.unet3plus import unet3plus_paper, unet3plus_resnet34, unet3plus_small, unet3plus_tiny
+from noisyseg.nets.fast.upconv import conv_of_upsampled, taps_win
+from noisyseg.nets.fast.winograd import winograd_conv, winograd_wins
 
 NETS = {'ResNet34': lambda: unet3plus_resnet34(21, pretrained=False), "paper's encoder": lambda: unet3plus_paper(21),
         'tiny, width 32': lambda: unet3plus_tiny(7, width=32, deep_supervision=False), 'small': lambda: unet3plus_small(7)}

@@ -14,10 +14,10 @@ from bench_training import Net, loss_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from noisyseg.classifiers import resnet18_small
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import clone_weights, conv_and_linear
-from noisyseg.unet3plus import unet3plus_resnet34
+from noisyseg.nets.classifiers import resnet18_small
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import clone_weights, conv_and_linear
+from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 
 def peers(plan):

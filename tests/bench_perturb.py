@@ -7,9 +7,9 @@ import torchvision
 from bench_timing import row
 from torch import nn
 
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import clone_weights, conv_and_norm, perturbed
-from noisyseg.unet3plus import unet3plus_resnet34
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import clone_weights, conv_and_norm, perturbed
+from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 
 def naive_inject(modules, n, alpha, generator):

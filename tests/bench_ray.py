@@ -28,10 +28,10 @@ from bench_timing import row
 from pandas.testing import assert_frame_equal
 from torch import nn
 
-from noisyseg import jobs
-from noisyseg.jobs import OnRay, connected
-from noisyseg.laws import MaxGaussian
-from noisyseg.sweeps import noise_sweep
+from noisyseg.measure import jobs
+from noisyseg.measure.jobs import OnRay, connected
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.measure.sweeps import noise_sweep
 
 root = Path(__file__).resolve().parents[1]
 RESULTS = root/'nbs'/'benchmarks'/'ray.json'

@@ -1,4 +1,4 @@
-"""Evaluations per second in sweeps: with what the unchanged parts computed kept (noisyseg.reuse), and draws one by one or batched."""
+"""Evaluations per second in sweeps: with what the unchanged parts computed kept (noisyseg.measure.prefix), and draws one by one or batched."""
 import copy
 import statistics
 from contextlib import nullcontext
@@ -8,12 +8,12 @@ import torch
 from bench_timing import agreement, close, row
 from torch.func import functional_call, vmap
 
-import noisyseg.sweeps
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import clone_weights
-from noisyseg.scenes import scene, scene_classes
-from noisyseg.sweeps import layer_sensitivity, noise_sweep, stages
-from noisyseg.unet3plus import unet3plus_resnet34, unet3plus_small
+import noisyseg.measure.sweeps
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import clone_weights
+from noisyseg.data.procedural import scene, scene_classes
+from noisyseg.measure.sweeps import layer_sensitivity, noise_sweep, stages
+from noisyseg.nets.unet3plus import unet3plus_resnet34, unet3plus_small
 
 
 class NoReuse(nullcontext):
@@ -27,9 +27,9 @@ def pictures(n, size, device):
 
 def swapped(reuse, f):
     def run():
-        kept, noisyseg.sweeps.Reuse = noisyseg.sweeps.Reuse, reuse
+        kept, noisyseg.measure.sweeps.Reuse = noisyseg.measure.sweeps.Reuse, reuse
         try: return f()
-        finally: noisyseg.sweeps.Reuse = kept
+        finally: noisyseg.measure.sweeps.Reuse = kept
     return run
 
 def sweeps(plan):

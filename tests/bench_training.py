@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from bench_timing import close, row
 
-from noisyseg.classifiers import resnet18_small
-from noisyseg.damp import damp_backward
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import clone_weights, kernels_and_scales, perturbed
-from noisyseg.sam import SAM, norm_layers
-from noisyseg.unet3plus import unet3plus_resnet34
+from noisyseg.nets.classifiers import resnet18_small
+from noisyseg.train.methods.damp import damp_backward
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import clone_weights, kernels_and_scales, perturbed
+from noisyseg.train.methods.sam import SAM, norm_layers
+from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 
 def loss_of(out, y): return sum(F.cross_entropy(o, y) for o in out) if isinstance(out, list) else F.cross_entropy(out, y)

@@ -29,16 +29,16 @@ import ipywidgets  # noqa: E402  the arguments are read before anything slow
 from fastai.callback.core import Callback  # noqa: E402
 from fastai.data.all import set_seed  # noqa: E402
 
-from noisyseg.data import scenes  # noqa: E402
-from noisyseg.explorer import NoiseExplorer  # noqa: E402
-from noisyseg.laws import MaxGaussian  # noqa: E402
-from noisyseg.monitor import TrainingMonitor  # noqa: E402
-from noisyseg.perturb import _active  # noqa: E402
-from noisyseg.resume import Resumable  # noqa: E402
-from noisyseg.sam import SAMCallback  # noqa: E402
-from noisyseg.sweeps import noise_sweep  # noqa: E402
-from noisyseg.training import load_model, save_model, segmentation_learner  # noqa: E402
-from noisyseg.unet3plus import unet3plus_tiny  # noqa: E402
+from noisyseg.data.datasets import scenes  # noqa: E402
+from noisyseg.show.explorer import NoiseExplorer  # noqa: E402
+from noisyseg.perturb.laws import MaxGaussian  # noqa: E402
+from noisyseg.show.monitor import TrainingMonitor  # noqa: E402
+from noisyseg.perturb.clone import _active  # noqa: E402
+from noisyseg.train.resume import Resumable  # noqa: E402
+from noisyseg.train.methods.sam import SAMCallback  # noqa: E402
+from noisyseg.measure.sweeps import noise_sweep  # noqa: E402
+from noisyseg.train.learner import load_model, save_model, segmentation_learner  # noqa: E402
+from noisyseg.nets.unet3plus import unet3plus_tiny  # noqa: E402
 
 warnings.simplefilter('ignore')
 

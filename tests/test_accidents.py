@@ -23,19 +23,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from noisyseg.classifiers import resnet20
-from noisyseg.corruptions import CORRUPTIONS, Corruption
-from noisyseg.explorer import NoiseExplorer
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian
-from noisyseg.losses import FocalLoss, HybridLoss, IoULoss, MSSSIMLoss
-from noisyseg.metrics import ConfusionMeter
-from noisyseg.perturb import _active, clone_weights, perturbed
-from noisyseg.quantize import Quantize
-from noisyseg.report import report_html
-from noisyseg.select import kernels_and_scales, select
-from noisyseg.sweeps import noise_sweep
-from noisyseg.training import load_model, read_card, save_model
-from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.nets.classifiers import resnet20
+from noisyseg.data.corruptions import CORRUPTIONS, Corruption
+from noisyseg.show.explorer import NoiseExplorer
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian
+from noisyseg.train.losses import FocalLoss, HybridLoss, IoULoss, MSSSIMLoss
+from noisyseg.measure.metrics import ConfusionMeter
+from noisyseg.perturb.clone import _active, clone_weights, perturbed
+from noisyseg.perturb.quantization import Quantize
+from noisyseg.show.report import report_html
+from noisyseg.perturb.selectors import kernels_and_scales, select
+from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.train.learner import load_model, read_card, save_model
+from noisyseg.nets.unet3plus import unet3plus_tiny
 
 ELSEWHERE = {   # accident -> the tests that cause it
     'an image that is none, labels out of range, mask and image of different sizes, half a dataset': ['test_data.py::test_fault_names_the_file',

@@ -10,13 +10,13 @@ from functools import partial
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from noisyseg.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
-from noisyseg.classifiers import SmallResNet
-from noisyseg.laws import AbsoluteGaussian, RelativeGaussian, law_from_dict
-from noisyseg.perturb import clone_weights, conv_and_linear, perturbed
-from noisyseg.predictor import usable_laws
-from noisyseg.sweeps import noise_sweep
-from noisyseg.training import WeightNoise, read_card, save_model
+from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.nets.classifiers import SmallResNet
+from noisyseg.perturb.laws import AbsoluteGaussian, RelativeGaussian, law_from_dict
+from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
+from noisyseg.show.predictor import usable_laws
+from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.train.learner import WeightNoise, read_card, save_model
 
 
 def net(seed=0):

@@ -12,16 +12,16 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from noisyseg import cifar
-from noisyseg.cifar import ImageSet, ZippedImages, cifar10, crop_and_flip, gratings
-from noisyseg.classifiers import SmallResNet, resnet18_small, resnet20
-from noisyseg.conditions import Batches, scores
-from noisyseg.laws import MaxGaussian
-from noisyseg.masks import MissingData, data_root
-from noisyseg.perturb import conv_and_linear
-from noisyseg.summary import summarise
-from noisyseg.sweeps import layer_sensitivity, load_sweep, noise_sweep
-from noisyseg.training import load_model, read_card, save_model
+from noisyseg.data.datasets import cifar
+from noisyseg.data.cifar import ImageSet, ZippedImages, cifar10, crop_and_flip, gratings
+from noisyseg.nets.classifiers import SmallResNet, resnet18_small, resnet20
+from noisyseg.measure.evaluation import Batches, scores
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.data.files import MissingData, data_root
+from noisyseg.perturb.clone import conv_and_linear
+from noisyseg.measure.summary import summarise
+from noisyseg.measure.sweeps import layer_sensitivity, load_sweep, noise_sweep
+from noisyseg.train.learner import load_model, read_card, save_model
 
 names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 

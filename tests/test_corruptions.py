@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from noisyseg.corruption_sweep import corruption_error, corruption_sweep, mean_corruption_error
-from noisyseg.corruptions import ALL_19, CORRUPTIONS, STANDARD_15, Corruption, CorruptedBatches, CorruptedDataset, corrupt
-from noisyseg.laws import MaxGaussian
-from noisyseg.loaders import mask_dataloaders
-from noisyseg.scenes import scene, scene_classes, scene_palette
-from noisyseg.sweeps import noise_sweep
+from noisyseg.measure.corruption_sweep import corruption_error, corruption_sweep, mean_corruption_error
+from noisyseg.data.corruptions import ALL_19, CORRUPTIONS, STANDARD_15, Corruption, CorruptedBatches, CorruptedDataset, corrupt
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.data.loaders import mask_dataloaders
+from noisyseg.data.procedural import scene, scene_classes, scene_palette
+from noisyseg.measure.sweeps import noise_sweep
 
 # What the published generators of ImageNet-C and CIFAR-10-C (hendrycks/robustness, commit 8190fe3: make_imagenet_c.py and make_cifar_c.py, with
 # ImageMagick 6.9.11, OpenCV 5.0, scikit-image 0.26, NumPy 2.4) gave on scene(4, 224) and scene(4, 32), with seeds 77000, 77001, ...

@@ -17,11 +17,11 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from noisyseg.damp import DAMP, damp_backward, damp_loss
-from noisyseg.perturb import clone_weights, perturbed
-from noisyseg.laws import MaxGaussian
-from noisyseg.select import kernels_and_scales, select
-from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.train.methods.damp import DAMP, damp_backward, damp_loss
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.selectors import kernels_and_scales, select
+from noisyseg.nets.unet3plus import unet3plus_tiny
 
 HOW = ('sub-batch', 'sync')
 
@@ -235,7 +235,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
-from noisyseg.damp import DAMP, damp_backward
+from noisyseg.train.methods.damp import DAMP, damp_backward
 
 dist.init_process_group('gloo')
 rank = dist.get_rank()

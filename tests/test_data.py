@@ -15,11 +15,11 @@ from fastai.callback.progress import ProgressCallback # noqa: F401, gives Learne
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from noisyseg import data as data_module
-from noisyseg.data import (MissingData, camvid, camvid_classes, check_dataset, colorize, custom_masks, data_root, denormalize, sbd, scenes,
+from noisyseg.data.datasets import datasets as data as data_module
+from noisyseg.data.datasets import (MissingData, camvid, camvid_classes, check_dataset, colorize, custom_masks, data_root, denormalize, sbd, scenes,
     voc, voc_palette)
-from noisyseg.masks import check_sizes, label_table, pair_files, read_colour_mask, read_image, read_mask
-from noisyseg.scenes import scene, scene_classes
+from noisyseg.data.files import check_sizes, label_table, pair_files, read_colour_mask, read_image, read_mask
+from noisyseg.data.procedural import scene, scene_classes
 
 def write(file, pixels, **kwargs):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def test_without_a_network(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         asked.append(args)
         raise OSError('Network is unreachable')
-    monkeypatch.setattr('noisyseg.archives.urlopen', refuse)
+    monkeypatch.setattr('noisyseg.data.archives.urlopen', refuse)
     for f in (camvid, voc, sbd):
         with pytest.raises(MissingData, match=r'(?s)Network is unreachable.*NOISYSEG_DATA.*scenes\(\)'): f()
     assert len(asked)==3
@@ -209,7 +209,7 @@ def test_camvid_of_other_classes(tmp_path):
     assert len(camvid_classes)==11
 
 def test_scenes_are_the_same_bytes_in_another_process():
-    code = ("import hashlib; from noisyseg.scenes import scene; "
+    code = ("import hashlib; from noisyseg.data.procedural import scene; "
             "print(hashlib.sha1(b''.join(a.tobytes() for i in range(5) for a in scene(i))).hexdigest())")
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
     assert out==hashlib.sha1(b''.join(a.tobytes() for i in range(5) for a in scene(i))).hexdigest()

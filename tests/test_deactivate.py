@@ -13,13 +13,13 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import noisyseg.deactivate as module
-from noisyseg.classifiers import resnet20, resnet18_small
-from noisyseg.deactivate import deactivated, draw_blocks, feature_dropout, residual_blocks
-from noisyseg.deeplab import deeplabv3plus, dilate
-from noisyseg.encoders import PlainEncoder, resnet_encoder
-from noisyseg.training import load_model, save_model
-from noisyseg.unet3plus import FACTORIES, UNet3Plus, unet3plus_resnet, unet3plus_tiny
+import noisyseg.nets.blocks as module
+from noisyseg.nets.classifiers import resnet20, resnet18_small
+from noisyseg.nets.blocks import deactivated, draw_blocks, feature_dropout, residual_blocks
+from noisyseg.nets.deeplab import deeplabv3plus, dilate
+from noisyseg.nets.encoders import PlainEncoder, resnet_encoder
+from noisyseg.train.learner import load_model, save_model
+from noisyseg.nets.unet3plus import FACTORIES, UNet3Plus, unet3plus_resnet, unet3plus_tiny
 
 
 def tv(name, **kw): return lambda: torchvision.models.get_model(name, weights=None, **kw)

@@ -27,15 +27,15 @@ from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, rank_distrib
 from torch import nn
 
-from noisyseg import training
-from noisyseg.damp import DAMP
-from noisyseg.data import scenes
-from noisyseg.laws import MaxGaussian
-from noisyseg.mlpmatch import semi_learner, unet3plus_slim
-from noisyseg.sam import SAMCallback
-from noisyseg.training import WeightNoise, save_model, segmentation_learner
-from noisyseg.unet3plus import unet3plus_tiny
-from noisyseg.views import semi_scenes
+from noisyseg.train import learner as training
+from noisyseg.train.methods.damp import DAMP
+from noisyseg.data.datasets import scenes
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.train.methods.mlpmatch import semi_learner, unet3plus_slim
+from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.learner import WeightNoise, save_model, segmentation_learner
+from noisyseg.nets.unet3plus import unet3plus_tiny
+from noisyseg.data.semi_supervised import semi_scenes
 
 rank, alone = rank_distrib(), not num_distrib()
 PATIENCE = 30   # seconds that a process waits for another

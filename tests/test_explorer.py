@@ -7,7 +7,7 @@ import pytest
 from conftest import copy_project, root
 from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
 
-cells = ['from noisyseg.explorer import NoiseExplorer\nfrom noisyseg.laws import Law\nfrom dataclasses import dataclass',
+cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.laws import Law\nfrom dataclasses import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): raise RuntimeError("this law fails")',
          'e = NoiseExplorer()\ne']
 
@@ -248,8 +248,8 @@ def test_a_saved_page_needs_nothing_else(tmp_path):
     browser_path()
     import torch
 
-    from noisyseg.explorer import NoiseExplorer
-    from noisyseg.unet3plus import unet3plus_tiny
+    from noisyseg.show.explorer import NoiseExplorer
+    from noisyseg.nets.unet3plus import unet3plus_tiny
     torch.manual_seed(0)
     data = torch.rand(2, 3, 32, 48), torch.randint(0, 3, (2, 32, 48))
     e = NoiseExplorer(unet3plus_tiny(3, upsample='after', deep_supervision=False), data, sample=1, level=0.1)
@@ -269,8 +269,8 @@ def test_a_corrupted_page(tmp_path):
     browser_path()
     import torch
 
-    from noisyseg.explorer import NoiseExplorer
-    from noisyseg.unet3plus import unet3plus_tiny
+    from noisyseg.show.explorer import NoiseExplorer
+    from noisyseg.nets.unet3plus import unet3plus_tiny
     torch.manual_seed(0)
     e = NoiseExplorer(unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(1, 3, 32, 48), corruption='elastic_transform', severity=5)
     e.to_site(tmp_path/'site', samples=[0], levels=[0, 0.1], seeds=[0, 7])
@@ -299,9 +299,9 @@ def test_the_slider_does_not_corrupt_again(monkeypatch):
     "One corruption for each sample, severity and seed, whatever the noise and however many models"
     import torch
 
-    from noisyseg.explorer import NoiseExplorer
-    from noisyseg.predictor import NoisyPredictor
-    from noisyseg.unet3plus import unet3plus_tiny
+    from noisyseg.show.explorer import NoiseExplorer
+    from noisyseg.show.predictor import NoisyPredictor
+    from noisyseg.nets.unet3plus import unet3plus_tiny
     made, corrupt = [], NoisyPredictor._corrupt
     monkeypatch.setattr(NoisyPredictor, '_corrupt', lambda self, *args: made.append(args) or corrupt(self, *args))
     nets = {k: unet3plus_tiny(3, upsample='after', deep_supervision=False) for k in 'ab'}
@@ -319,8 +319,8 @@ def test_memory_stays_flat():
     import torch
     from ipywidgets.widgets.widget import _instances
 
-    from noisyseg import explorer
-    from noisyseg.unet3plus import unet3plus_tiny
+    from noisyseg.show import explorer
+    from noisyseg.nets.unet3plus import unet3plus_tiny
 
     class Shell:
         run = 0

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from noisyseg.data import scenes
-from noisyseg.inference import evaluate, image_logits, predict_mask, window_corners
-from noisyseg.loaders import MaskDataset
-from noisyseg.masks import distinct_palette, read_image
-from noisyseg.training import load_model, save_model, segmentation_learner
-from noisyseg.unet3plus import unet3plus_tiny
-from noisyseg.views import semi_scenes
+from noisyseg.data.datasets import scenes
+from noisyseg.measure.inference import evaluate, image_logits, predict_mask, window_corners
+from noisyseg.data.loaders import MaskDataset
+from noisyseg.data.files import distinct_palette, read_image
+from noisyseg.train.learner import load_model, save_model, segmentation_learner
+from noisyseg.nets.unet3plus import unet3plus_tiny
+from noisyseg.data.semi_supervised import semi_scenes
 
 pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from noisyseg.losses import (DeepSupervisionLoss, FocalLoss, HybridLoss, IoULoss, MSSSIMLoss, class_presence, ms_ssim,
+from noisyseg.train.losses import (DeepSupervisionLoss, FocalLoss, HybridLoss, IoULoss, MSSSIMLoss, class_presence, ms_ssim,
     presence_loss)
-from noisyseg.metrics import ConfusionMeter, miou_from_matrix, to_mask
+from noisyseg.measure.metrics import ConfusionMeter, miou_from_matrix, to_mask
 
 settings.register_profile('noisyseg', max_examples=40, deadline=None)
 settings.load_profile('noisyseg')

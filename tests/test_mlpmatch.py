@@ -17,12 +17,12 @@ from fastai.optimizer import OptimWrapper
 from functools import partial
 from torch import nn
 
-from noisyseg.matchloss import UNLABELLED, MatchLoss, PseudoLabels, consistency, pseudo_labels
-from noisyseg.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, semi_learner, step_cost, unet3plus_slim
-from noisyseg.perturb import perturbed
-from noisyseg.laws import MaxGaussian
-from noisyseg.sam import SAMCallback
-from noisyseg.training import load_model, read_card, save_model
+from noisyseg.train.methods.match_loss import UNLABELLED, MatchLoss, PseudoLabels, consistency, pseudo_labels
+from noisyseg.train.methods.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, semi_learner, step_cost, unet3plus_slim
+from noisyseg.perturb.clone import perturbed
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.learner import load_model, read_card, save_model
 
 same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
 
@@ -194,7 +194,7 @@ def test_modes_and_weights_are_restored():
 
 def test_other_networks():
     b = batch(size=64)
-    from noisyseg.deeplab import deeplabv3plus
+    from noisyseg.nets.deeplab import deeplabv3plus
     model = deeplabv3plus(5, encoder='resnet18', pretrained=False).train()
     m = method()
     m.check(model)

@@ -6,8 +6,8 @@ from conftest import copy_project
 from test_lab import browser_page, browser_path, cells_of, jupyterlab, ours, start_notebook, write_notebook
 
 FIT = '''
-from noisyseg.all import *
-from noisyseg.monitor import TrainingMonitor
+from noisyseg import *
+from noisyseg.show.monitor import TrainingMonitor
 dls = scenes(n_train=48, n_valid=16, size=64, seed=0)
 monitor = TrainingMonitor(interval=0.1)
 learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.1), loss_func=DeepSupervisionLoss(HybridLoss(msssim=0)), cbs=monitor,
@@ -55,11 +55,11 @@ def test_stop_in_jupyterlab(tmp_path):
         assert not ours(page.complaints)
 
 PSEUDO = '''
-from noisyseg.all import *
-from noisyseg.mlpmatch import semi_learner
-from noisyseg.monitor import TrainingMonitor
-from noisyseg.pseudo_labels import PseudoLabelPanel
-from noisyseg.views import semi_scenes
+from noisyseg import *
+from noisyseg.train.methods.mlpmatch import semi_learner
+from noisyseg.show.monitor import TrainingMonitor
+from noisyseg.show.pseudo_label_panel import PseudoLabelPanel
+from noisyseg.data.semi_supervised import semi_scenes
 import numpy as np
 dls = semi_scenes(n_labelled=4, n_unlabelled=8, n_valid=4, size=32, bs=4, seed=0)
 dls.train.dataset.labelled.vocab[:] = ['<img src=x onerror="window.broken=1">', *dls.vocab[1:]]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
-from noisyseg.perturb import WeightClone, clone_weights, perturbed
-from noisyseg.select import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
+from noisyseg.perturb.clone import WeightClone, clone_weights, perturbed
+from noisyseg.perturb.selectors import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
 
 
 def snapshot(model): return {k: (v.data_ptr(), v.stride(), v.clone()) for k, v in model.state_dict().items()}
@@ -189,8 +189,8 @@ def test_a_level_that_is_none_leaves_the_noise_as_it_was(level):
 CTRL_C = '''
 import os, sys, torch
 from torch import nn
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import perturbed
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import perturbed
 torch.manual_seed(0)
 net = nn.Sequential(*[nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)) for _ in range(6)])
 clean, x, caught = [p.detach().clone() for p in net.parameters()], torch.randn(1, 32, 8, 8), 0

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from noisyseg.laws import GRAINS, AbsoluteGaussian, Law, MaxGaussian, MultiplicativeGaussian, RelativeGaussian, clip_normal, law_from_dict, max_abs
-from noisyseg.perturb import WeightClone, clone_weights, perturbed
-from noisyseg.quantize import Quantize, weight_grid
-from noisyseg.select import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
+from noisyseg.perturb.laws import GRAINS, AbsoluteGaussian, Law, MaxGaussian, MultiplicativeGaussian, RelativeGaussian, clip_normal, law_from_dict, max_abs
+from noisyseg.perturb.clone import WeightClone, clone_weights, perturbed
+from noisyseg.perturb.quantization import Quantize, weight_grid
+from noisyseg.perturb.selectors import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
 
 def examples(n):
     "So many examples: a fixed set of them, or many others"

@@ -12,14 +12,14 @@ from torch import nn
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 from torch.nn.functional import cross_entropy
 
-from noisyseg.laws import Law, law_from_dict
-from noisyseg.perturb import clone_weights, conv_and_linear, perturbed
-from noisyseg.predictor import NoisyPredictor, law_form, law_of, law_values, usable_laws
-from noisyseg.quantization_sweep import quantization_sweep
-from noisyseg.quantize import Quantize, inner_layers, quantized, weight_grid
-from noisyseg.sweeps import noise_sweep
-from noisyseg.training import WeightNoise, read_card, save_model
-from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.perturb.laws import Law, law_from_dict
+from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
+from noisyseg.show.predictor import NoisyPredictor, law_form, law_of, law_values, usable_laws
+from noisyseg.measure.quantization_sweep import quantization_sweep
+from noisyseg.perturb.quantization import Quantize, inner_layers, quantized, weight_grid
+from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.train.learner import WeightNoise, read_card, save_model
+from noisyseg.nets.unet3plus import unet3plus_tiny
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 laws = st.builds(Quantize, st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.sampled_from(['channel', 'tensor']), st.sampled_from(['symmetric', 'minmax']))

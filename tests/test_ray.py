@@ -16,17 +16,17 @@ from pandas.testing import assert_frame_equal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from noisyseg.attack_sweep import attack_sweep
-from noisyseg.corruption_sweep import corruption_sweep
-from noisyseg.jobs import OnRay, connected
-from noisyseg.laws import MaxGaussian
-from noisyseg.quantization_sweep import quantization_sweep
-from noisyseg.robustness_card import robustness_card
-from noisyseg.store import Store
-from noisyseg.sweeps import layer_sensitivity, load_sweep, noise_sweep
-from noisyseg.train_grid import train_grid
-from noisyseg.training import load_model
-from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.train.attack_sweep import attack_sweep
+from noisyseg.measure.corruption_sweep import corruption_sweep
+from noisyseg.measure.jobs import OnRay, connected
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.measure.quantization_sweep import quantization_sweep
+from noisyseg.show.card import robustness_card
+from noisyseg.measure.store import Store
+from noisyseg.measure.sweeps import layer_sensitivity, load_sweep, noise_sweep
+from noisyseg.train.grid import train_grid
+from noisyseg.train.learner import load_model
+from noisyseg.nets.unet3plus import unet3plus_tiny
 
 ray = pytest.importorskip('ray')
 pytest.importorskip('pyarrow')
@@ -182,8 +182,8 @@ def dies_when_loud(net):
 
 def loud(whole):
     "The cells at which `dies_when_loud` dies or `objects_when_loud` raises"
-    from noisyseg.perturb import perturbed
-    from noisyseg.sweeps import draw_seed
+    from noisyseg.perturb.clone import perturbed
+    from noisyseg.measure.sweeps import draw_seed
     net, found = Net(), set()
     for draw in range(4):
         for level in levels[1:]:

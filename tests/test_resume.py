@@ -28,21 +28,22 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
 from fastcore.basics import noop
 from torch import nn
-from noisyseg import training
-from noisyseg.attack_sweep import AccumulatingNoise
-from noisyseg.damp import DAMP
-from noisyseg.data import scenes
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian
-from noisyseg.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.mlpmatch import semi_learner
-from noisyseg.monitor import TrainingMonitor
-from noisyseg.resume import Resumable
-from noisyseg.sam import SAMCallback
-from noisyseg.state import digest_state, load_state
-from noisyseg.training import WeightNoise, load_model, save_model, write_atomic
-from noisyseg.unet3plus import unet3plus_tiny
-from noisyseg.views import semi_scenes
-import noisyseg.resume as resume
+from noisyseg.train import learner as training
+from noisyseg.train.attack_sweep import AccumulatingNoise
+from noisyseg.train.methods.damp import DAMP
+from noisyseg.data.datasets import scenes
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
+from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.train.methods.mlpmatch import semi_learner
+from noisyseg.show.monitor import TrainingMonitor
+from noisyseg.train.resume import Resumable
+from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.serialization import digest_state, load_state
+from noisyseg.basics import write_atomic
+from noisyseg.train.learner import WeightNoise, load_model, save_model
+from noisyseg.nets.unet3plus import unet3plus_tiny
+from noisyseg.data.semi_supervised import semi_scenes
+import noisyseg.train.resume as resume
 
 torch.set_num_threads(1)
 warnings.simplefilter('ignore')

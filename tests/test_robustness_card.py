@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from noisyseg.conditions import Batches, draw_seed, scores
-from noisyseg.corruption_sweep import corruption_sweep, mean_corruption_error
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import perturbed
-from noisyseg.quantization_sweep import quantization_sweep
-from noisyseg.robustness_card import WEIGHTS, card_summary, card_table, plot_card, robustness_card
-from noisyseg.select import conv_and_norm
+from noisyseg.measure.evaluation import Batches, draw_seed, scores
+from noisyseg.measure.corruption_sweep import corruption_sweep, mean_corruption_error
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import perturbed
+from noisyseg.measure.quantization_sweep import quantization_sweep
+from noisyseg.show.card import WEIGHTS, card_summary, card_table, plot_card, robustness_card
+from noisyseg.perturb.selectors import conv_and_norm
 
 CORRUPTIONS, NAMES = ('fog', 'contrast'), ['a', 'b', 'c']
 

@@ -22,12 +22,12 @@ from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from noisyseg.ascent import Ascent, ByEpoch, _norm, multi_step_rho, norm_layers
-from noisyseg.damp import DAMP, damp_backward
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian
-from noisyseg.perturb import clone_weights, perturbed
-from noisyseg.sam import SAM, SAMCallback
-from noisyseg.training import WeightNoise
+from noisyseg.train.methods.ascent import Ascent, ByEpoch, _norm, multi_step_rho, norm_layers
+from noisyseg.train.methods.damp import DAMP, damp_backward
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.train.methods.sam import SAM, SAMCallback
+from noisyseg.train.learner import WeightNoise
 
 
 def conv_net(seed=0, p=0.):
@@ -249,9 +249,9 @@ def test_the_second_pass_of_an_autocast_block_sees_the_weights_at_the_top():
 INTERRUPTED = '''
 import os, signal, sys, threading, time, torch
 from torch import nn
-from noisyseg.laws import MaxGaussian
-from noisyseg.perturb import perturbed
-from noisyseg.sam import SAM
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.clone import perturbed
+from noisyseg.train.methods.sam import SAM
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
@@ -670,8 +670,8 @@ from fastai.data.all import DataLoaders
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from torch import nn
-from noisyseg.ascent import norm_layers
-from noisyseg.sam import SAM, SAMCallback
+from noisyseg.train.methods.ascent import norm_layers
+from noisyseg.train.methods.sam import SAM, SAMCallback
 
 rank = int(sys.argv[1])
 dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)   # a file: no port that another process may take

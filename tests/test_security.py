@@ -1,4 +1,4 @@
-"""What SECURITY.md promises. The lessons are in nbs/03d_archives.ipynb and nbs/07a_training.ipynb."""
+"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/02_learner.ipynb."""
 import ast
 import functools
 import hashlib
@@ -33,18 +33,18 @@ from torch import nn
 from torchvision.datasets import CIFAR10, SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-import noisyseg.archives
-from noisyseg import data
-from noisyseg.archives import BadArchive, extract, fetch, fetch_and_extract
-from noisyseg.cifar import ZippedImages, cifar10
-from noisyseg.explorer import NoiseExplorer
-from noisyseg.laws import MaxGaussian
-from noisyseg.masks import MissingData, label_table, read_image, read_mask
-from noisyseg.monitor import _sample_html
-from noisyseg.report import report_html
-from noisyseg.store import load_sweep
-from noisyseg.sweeps import noise_sweep
-from noisyseg.training import load_model, read_card
+import noisyseg.data.archives
+from noisyseg.data.datasets import datasets as data
+from noisyseg.data.archives import BadArchive, extract, fetch, fetch_and_extract
+from noisyseg.data.cifar import ZippedImages, cifar10
+from noisyseg.show.explorer import NoiseExplorer
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.data.files import MissingData, label_table, read_image, read_mask
+from noisyseg.show.monitor import _sample_html
+from noisyseg.show.report import report_html
+from noisyseg.measure.store import load_sweep
+from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.train.learner import load_model, read_card
 
 # --- the page itself -----------------------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ def readers(folder, content):
     yield as_file('train-1.zip', ZippedImages)
     yield as_file('sweep.csv', load_sweep)
     yield as_file('store.csv', lambda p: noise_sweep({'a': net}, batch, MaxGaussian(), [0, 0.1], draws=2, store=p, progress=False))
-    try: from noisyseg.state import load_state
+    try: from noisyseg.train.serialization import load_state
     except ImportError: return
     yield as_file('d.safetensors', load_state)
 
@@ -151,7 +151,7 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, form):
 
 def test_cached_weights_are_tensors_only(tmp_path, monkeypatch):
     "ImageNet weights: a file with something else in it in the cache of downloads is not executed"
-    from noisyseg.encoders import resnet_encoder
+    from noisyseg.nets.encoders import resnet_encoder
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setattr(torch.hub, '_hub_dir', None)
     from torchvision.models import ResNet18_Weights
@@ -212,7 +212,7 @@ def test_archives_stay_in_their_folder(members, kind):
     "Whatever the names, links and devices: files come out below the folder, or nothing anywhere"
     import tempfile
     with tempfile.TemporaryDirectory() as home:
-        home = noisyseg.archives.Path(home)
+        home = noisyseg.data.archives.Path(home)
         (home/'sub').mkdir()
         (home/'secret').write_text('secret')
         if kind == 'zip':
@@ -246,7 +246,7 @@ def test_bombs(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['lies.zip', 'many.zip', 'name.tgz', 'ratio.tgz', 'ratio.zip']
     assert len(list(extract(tmp_path/'many.zip', tmp_path/'out').iterdir())) == 2000
 
-EXTRACT = 'import sys; from noisyseg.archives import extract; print("ready", flush=True); extract(sys.argv[1], sys.argv[2])'
+EXTRACT = 'import sys; from noisyseg.data.archives import extract; print("ready", flush=True); extract(sys.argv[1], sys.argv[2])'
 
 def test_extraction_is_whole_or_not_at_all(tmp_path):
     "Killed anywhere: the folder is not there, and another time all of it is"
@@ -298,7 +298,7 @@ def test_every_download_has_a_digest(tmp_path, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'fastai'))
     monkeypatch.setattr(data, 'fastai_path', lambda _: tmp_path/'fastai')
     monkeypatch.setattr(data, 'fetch_and_extract', refuse)
-    monkeypatch.setattr('noisyseg.cifar.fetch_and_extract', refuse)
+    monkeypatch.setattr('noisyseg.data.cifar.fetch_and_extract', refuse)
     for f in (data.camvid, data.sbd, cifar10, *(functools.partial(data.voc, year=y) for y in range(2007, 2013))):
         with pytest.raises(MissingData, match='not today'): f()
     assert len(asked) == 9 and {CIFAR10.url, SBDataset.url, DATASET_YEAR_DICT['2012']['url']} <= {u for u, _ in asked}

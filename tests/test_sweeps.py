@@ -18,13 +18,13 @@ from test_lab import browser_path, flags
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from noisyseg.data import scenes
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
-from noisyseg.perturb import perturbed
-from noisyseg.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
-from noisyseg.report import report_html
-from noisyseg.sweeps import draw_seed, layer_sensitivity, load_sweep, noise_sweep, paired_difference, summarise
-from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.data.datasets import scenes
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
+from noisyseg.perturb.clone import perturbed
+from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
+from noisyseg.show.report import report_html
+from noisyseg.measure.sweeps import draw_seed, layer_sensitivity, load_sweep, noise_sweep, paired_difference, summarise
+from noisyseg.nets.unet3plus import unet3plus_tiny
 
 law, levels = MaxGaussian(per='channel'), [0, 0.05, 0.2]
 

@@ -71,7 +71,7 @@ def test_llms_txt():
 
 def test_llms_txt_can_fail(project):
     "A notebook without its line of description is said to lack it"
-    nb = project/'nbs'/'02_laws.ipynb'
+    nb = project/'nbs'/'perturb/04_laws.ipynb'
     assert derive.title(nb)[0] == 'Laws'
     nb.write_text(nb.read_text().replace('> What noise does', 'What noise does', 1))
     with pytest.raises(ValueError, match='02_laws.*one line of description'): derive.title(nb)
@@ -172,7 +172,7 @@ page_html = """<!doctype html><header id="title-block-header"><h1>A page</h1></h
 {script}"""
 
 
-@pytest.mark.parametrize('page', ['02_laws.ipynb', 'tutorials/tour.ipynb', None], ids=str)
+@pytest.mark.parametrize('page', ['perturb/04_laws.ipynb', 'tutorials/tour.ipynb', None], ids=str)
 def test_page_links(page, tmp_path):
     "On a page as Quarto lays it out: the link to Colab, and links that leave the site lead to GitHub; without \"View source\", nothing changes"
     deep = page is not None and '/' in page

@@ -13,8 +13,8 @@ from fastai.callback.core import Callback
 from fastai.data.all import DataLoaders
 from fastai.learner import Learner
 from torch import nn
-from noisyseg.laws import MaxGaussian
-from noisyseg.training import WeightNoise
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.train.learner import WeightNoise
 
 shared, seed = sys.argv[1] == 'shared', None if sys.argv[2] == 'None' else int(sys.argv[2])
 dist.init_process_group('gloo')

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import noisyseg.encoders
-import noisyseg.unet3plus
-from noisyseg.unet3plus import PlainEncoder, UNet3Plus, resnet_encoder
+import noisyseg.nets.encoders
+import noisyseg.nets.unet3plus
+from noisyseg.nets.unet3plus import PlainEncoder, UNet3Plus, resnet_encoder
 
 FILTERS = (4, 6, 8, 10, 12)
 
@@ -200,7 +200,7 @@ def counted(monkeypatch):
             calls[name] += 1
             return f(*args, **kw)
         return counting
-    for module in (noisyseg.encoders, noisyseg.unet3plus):
+    for module in (noisyseg.nets.encoders, noisyseg.nets.unet3plus):
         for name in calls:
             if hasattr(module, name): monkeypatch.setattr(module, name, count(name, getattr(module, name)))
     return calls

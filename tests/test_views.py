@@ -1,4 +1,4 @@
-"""Labelled and unlabelled images together: views, CutMix, loaders, splits, folders. The lessons are in nbs/03g_splits.ipynb and nbs/10b_views.ipynb."""
+"""Labelled and unlabelled images together: views, CutMix, loaders, splits, folders. The lessons are in nbs/data/06_splits.ipynb and nbs/data/08_semi_supervised.ipynb."""
 import math
 import pickle
 import random
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fastai.callback.progress import ProgressCallback # noqa: F401, gives Learner its no_bar
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
-from noisyseg.data import check_dataset, data_root, scenes
-from noisyseg.loaders import MaskDataset, augmenter
-from noisyseg.masks import colorize
-from noisyseg.scenes import scene, scene_classes, scene_palette
-from noisyseg.splits import _choose, check_apart, pair_some, read_list, read_split, split_labelled
-from noisyseg.views import (SemiDL, SemiDataset, ViewDataset, cutmix, cutmix_boxes, partners, semi_dataloaders, semi_folder, semi_scenes,
+from noisyseg.data.datasets import check_dataset, data_root, scenes
+from noisyseg.data.loaders import MaskDataset, augmenter
+from noisyseg.data.files import colorize
+from noisyseg.data.procedural import scene, scene_classes, scene_palette
+from noisyseg.data.splits import _choose, check_apart, pair_some, read_list, read_split, split_labelled
+from noisyseg.data.semi_supervised import (SemiDL, SemiDataset, ViewDataset, cutmix, cutmix_boxes, partners, semi_dataloaders, semi_folder, semi_scenes,
     strong_view)
 
 def identity(o): return o

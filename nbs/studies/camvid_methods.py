@@ -18,15 +18,15 @@ from fastai.data.external import fastai_path
 from fastai.torch_core import default_device, set_seed
 from noise_aware import Clock, keep, machine, out
 
-from noisyseg.damp import DAMP
-from noisyseg.data import camvid
-from noisyseg.jobs import OnRay
-from noisyseg.laws import MaxGaussian
-from noisyseg.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.robustness_card import card_table, robustness_card
-from noisyseg.sam import SAMCallback
-from noisyseg.training import WeightNoise, load_model, read_card, save_model, segmentation_learner
-from noisyseg.unet3plus import unet3plus_small
+from noisyseg.train.methods.damp import DAMP
+from noisyseg.data.datasets import camvid
+from noisyseg.measure.jobs import OnRay
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.show.card import card_table, robustness_card
+from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.learner import WeightNoise, load_model, read_card, save_model, segmentation_learner
+from noisyseg.nets.unet3plus import unet3plus_small
 
 SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4), 'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
 LR = 4e-3

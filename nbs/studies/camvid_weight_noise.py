@@ -21,14 +21,15 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 
 from noisyseg import __version__
-from noisyseg.conditions import Batches, digest
-from noisyseg.data import camvid
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian
-from noisyseg.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.plots import sweep_table
-from noisyseg.sweeps import law_text, layer_sensitivity, noise_sweep, stages
-from noisyseg.training import load_model, save_model, segmentation_learner, write_atomic
-from noisyseg.unet3plus import unet3plus_small
+from noisyseg.measure.evaluation import Batches, digest
+from noisyseg.data.datasets import camvid
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
+from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.show.plots import sweep_table
+from noisyseg.measure.sweeps import law_text, layer_sensitivity, noise_sweep, stages
+from noisyseg.basics import write_atomic
+from noisyseg.train.learner import load_model, save_model, segmentation_learner
+from noisyseg.nets.unet3plus import unet3plus_small
 
 HERE = Path(__file__).parent
 MODELS, RESULTS = HERE/'camvid_models', HERE/'camvid_weight_noise.csv'

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from noise_aware import HERE, arguments, keep, out, test_batches, train, trained
 
-from noisyseg.corruptions import ALL_19
-from noisyseg.robustness_card import WEIGHTS, card_table, robustness_card
+from noisyseg.data.corruptions import ALL_19
+from noisyseg.show.card import WEIGHTS, card_table, robustness_card
 
 STRENGTHS = {'weight noise': (0.05, 0.1, 0.2), 'relative attack': (0.1, 0.2, 0.5), 'absolute attack': (0.01, 0.02, 0.05), 'fewer bits': (4, 3, 2)}
 

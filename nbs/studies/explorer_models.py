@@ -13,12 +13,12 @@ import torch
 from fastai.torch_core import set_seed
 
 import noisyseg
-from noisyseg.data import scenes
-from noisyseg.explorer import NoiseExplorer
-from noisyseg.laws import MaxGaussian
-from noisyseg.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.training import save_model, segmentation_learner
-from noisyseg.unet3plus import unet3plus_tiny
+from noisyseg.data.datasets import scenes
+from noisyseg.show.explorer import NoiseExplorer
+from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
+from noisyseg.train.learner import save_model, segmentation_learner
+from noisyseg.nets.unet3plus import unet3plus_tiny
 
 FOLDER = Path(noisyseg.__file__).parent/'models'
 SIZE, N_TRAIN, EPOCHS, LR, SEED = 128, 800, 40, 8e-3, 0

@@ -27,16 +27,17 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
-from noisyseg.cifar import cifar10
-from noisyseg.conditions import scores
-from noisyseg.data import camvid
-from noisyseg.deeplab import deeplabv3plus
-from noisyseg.encoders import slim_resnet_encoder
-from noisyseg.mlpmatch import MatchStep, semi_learner, step_cost
-from noisyseg.splits import split_labelled
-from noisyseg.training import load_model, read_card, save_model, write_atomic
-from noisyseg.unet3plus import unet3plus_slim
-from noisyseg.views import semi_camvid, semi_dataloaders
+from noisyseg.data.cifar import cifar10
+from noisyseg.measure.evaluation import scores
+from noisyseg.data.datasets import camvid
+from noisyseg.nets.deeplab import deeplabv3plus
+from noisyseg.nets.encoders import slim_resnet_encoder
+from noisyseg.train.methods.mlpmatch import MatchStep, semi_learner, step_cost
+from noisyseg.data.splits import split_labelled
+from noisyseg.basics import write_atomic
+from noisyseg.train.learner import load_model, read_card, save_model
+from noisyseg.nets.unet3plus import unet3plus_slim
+from noisyseg.data.semi_supervised import semi_camvid, semi_dataloaders
 
 SIZES = {'small': dict(size=(96, 128), epochs=5, bs=4), 'full': dict(size=(240, 320), epochs=100, bs=8)}
 LABELLED, LR, LONG = 20, 4e-3, 5         # images with masks; one-cycle's highest learning rate; epochs of 'supervised, long' per epoch of the others

@@ -27,15 +27,16 @@ from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 
 from noisyseg import __version__
-from noisyseg.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
-from noisyseg.cifar import cifar10
-from noisyseg.classifiers import resnet20
-from noisyseg.damp import DAMP
-from noisyseg.laws import AbsoluteGaussian, MaxGaussian
-from noisyseg.quantization_sweep import quantization_sweep
-from noisyseg.sam import SAMCallback, multi_step_rho
-from noisyseg.select import conv_and_linear
-from noisyseg.training import WeightNoise, load_model, read_card, save_model, write_atomic
+from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.data.cifar import cifar10
+from noisyseg.nets.classifiers import resnet20
+from noisyseg.train.methods.damp import DAMP
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
+from noisyseg.measure.quantization_sweep import quantization_sweep
+from noisyseg.train.methods.sam import SAMCallback, multi_step_rho
+from noisyseg.perturb.selectors import conv_and_linear
+from noisyseg.basics import write_atomic
+from noisyseg.train.learner import WeightNoise, load_model, read_card, save_model
 
 HERE = Path(__file__).parent
 SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_corruptions.py; None: all
