@@ -21,7 +21,8 @@ note = '<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n'
 
 
 def rank(path):
-    "The place of a notebook in the order of imports: that of its subpackage; within one, inner folders come after its own notebooks, `fast` before"
+    ("The place of a notebook in the order of imports: that of its subpackage; within one, inner folders come after "
+     "its own notebooks, `fast` before")
     top, *inner = Path(path).with_suffix('').parts
     folder = inner[:-1]
     return LAYERS.index(top) if top in LAYERS else len(LAYERS), 0 if folder == ['fast'] else 1 if not folder else 2
@@ -36,7 +37,8 @@ def _from_root(m):
 
 def _site_only(cell):
     "Scripts run on the site; GitHub would show them as text"
-    return cell.cell_type == 'raw' or (cell.cell_type == 'markdown' and '<script' in re.sub(r'^```.*?^```', '', cell.source, flags=re.M | re.S))
+    return cell.cell_type == 'raw' or (cell.cell_type == 'markdown'
+                                       and '<script' in re.sub(r'^```.*?^```', '', cell.source, flags=re.M | re.S))
 
 
 def readme(nb_path=root/'nbs'/'index.ipynb'):
@@ -58,7 +60,8 @@ def readme(nb_path=root/'nbs'/'index.ipynb'):
         cells.append(c)
     nb.cells, nb.metadata['language_info'] = cells, dict(name='python')
     body, resources = MarkdownExporter().from_notebook_node(nb)
-    if resources.get('outputs'): raise ValueError('an output of index.ipynb is a picture: save it under nbs/images and link to it instead')
+    if resources.get('outputs'):
+        raise ValueError('an output of index.ipynb is a picture: save it under nbs/images and link to it instead')
     return note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
 
@@ -68,7 +71,8 @@ def modules():
     for p in sorted((root/'nbs').rglob('*.ipynb')):
         if any(o.startswith(('.', '_')) for o in p.relative_to(root).parts): continue
         source = '\n'.join(c.source for c in nbformat.read(p, as_version=4).cells if c.cell_type == 'code')
-        if m := re.search(r'^#\|\s*default_exp (\S+)', source, re.M): found.append((p.relative_to(root/'nbs').as_posix(), m[1]))
+        if m := re.search(r'^#\|\s*default_exp (\S+)', source, re.M):
+            found.append((p.relative_to(root/'nbs').as_posix(), m[1]))
     return sorted(found, key=lambda o: (*rank(o[0]), o[0]))
 
 
@@ -76,24 +80,31 @@ def title(nb_path):
     "A notebook's title and its one-line description"
     first = nbformat.read(nb_path, as_version=4).cells[0].source
     m = re.fullmatch(r'# (.+)\n+> (.+)', first.strip())
-    if not m: raise ValueError(f'{nb_path} should begin with "# Title" and "> one line of description", and begins with {first[:200]!r}')
+    if not m:
+        raise ValueError(f'{nb_path} should begin with "# Title" and "> one line of description", and begins with '
+                         f'{first[:200]!r}')
     return m.groups()
 
 
 def page_url(nb_id):
-    "Where the site has a notebook as markdown: `perturb/04_laws.ipynb` is the page laws.html, and beside it laws.html.md"
+    ("Where the site has a notebook as markdown: `perturb/04_laws.ipynb` is the page laws.html, and beside it "
+     "laws.html.md")
     return f'{settings["doc_url"]}/{nbpath2html(nb_id).as_posix()}.md'
 
 
 def llms_txt():
     "The text of nbs/llms.txt: what each page of the site is about, and where its markdown is"
     name, description = title(root/'nbs'/'index.ipynb')
-    parts = [f'# {name}', f'> {description}', f'[The front page]({page_url("index.ipynb")}) has the map, ten lines of use and how to install it. Each page '
-             f'is a notebook of {settings["git_url"]}; under API, `laws` is the module `noisyseg.perturb.laws`, and so on.']
+    parts = [f'# {name}', f'> {description}',
+             f'[The front page]({page_url("index.ipynb")}) has the map, ten lines of use and how to install it. Each '
+             f'page '
+             f'is a notebook of {settings["git_url"]}; under API, `laws` is the module `noisyseg.perturb.laws`, and so '
+             f'on.']
     for section in yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']:
         if isinstance(section, str): continue
         pages = [(page_url(o), *title(root/'nbs'/o)) for o in section['contents']]
-        parts.append('\n'.join([f'## {section["section"]}', '', *(f'- [{name}]({url}): {description}' for url, name, description in pages)]))
+        parts.append('\n'.join([f'## {section["section"]}', '',
+                                *(f'- [{name}]({url}): {description}' for url, name, description in pages)]))
     return '\n\n'.join(parts) + '\n'
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 root, bin = Path(__file__).resolve().parents[1], Path(sys.prefix)/'bin'
 
 
-def git(*args): return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+def git(*args):
+    return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def save_hook():
     "JupyterLab of this environment cleans what it saves (`jupyter_hooks` in pyproject.toml)"
     cfg = Path(sys.prefix)/'etc'/'jupyter'/'jupyter_server_config.py'
     cfg.parent.mkdir(parents=True, exist_ok=True)
-    cfg.write_text('from nbdev.clean import clean_jupyter\n\nc = get_config()\nc.ContentsManager.pre_save_hook = clean_jupyter\n')
+    cfg.write_text('from nbdev.clean import clean_jupyter\n\nc = get_config()\nc.ContentsManager.pre_save_hook = '
+                   'clean_jupyter\n')
 
 
 def git_hooks():
@@ -35,4 +37,5 @@ def git_hooks():
 
 for f in save_hook, git_hooks:
     try: f()
-    except (OSError, subprocess.CalledProcessError) as e: print(f'No {f.__name__.replace("_", " ")}: {e}', file=sys.stderr)
+    except (OSError, subprocess.CalledProcessError) as e:
+        print(f'No {f.__name__.replace("_", " ")}: {e}', file=sys.stderr)

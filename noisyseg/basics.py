@@ -61,4 +61,5 @@ def versions() -> dict:  # name -> version, None for what is not installed
     def v(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    return {'python': platform.python_version(), **{n: v(n) for n in ('noisyseg', 'torch', 'torchvision', 'fastai', 'timm')}}
+    return {'python': platform.python_version(), **{n: v(n) for n in ('noisyseg', 'torch', 'torchvision', 'fastai',
+            'timm')}}

@@ -24,9 +24,12 @@ from bench_timing import Plan, skipped
 root = Path(__file__).resolve().parents[1]
 RESULTS = root/'nbs'/'benchmarks'/'results.jsonl'
 JOBS = [  # group, module and function that yields its rows; whether in quick mode too
-    ('perturb', 'bench_perturb:unet3plus', True), ('perturb', 'bench_perturb:resnet50', False), ('decoder', 'bench_decoder:decoder', True),
-    ('branches', 'bench_decoder:branches', True), ('step', 'bench_training:step', True), ('sweeps', 'bench_sweeps:sweeps', True),
-    ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True), ('peers', 'bench_peers:peers', True)]
+    ('perturb', 'bench_perturb:unet3plus', True), ('perturb', 'bench_perturb:resnet50', False),
+        ('decoder', 'bench_decoder:decoder', True),
+    ('branches', 'bench_decoder:branches', True), ('step', 'bench_training:step', True),
+        ('sweeps', 'bench_sweeps:sweeps', True),
+    ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True),
+        ('peers', 'bench_peers:peers', True)]
 GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))
 
 
@@ -44,20 +47,26 @@ def measure(job, a):
         rows = [json.loads(line) for line in f]
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        rows.append(skipped(what, f'failed: {(done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}') | {'failed': True})
+        rows.append(skipped(what, f'failed: {(done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}')
+                    | {'failed': True})
     return [{'group': group, **r} for r in rows]
 
 def hardware(device):
     model = platform.processor() or platform.machine()
     if (info := Path('/proc/cpuinfo')).exists():
-        model = next((line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')), model)
-    return {'cpu': model, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'gpu': torch.cuda.get_device_name(device) if device != 'cpu' else None,
+        model = next((line.split(':')[1].strip() for line in info.read_text().splitlines()
+                      if line.startswith('model name')), model)
+    return {'cpu': model, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
+            'gpu': torch.cuda.get_device_name(device) if device != 'cpu' else None,
             'device': device, 'system': platform.system()}
 
 def commit():
     "Commit, and whether the code differs from it; the results and the page that draws them don't count."
-    git = lambda *args: subprocess.run(['git', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout.strip()
-    try: return {'commit': git('rev-parse', '--short', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--', '.', ':!nbs/benchmarks*'))}
+    git = lambda *args: subprocess.run(['git', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       text=True, check=True).stdout.strip()
+    try:
+        return {'commit': git('rev-parse', '--short', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--', '.',
+                ':!nbs/benchmarks*'))}
     except (OSError, subprocess.CalledProcessError): return {'commit': None, 'dirty': None}
 
 def number(v): return '' if v is None else f'{v:.2e}' if abs(v) < 0.01 else f'{v:.3g}' if abs(v) < 100 else f'{v:,.0f}'
@@ -69,7 +78,8 @@ def cells(r):
     unit, ratio = r['unit'] if r['ours'] is not None else '', '' if r['ratio'] is None else f'{r["ratio"]:.2f}'
     verdict = r['verdict'].upper() if r['verdict'] in ('worse', 'target missed') else r['verdict']
     ns = f'{ns:.2f} ns/weight' if ns else ''
-    return [r['what'], r['where'], number(r['ours']), unit, ns, r['against'], number(r['other']), ratio, spread, target, verdict]
+    return [r['what'], r['where'], number(r['ours']), unit, ns, r['against'], number(r['other']), ratio, spread,
+            target, verdict]
 
 HEAD = ['', '', 'ours', 'unit', '', 'beside', 'other', 'ratio', '10–90 %', 'target', '']
 
@@ -78,7 +88,8 @@ def table(rows):
     lines = [HEAD] + [cells(r) for r in rows]
     width = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     right = {2, 4, 6, 7, 8}
-    text = lambda line: '  '.join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip()
+    text = lambda line: '  '.join(c.rjust(w) if i in right else c.ljust(w) for i,
+                                  (c, w) in enumerate(zip(line, width))).rstrip()
     out = [text(HEAD)]
     for group in GROUPS:
         if mine := [r for r in rows if r['group'] == group]:
@@ -95,12 +106,17 @@ def run(a):
         rows += measure(job, a)
         print(f'{time.time() - begun:.0f} s', flush=True)
     versions = {'python': platform.python_version(), **{n: version(n) for n in ('torch', 'torchvision', 'noisyseg')}}
-    result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'mode': 'full' if a.full else 'quick',
-              'seconds': round(time.time() - started), 'load': load, **hardware(a.device), 'versions': versions, 'rows': rows}
-    machine = f'{result["cpu"]}, {result["threads"]} of {result["cores"]} cores' + (f', {result["gpu"]}' if result['gpu'] else '')
+    result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'mode': 'full'
+              if a.full else 'quick',
+              'seconds': round(time.time() - started), 'load': load, **hardware(a.device), 'versions': versions,
+              'rows': rows}
+    machine = f'{result["cpu"]}, {result["threads"]} of {result["cores"]} cores' + (f', {result["gpu"]}'
+            if result['gpu'] else '')
     print(f'\n{table(rows)}\n\nratio = ours / other, below 1 is less. {machine}; '
-          f'commit {result["commit"]}{" and changes" if result["dirty"] else ""}; {result["mode"]}, {result["seconds"]} s')
-    if load is not None and load > 0.5: print(f'Something else was at work here when it began (load {load:.1f}): repeat on a quiet machine.')
+          f'commit {result["commit"]}{" and changes" if result["dirty"] else ""}; {result["mode"]}, '
+          f'{result["seconds"]} s')
+    if load is not None and load > 0.5:
+        print(f'Something else was at work here when it began (load {load:.1f}): repeat on a quiet machine.')
     if not a.no_save and set(a.only) == set(GROUPS):   # the page shows whole runs
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, 'a') as f: f.write(json.dumps(result, ensure_ascii=False) + '\n')
@@ -118,13 +134,18 @@ def one_job(a):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--full', action='store_true', help='more cases and more turns: about half an hour')
-    p.add_argument('--only', type=lambda s: s.split(','), default=GROUPS, help=f'some of {",".join(GROUPS)}; printed, not saved')
-    p.add_argument('--rounds', type=int, help='turns of each comparison; by default as many as fit into a few seconds, at least 3')
+    p.add_argument('--only', type=lambda s: s.split(','), default=GROUPS,
+                   help=f'some of {",".join(GROUPS)}; printed, not saved')
+    p.add_argument('--rounds', type=int,
+                   help='turns of each comparison; by default as many as fit into a few seconds, at least 3')
     p.add_argument('--no-save', action='store_true', help='print only')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda; by default the GPU if there is one')
-    p.add_argument('--peers', metavar='PYTHON', help='the Python of an environment that has the peers; see bench_peers.py')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                   help='cpu or cuda; by default the GPU if there is one')
+    p.add_argument('--peers', metavar='PYTHON',
+                   help='the Python of an environment that has the peers; see bench_peers.py')
     p.add_argument('--job', help=argparse.SUPPRESS)
     p.add_argument('--rows', help=argparse.SUPPRESS)
     a = p.parse_args()
-    if unknown := set(a.only) - set(GROUPS): p.error(f'--only: there is no group {", ".join(unknown)}; there are {", ".join(GROUPS)}')
+    if unknown := set(a.only) - set(GROUPS):
+        p.error(f'--only: there is no group {", ".join(unknown)}; there are {", ".join(GROUPS)}')
     sys.exit(one_job(a) if a.job else run(a))

@@ -42,7 +42,9 @@ def again(page):
         nb.activeCellIndex = 2; await jupyterapp.commands.execute('notebook:run-cell') }""")
 
 def explorer(plan):
-    if not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))): yield skipped('the slider', 'no Chromium on the PATH'); return
+    if not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))):
+        yield skipped('the slider', 'no Chromium on the PATH')
+        return
     for name in ('playwright', 'jupyterlab', 'pytest'):
         if importlib.util.find_spec(name) is None: yield skipped('the slider', f'{name} is not installed'); return
     from test_explorer import Seen, cells, drag, live
@@ -52,9 +54,11 @@ def explorer(plan):
         move = lambda n: seen.root.evaluate(f'(root) => ({LATENCY})({{root, moves: {n}}})')
         move(10)
         times = move(96 if plan.full else 48)
-        yield row('a move of the slider to masks of both models', where, times, note=f'95th percentile {quantile(times, .95):.0f} ms, of {len(times)} moves')
+        yield row('a move of the slider to masks of both models', where, times,
+                  note=f'95th percentile {quantile(times, .95):.0f} ms, of {len(times)} moves')
         settled = [seen.root.evaluate(f'(root) => ({drag})({{root, moves: 60}})') for _ in range(5 if plan.full else 3)]
-        yield row('a drag of 60 moves settles after the last', where, settled, note=f'the slowest of {len(settled)}: {max(settled):.0f} ms')
+        yield row('a drag of 60 moves settles after the last', where, settled,
+                  note=f'the slowest of {len(settled)}: {max(settled):.0f} ms')
         if plan.full: yield from growth(page, move, where)
 
 def growth(page, move, where):
@@ -64,7 +68,8 @@ def growth(page, move, where):
     def rerun(n):
         for _ in range(n): again(page); page.wait_for_timeout(700)
         page.wait_for_timeout(2000)
-    for what, warm_up, f in (('a thousand moves', lambda: None, many_moves), ('fifty runs of the cell', lambda: rerun(10), lambda: rerun(50))):
+    for what, warm_up, f in (('a thousand moves', lambda: None, many_moves),
+                             ('fifty runs of the cell', lambda: rerun(10), lambda: rerun(50))):
         warm_up()
         before = heap(page), *map(int, kernel(page))
         f()

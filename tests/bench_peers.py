@@ -21,7 +21,8 @@ from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 
 def peers(plan):
-    for f, module, package in ((sam, 'pytorch_optimizer', 'pytorch-optimizer'), (noise, 'aihwkit_lightning', 'aihwkit-lightning'),
+    for f, module, package in ((sam, 'pytorch_optimizer', 'pytorch-optimizer'),
+                               (noise, 'aihwkit_lightning', 'aihwkit-lightning'),
                                (unetplusplus, 'segmentation_models_pytorch', 'segmentation-models-pytorch')):
         if importlib.util.find_spec(module) is None: yield skipped(package, f'pip install --no-deps {package}')
         else: yield from f(plan, f'{package} {version(package)}')
@@ -77,14 +78,17 @@ def noise(plan, peer):
     error = close([w.flatten(1) for w in weights], want, 1e-5, 'noisy weights') if not plan.cuda else None
     clone.recover()
     times = plan.in_turns({'ours': ours, 'other': theirs}, warm_up=2)
-    where, same = f'UNet3+, ResNet34, {clone.n_weights / 1e6:.1f} million weights', '' if plan.cuda else f'; {agreement(error, "noise")}'
+    where, same = (f'UNet3+, ResNet34, {clone.n_weights / 1e6:.1f} million weights', '' if plan.cuda
+                   else f'; {agreement(error, "noise")}')
     yield row('noise on all convolutions', where, times['ours'], f'weight modifier of {peer}', times['other'],
               note=f'ours also clones and recovers; theirs makes new tensors{same}')
 
-    mlp = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)).to(plan.device)
+    mlp = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
+                        nn.Linear(2048, 10)).to(plan.device)
     n = 128 if plan.full or plan.cuda else 32
     nets = (('linear layers, 6.3 million weights, batch 256', mlp, torch.randn(256, 1024, device=plan.device)),
-            (f'ResNet-18, 32², batch {n}', resnet18_small().to(plan.device), torch.randn(n, 3, 32, 32, device=plan.device)))
+            (f'ResNet-18, 32², batch {n}', resnet18_small().to(plan.device),
+             torch.randn(n, 3, 32, 32, device=plan.device)))
     for where, net, x in nets:
         y = torch.randint(10, (len(x),), device=plan.device)
         a, b = Net(net), Net(net)
@@ -115,8 +119,10 @@ def unetplusplus(plan, peer):
     size = {}
     for name, m in nets.items():
         m.to(plan.device).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad(): (m.set_decoder('plain') if name == 'ours' else m)(x)
-        size[name] = f'{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M weights, {counter.get_total_flops() / 2e9:.0f} G multiply-adds'
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            (m.set_decoder('plain') if name == 'ours' else m)(x)
+        size[name] = (f'{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M weights, '
+                      f'{counter.get_total_flops() / 2e9:.0f} G multiply-adds')
     nets['ours'].set_decoder('fast')
     def train_step(m):
         m(x).square().mean().backward()
@@ -126,5 +132,6 @@ def unetplusplus(plan, peer):
         f = train_step if train else torch.no_grad()(lambda m: m(x))
         times = plan.in_turns({k: lambda m=m: f(m) for k, m in nets.items()})
         for name in list(nets)[1:]:
-            yield row('a training step' if train else 'evaluation', 'ResNet34, 256², batch 1', times['ours'], f'U-Net++, {name}', times[name],
+            yield row('a training step' if train else 'evaluation', 'ResNet34, 256², batch 1', times['ours'],
+                      f'U-Net++, {name}', times[name],
                       note=f'{peer}. Another network: UNet3+ has {size["ours"]}, as written; U-Net++ {size[name]}')

@@ -1,4 +1,4 @@
-"""Clone, inject, recover beside the plain loop. Both sides make the same noise, on a CPU bit for bit: that is checked before anything is timed."""
+("""Clone, inject, recover beside the plain loop. Both sides make the same noise, on a CPU bit for bit: that is checked before anything is timed.""")
 import itertools
 import statistics
 
@@ -13,7 +13,8 @@ from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 
 def naive_inject(modules, n, alpha, generator):
-    "The plain way: a dictionary of clones, then `torch.normal` with an expanded standard deviation, clamp and add, module by module."
+    ("The plain way: a dictionary of clones, then `torch.normal` with an expanded standard deviation, clamp and add, "
+     "module by module.")
     clones = {}
     for name, m in modules.items(): clones[name] = m.weight.data.clone()
     for m in modules.values():
@@ -51,7 +52,9 @@ def compare(model, name, plan):
         c.recover()
         assert all(map(torch.equal, clean, weights())), 'recovery is not exact'
 
-    slider, level = clone_weights(model, conv_and_norm).inject(law, g()).rescale(0.04), itertools.cycle((0.01, 0.02, 0.03, 0.05))
+    slider, level = clone_weights(model, conv_and_norm).inject(law,
+                                                               g()).rescale(0.04), itertools.cycle((0.01, 0.02, 0.03,
+            0.05))
     draw, generator = [torch.empty_like(w) for w in clean], g()
     def naive(): naive_recover(modules, naive_inject(modules, 0.05, 2., generator))
     def ours(c):
@@ -61,15 +64,18 @@ def compare(model, name, plan):
         with perturbed(model, law, conv_and_norm, generator): pass
     def draw_alone():
         for z in draw: z.normal_(generator=generator)
-    times = plan.in_turns({'naive': naive, 'kept': lambda: ours(clone), 'table': lambda: ours(table), 'context': context, 'draw': draw_alone,
+    times = plan.in_turns({'naive': naive, 'kept': lambda: ours(clone), 'table': lambda: ours(table),
+                           'context': context, 'draw': draw_alone,
                            'rescale': lambda: slider.rescale(next(level))}, warm_up=2)
     slider.recover()
 
     n, where = clone.n_weights, f'{name}, {clone.n_weights / 1e6:.1f} million weights'
     per_weight = lambda key: statistics.median(times[key]) * 1e6 / n
     floor = f'{per_weight("draw"):.1f} ns a weight go into drawing the numbers'
-    for key, what, note, target in (('kept', 'a kept clone: inject, recover', floor, 7.), ('context', 'with perturbed(…)', '', None),
-                                    ('table', "rng='table': inject, recover", 'stretches of a table of normal numbers instead of new ones', 2.6),
+    for key, what, note, target in (('kept', 'a kept clone: inject, recover', floor, 7.),
+                                    ('context', 'with perturbed(…)', '', None),
+                                    ('table', "rng='table': inject, recover",
+                                     'stretches of a table of normal numbers instead of new ones', 2.6),
                                     ('rescale', 'rescale of a fixed draw', "a step of the explorer's slider", 0.5)):
         yield row(what, where, times[key], 'plain loop', times['naive'], ns_per_weight=per_weight(key), note=note,
                   of='ns_per_weight', target=None if plan.cuda else target)

@@ -56,7 +56,8 @@ def grid(cells, seconds, work=False, levels=10):
     g = torch.Generator().manual_seed(1)
     dl = [(torch.rand(2, 3, 16, 16, generator=g), torch.randint(0, 3, (2, 16, 16), generator=g))]
     at = [0.01 * (i + 1) for i in range(levels)]
-    return dict(models=Paced(seconds, work), dl=dl, law=MaxGaussian(), levels=at, draws=-(-cells // levels), progress=False)
+    return dict(models=Paced(seconds, work), dl=dl, law=MaxGaussian(), levels=at, draws=-(-cells // levels),
+                progress=False)
 
 
 @contextmanager
@@ -72,15 +73,18 @@ def counted():
 
 
 def measured(cells, seconds, workers, work=False, parcel=1.):
-    "The frame and the times of one sweep on so many workers, in a Ray that is there. What each cell took is in the store."
+    ("The frame and the times of one sweep on so many workers, in a Ray that is there. What each cell took is in the "
+     "store.")
     with tempfile.TemporaryDirectory() as folder, counted() as parcels:
         store, begun, cpu = Path(folder)/'sweep.parquet', time.time(), time.process_time()
         df = noise_sweep(**grid(cells, seconds, work), on=OnRay(workers=workers, threads=1, parcel=parcel), store=store)
         total, cpu = time.time() - begun, time.process_time() - cpu
         rows = pd.read_parquet(store)
     ended = [datetime.datetime.fromisoformat(t).timestamp() - begun for t in rows['finished']]
-    return df, {'workers': workers, 'cells': len(rows), 'cell_s': rows['seconds'].mean(), 'parcels': len(parcels), 'seconds': total, 'driver_cpu_s': cpu,
-                'ready_s': min(e - len(parcels[0][0][1]) * s for e, s in zip(ended, rows['seconds'])), 'end_s': max(ended)}
+    return df, {'workers': workers, 'cells': len(rows), 'cell_s': rows['seconds'].mean(), 'parcels': len(parcels),
+                'seconds': total, 'driver_cpu_s': cpu,
+                'ready_s': min(e - len(parcels[0][0][1]) * s for e, s in zip(ended, rows['seconds'])),
+                'end_s': max(ended)}
 
 
 def here(cells, seconds, work=False):
@@ -96,7 +100,8 @@ def simulate(cells, cell_s, workers, parcel_s, task_s, per_cell_s, start_s, spre
 
     The driver takes `task_s` for a parcel and `per_cell_s` for each result in it; `start_s` is what it takes to send a worker its models and data."""
     rng, left = random.Random(seed), cells
-    driver, done, queue = 0., 0., [(0., w, 0) for w in range(workers)]   # (when a worker asks, who, how many cells it brings)
+    # (when a worker asks, who, how many cells it brings)
+    driver, done, queue = 0., 0., [(0., w, 0) for w in range(workers)]
     while queue:
         asks, w, brings = heapq.heappop(queue)
         driver = max(driver, asks) + (task_s + per_cell_s * brings if brings else start_s)
@@ -121,8 +126,10 @@ def whole(a):
     local, seconds = here(a.cells, a.cell, a.work)
     there, two = measured(a.cells, a.cell, 2, a.work)
     assert_frame_equal(local, there, check_exact=True)
-    overhead = {k: 2 * t / two['cells'] - two['cell_s'] for k, t in (('all', two['end_s']), ('under way', two['end_s'] - two['ready_s']))}
-    print(f"{two['cells']:,} cells of {1e3 * a.cell:g} ms: {seconds:.1f} s in this process, {two['seconds']:.1f} s on 2 workers; identical frames, bit for bit")
+    overhead = {k: 2 * t / two['cells'] - two['cell_s'] for k, t in (('all', two['end_s']),
+            ('under way', two['end_s'] - two['ready_s']))}
+    print(f"{two['cells']:,} cells of {1e3 * a.cell:g} ms: {seconds:.1f} s in this process, {two['seconds']:.1f} s on "
+          f"2 workers; identical frames, bit for bit")
     for k, o in overhead.items(): print(f"overhead of a cell, {k}: {1e3 * o:.2f} ms, {o / 0.2:.2%} of a cell of 200 ms")
     return {**two, 'local_s': seconds, 'overhead_s': overhead, 'identical': True}
 
@@ -132,7 +139,8 @@ def scaling(a, task_s, per_cell_s):
     for n in a.workers:
         _, p = measured(a.each * n, a.sleep, n)
         p['simulated_end_s'] = p['ready_s'] + simulate(p['cells'], p['cell_s'], n, 1., task_s, per_cell_s, 0.)
-        print(f"{n:3} workers, {p['cells']:4} cells: {p['end_s'] - p['ready_s']:6.2f} s measured, {p['simulated_end_s'] - p['ready_s']:6.2f} s simulated")
+        print(f"{n:3} workers, {p['cells']:4} cells: {p['end_s'] - p['ready_s']:6.2f} s measured, "
+              f"{p['simulated_end_s'] - p['ready_s']:6.2f} s simulated")
         yield p
 
 
@@ -146,25 +154,30 @@ def ray_sweep(plan):
         times = {k: [t / sizes['cells'] for t in v] for k, v in plan.in_turns(ways, warm_up=0).items()}
     more = statistics.median(times['ours']) - statistics.median(times['other'])
     yield row('a cell on a Ray worker', '200 cells of 20 ms', times['ours'], 'in this process', times['other'],
-              note=f'{more:.2f} ms more, with sending the models: {more / 200:.2%} of a cell of 200 ms; the same rows bit for bit')
+              note=f'{more:.2f} ms more, with sending the models: {more / 200:.2%} of a cell of 200 ms; the same rows '
+                   f'bit for bit')
 
 
 def main(a):
     load = os.getloadavg()[0]
-    out = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'command': ' '.join(['python', *sys.argv]), **hardware('cpu'),
-           'load': load, 'versions': {'python': platform.python_version(), **{n: version(n) for n in ('torch', 'ray', 'pyarrow', 'noisyseg')}}}
+    out = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(),
+           'command': ' '.join(['python', *sys.argv]), **hardware('cpu'),
+           'load': load, 'versions': {'python': platform.python_version(),
+                                      **{n: version(n) for n in ('torch', 'ray', 'pyarrow', 'noisyseg')}}}
     with connected(OnRay(workers=max(a.workers), threads=1)):
         measured(40, 0.001, max(a.workers))   # processes start and import
         out['sweep'] = whole(a)
         small, large = (measured(1000, 0.002, 2, parcel=p)[1] for p in (0, 0.2))
         task_s, per_cell_s = cost(small, large)
         print(f'the driver takes {1e3 * task_s:.2f} ms for a parcel and {1e3 * per_cell_s:.2f} ms for each cell in it')
-        out |= {'driver': {'parcel_s': task_s, 'cell_s': per_cell_s, 'from': [small, large]}, 'measured': list(scaling(a, task_s, per_cell_s)), 'simulated': []}
+        out |= {'driver': {'parcel_s': task_s, 'cell_s': per_cell_s, 'from': [small, large]},
+                'measured': list(scaling(a, task_s, per_cell_s)), 'simulated': []}
     for cell_s in (0.02, 0.2, 2.):
         for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000):
             t = simulate(a.grid, cell_s, n, 1., task_s, per_cell_s, a.send)
             speed_up = a.grid * cell_s / t
-            out['simulated'].append({'cell_s': cell_s, 'workers': n, 'cells': a.grid, 'seconds': t, 'speed_up': speed_up, 'at_work': speed_up / n})
+            out['simulated'].append({'cell_s': cell_s, 'workers': n, 'cells': a.grid, 'seconds': t,
+                                     'speed_up': speed_up, 'at_work': speed_up / n})
         line = [f"{s['workers']}: {s['at_work']:.0%}" for s in out['simulated'] if s['cell_s'] == cell_s]
         print(f'{a.grid:,} cells of {cell_s:g} s; workers and the share of their time at work: {", ".join(line)}')
     if load > 0.5: print(f'Something else was at work here when it began (load {load:.1f}): repeat on a quiet machine.')
@@ -178,10 +191,12 @@ if __name__ == '__main__':
     p.add_argument('--cells', type=int, default=5000, help='of the sweep that is compared with a local one')
     p.add_argument('--cell', type=float, default=0.02, help='seconds that one of its cells takes')
     p.add_argument('--work', action='store_true', help='cells compute all the time, on cores, instead of sleeping')
-    p.add_argument('--workers', type=lambda s: [int(n) for n in s.split(',')], default=[1, 2, 4, 8, 16], help='numbers of workers to measure')
+    p.add_argument('--workers', type=lambda s: [int(n) for n in s.split(',')], default=[1, 2, 4, 8, 16],
+                   help='numbers of workers to measure')
     p.add_argument('--each', type=int, default=60, help='cells for each of these workers')
     p.add_argument('--sleep', type=float, default=0.2, help='seconds that one of these takes')
     p.add_argument('--grid', type=int, default=50_000, help='cells of the sweep that is simulated')
-    p.add_argument('--send', type=float, default=0.02, help='seconds in which the driver hands models and data to one worker, in the simulation')
+    p.add_argument('--send', type=float, default=0.02,
+                   help='seconds in which the driver hands models and data to one worker, in the simulation')
     p.add_argument('--save', action='store_true', help='write nbs/benchmarks/ray.json')
     main(p.parse_args())

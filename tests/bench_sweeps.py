@@ -1,4 +1,4 @@
-"""Evaluations per second in sweeps: with what the unchanged parts computed kept (noisyseg.measure.prefix), and draws one by one or batched."""
+("""Evaluations per second in sweeps: with what the unchanged parts computed kept (noisyseg.measure.prefix), and draws one by one or batched.""")
 import copy
 import statistics
 from contextlib import nullcontext
@@ -22,7 +22,8 @@ class NoReuse(nullcontext):
     def start(self): pass
 
 def pictures(n, size, device):
-    images, masks = (torch.stack([torch.as_tensor(a) for a in arrays]) for arrays in zip(*(scene(i, size) for i in range(n))))
+    images, masks = (torch.stack([torch.as_tensor(a) for a in arrays])
+                     for arrays in zip(*(scene(i, size) for i in range(n))))
     return (images.permute(0, 3, 1, 2) / 255).to(device), masks.long().to(device)
 
 def swapped(reuse, f):
@@ -42,13 +43,15 @@ def sweeps(plan):
         dl, draws, levels = [(x[:batch], y[:batch]), (x[batch:], y[batch:])], 2, [0.02, 0.05, 0.1]
         sensitivity = lambda: layer_sensitivity(model, dl, MaxGaussian(0.05), draws=draws, progress=False)
         decoder = lambda: noise_sweep(model, dl, MaxGaussian(), levels, draws, 'decoder*', progress=False)
-        jobs = {'layer_sensitivity': (sensitivity, 1 + draws * len(stages(model))), "noise_sweep(where='decoder*')": (decoder, draws * len(levels))}
+        jobs = {'layer_sensitivity': (sensitivity, 1 + draws * len(stages(model))),
+                "noise_sweep(where='decoder*')": (decoder, draws * len(levels))}
         for what, (job, evaluations) in jobs.items():
             ways = {'ours': job, 'other': swapped(NoReuse, job)}
             pd.testing.assert_frame_equal(*(f() for f in ways.values()))
             times = plan.in_turns(ways, warm_up=0)
             rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}
-            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without Reuse', times['other'], per_second=rate['ours'],
+            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without Reuse',
+                      times['other'], per_second=rate['ours'],
                       note=f'{rate["ours"]:.1f} evaluations a second, without {rate["other"]:.1f}')
     yield from batched_draws(plan)
 
@@ -62,7 +65,8 @@ def batched_draws(plan, draws=4):
             with torch.no_grad(): out.append(model(x))
         clone.recover()
         return torch.stack(out)
-    noisy = [clone.inject(law, k) and {n: v.detach().clone() for n, v in model.state_dict().items()} for k in range(draws)]
+    noisy = [clone.inject(law, k) and {n: v.detach().clone() for n, v in model.state_dict().items()}
+             for k in range(draws)]
     clone.recover()
     plain = copy.deepcopy(model).set_decoder('plain')   # the fast one is not for batched weights
     stacked = {n: torch.stack([s[n] for s in noisy]) for n in noisy[0]}
@@ -70,5 +74,6 @@ def batched_draws(plan, draws=4):
         with torch.no_grad(): return vmap(lambda state: functional_call(plain, state, (x,)))(stacked)
     error = close(one_by_one(), together(), 1e-2 if plan.cuda else 1e-3, 'draws batched by vmap')
     times = plan.in_turns({'ours': one_by_one, 'other': together}, warm_up=0)
-    yield row(f'{draws} draws, one by one', 'small, 128², batch 4', times['ours'], f'{draws} draws at once by torch.func.vmap', times['other'],
+    yield row(f'{draws} draws, one by one', 'small, 128², batch 4', times['ours'],
+              f'{draws} draws at once by torch.func.vmap', times['other'],
               note=f'{agreement(error)}; vmap has its noisy weights beforehand, and takes the plain decoder')

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing of several ways in turns, and rows of one form. All numbers are costs: the smaller, the better."""
+("""What the benchmarks share: timing of several ways in turns, and rows of one form. All numbers are costs: the smaller, the better.""")
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -40,7 +40,9 @@ class Plan:
                 self.sync()
                 if i >= 0: times[name].append(1e3 * (time.perf_counter() - start))
             n = i + 1
-            if n > 0 and (n >= self.rounds if self.rounds else n >= self.most or n >= self.least and time.perf_counter() - begun > self.seconds): return times
+            if n > 0 and (n >= self.rounds if self.rounds else n >= self.most or n >= self.least
+                          and time.perf_counter() - begun > self.seconds):
+                return times
 
 
 def quantile(values, q):
@@ -52,24 +54,30 @@ def quantile(values, q):
 def row(what, where, ours, against='', other=None, unit='ms', target=None, of='ratio', note='', **more):
     """One line of the table: `ours` and `other` are numbers measured in turns, or one number each. ratio = ours / other, the median over turns.
     A target is the most that `of` (the ratio, or one of the further numbers) may be."""
-    ours, other = ([float(v) for v in (o if isinstance(o, list) else [o])] if o is not None else [] for o in (ours, other))
+    ours, other = ([float(v) for v in (o if isinstance(o, list) else [o])] if o is not None else []
+                   for o in (ours, other))
     ratios = [a / b for a, b in zip(ours, other)]
     median = lambda values: statistics.median(values) if values else None
-    r = dict(what=what, where=where, ours=median(ours), against=against, other=median(other), unit=unit, ratio=None, low=None, high=None, rounds=len(ours),
+    r = dict(what=what, where=where, ours=median(ours), against=against, other=median(other), unit=unit, ratio=None,
+             low=None, high=None, rounds=len(ours),
              target=target, target_of=of if target else None, note=note, **more)
     if ratios: r |= dict(ratio=statistics.median(ratios), low=quantile(ratios, .1), high=quantile(ratios, .9))
     if target: r['verdict'] = 'target met' if r[of] <= target else 'target missed'
-    elif ratios: r['verdict'] = 'even' if r['low'] <= 1 <= r['high'] or abs(r['ratio'] - 1) < 0.03 else 'better' if r['ratio'] < 1 else 'worse'
+    elif ratios:
+        r['verdict'] = 'even' if r['low'] <= 1 <= r['high'] or abs(r['ratio']
+                - 1) < 0.03 else 'better' if r['ratio'] < 1 else 'worse'
     else: r['verdict'] = ''
     return {k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in r.items()}
 
 def skipped(what, why): return row(what, '', None, note=f'not measured: {why}')
 
-def agreement(error, what='results'): return f'{what} differ by {error:.0e}' if error else f'the same {what} bit for bit'
+def agreement(error, what='results'):
+    return f'{what} differ by {error:.0e}' if error else f'the same {what} bit for bit'
 
 def close(got, want, most, what):
     "Are these the same to within `most` of the largest? If not, nothing is timed."
     got, want = ([t.detach().double() for t in (o if isinstance(o, (list, tuple)) else [o])] for o in (got, want))
     error = max((a - b).abs().max() for a, b in zip(got, want, strict=True)) / max(b.abs().max() for b in want)
-    if not error <= most: raise AssertionError(f'{what}: results differ by {error:.1e} of the largest, more than {most:.0e}')
+    if not error <= most:
+        raise AssertionError(f'{what}: results differ by {error:.1e} of the largest, more than {most:.0e}')
     return float(error)

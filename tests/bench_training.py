@@ -13,7 +13,8 @@ from noisyseg.train.methods.sam import SAM, norm_layers
 from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 
-def loss_of(out, y): return sum(F.cross_entropy(o, y) for o in out) if isinstance(out, list) else F.cross_entropy(out, y)
+def loss_of(out, y):
+    return sum(F.cross_entropy(o, y) for o in out) if isinstance(out, list) else F.cross_entropy(out, y)
 
 class Net:
     "A network with its optimizer; all have the same weights."
@@ -54,10 +55,12 @@ def step(plan):
         noise_step(nets[rng], c, law.at(0.), plan.generator(), x, y)
         close(nets[rng].weights, nets['clean'].weights, 1e-4, 'a step under noise of level 0')
     g = plan.generator()
-    ways = {'clean': lambda: nets['clean'].plain(x, y), **{k: lambda k=k: noise_step(nets[k], clones[k], law, g, x, y) for k in clones}}
+    ways = {'clean': lambda: nets['clean'].plain(x, y), **{k: lambda k=k: noise_step(nets[k], clones[k], law, g, x, y)
+                                                           for k in clones}}
     times = plan.in_turns(ways, warm_up=0)
     for rng in clones:
-        yield row(f"a training step under noise, rng='{rng}'", 'ResNet34, 128², batch 4', times[rng], 'clean step', times['clean'],
+        yield row(f"a training step under noise, rng='{rng}'", 'ResNet34, 128², batch 4', times[rng], 'clean step',
+                  times['clean'],
                   target=1.05 if plan.cuda else 1.15)
 
 def methods(plan):
@@ -91,12 +94,17 @@ def methods(plan):
     sam.opt.set_rho(0.05)
     norms.opt.step(whole[norms]), part.opt.step(whole[part], ascent=half)
 
-    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'damp': damp_step, 'noise': noise_aware, 'sam': lambda: sam.opt.step(whole[sam]),
-                           'norms': lambda: norms.opt.step(whole[norms]), 'half': lambda: part.opt.step(whole[part], ascent=half)}, warm_up=0)
-    yield row('noise-aware: perturbed, MaxGaussian', where, times['noise'], 'plain SGD step', times['plain'], target=1.1)
-    yield row('DAMP, m = 8', where, times['damp'], 'plain SGD step', times['plain'], target=1.1, note=f'sub-batches of {n // 8}')
+    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'damp': damp_step, 'noise': noise_aware,
+                           'sam': lambda: sam.opt.step(whole[sam]),
+                           'norms': lambda: norms.opt.step(whole[norms]),
+                           'half': lambda: part.opt.step(whole[part], ascent=half)}, warm_up=0)
+    yield row('noise-aware: perturbed, MaxGaussian', where, times['noise'], 'plain SGD step', times['plain'],
+              target=1.1)
+    yield row('DAMP, m = 8', where, times['damp'], 'plain SGD step', times['plain'], target=1.1,
+              note=f'sub-batches of {n // 8}')
     yield row('SAM', where, times['sam'], 'plain SGD step', times['plain'], target=2.05)
     yield row('SAM, only norm layers climb', where, times['norms'], 'SAM', times['sam'])
     yield row('SAM, half of the batch ascends', where, times['half'], 'SAM', times['sam'])
     fifth = [(s + 4 * p) / 5 for s, p in zip(times['sam'], times['plain'])]
-    yield row('SAM, in every 5th step', where, fifth, 'SAM', times['sam'], note='the mean of 5 steps, from those of SAM and of SGD')
+    yield row('SAM, in every 5th step', where, fifth, 'SAM', times['sam'],
+              note='the mean of 5 steps, from those of SAM and of SGD')

@@ -20,7 +20,8 @@ os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PAT
 
 def notebooks():
     "All notebooks, in reading order"
-    found = [p for p in (root/'nbs').rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(root).parts)]
+    found = [p for p in (root/'nbs').rglob('*.ipynb') if not any(o.startswith(('.', '_'))
+                                                                 for o in p.relative_to(root).parts)]
     return sorted(found, key=lambda p: (p.parent != root/'nbs', str(p)))
 
 
@@ -63,7 +64,8 @@ def sh():
     def run(*cmd, cwd=root, ok=True, timeout=900, **env):
         r = subprocess.run([str(o) for o in cmd], cwd=cwd, env={**os.environ, **env}, timeout=timeout, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if ok and r.returncode: pytest.fail(f'`{" ".join(map(str, cmd))}` ended with status {r.returncode}:\n{r.stdout}', pytrace=False)
+        if ok and r.returncode:
+            pytest.fail(f'`{" ".join(map(str, cmd))}` ended with status {r.returncode}:\n{r.stdout}', pytrace=False)
         return r.stdout
     return run
 
@@ -77,6 +79,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_collection_modifyitems(items):
-    "Where tests run in several processes, those of one file share one, and with it their browser and their trained networks; notebooks go to whoever is free."
+    ("Where tests run in several processes, those of one file share one, and with it their browser and their trained "
+     "networks; notebooks go to whoever is free.")
     for item in items:
         if item.path.name != 'test_tooling_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))

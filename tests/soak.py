@@ -21,7 +21,8 @@ from pathlib import Path
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--minutes', type=float, default=30, help='how long')
-p.add_argument('--mb', type=float, default=0.5, help='slope of the resident memory, in MB a turn, that counts as growth')
+p.add_argument('--mb', type=float, default=0.5,
+               help='slope of the resident memory, in MB a turn, that counts as growth')
 p.add_argument('--seed', type=int, default=0)
 opts = p.parse_args()
 
@@ -50,7 +51,8 @@ def train(folder, turn):
     for cut in (True, False):
         set_seed(opts.seed + turn)
         method = SAMCallback() if turn % 2 else TrainingMonitor(show=False)
-        learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.05), arch_args=dict(width=4, filters=(4, 6, 8)), cbs=[method])
+        learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.05),
+                                     arch_args=dict(width=4, filters=(4, 6, 8)), cbs=[method])
         with learn.no_bar(), learn.no_logging():
             try: learn.fit_one_cycle(2, 1e-2, cbs=[Resumable(path, every=3, verbose=False), *([Cut()] if cut else [])])
             except ZeroDivisionError: pass
@@ -62,7 +64,8 @@ def train(folder, turn):
 def sweep(folder, turn, model, dls):
     "A sweep into a store, and the same call again, which finds all its rows there."
     store = folder/f'sweep {turn}.csv'
-    first, again = (noise_sweep(model, dls.valid, MaxGaussian(), (0, 0.05, 0.1), draws=3, seed=turn, store=store, progress=False) for _ in range(2))
+    first, again = (noise_sweep(model, dls.valid, MaxGaussian(), (0, 0.05, 0.1), draws=3, seed=turn, store=store,
+                                progress=False) for _ in range(2))
     assert len(first) == len(again)
     for f in folder.glob(f'sweep {turn}*'): f.unlink()
 
@@ -70,7 +73,8 @@ def sweep(folder, turn, model, dls):
 def explore(model, dls):
     "What a browser would ask for: sliders, another law, one channel, another image."
     explorer = NoiseExplorer({'net': model}, dls, samples=4)
-    for change in ({'level': 0.02}, {'level': 0.1}, {'sample': 2}, {'law': 'AbsoluteGaussian', 'params': {}}, {'seed': 3}, {'corruption': 'fog'}):
+    for change in ({'level': 0.02}, {'level': 0.1}, {'sample': 2}, {'law': 'AbsoluteGaussian', 'params': {}},
+                   {'seed': 3}, {'corruption': 'fog'}):
         for k, v in change.items(): setattr(explorer, k, v)
         explorer._answer(None, {'id': 0, 'kind': 'frame', 'state': {}}, [])
         assert len(explorer.frame()['preds']['net']) == 2 and len(explorer.picture()) == 2
@@ -101,8 +105,10 @@ def look(folder):
     gc.collect()
     with open('/proc/self/status') as f: threads = int(next(v for v in f if v.startswith('Threads:')).split()[1])
     widgets = len(getattr(ipywidgets.Widget, '_active_widgets', None) or ipywidgets.widgets.widget._instances)
-    return {'MB': resident(), 'handles': len(os.listdir('/proc/self/fd')), 'children': len(children()), 'threads': threads, 'widgets': widgets,
-            'clones': len([r for r in _active if r() is not None]), 'files': len(list(folder.iterdir())), 'temporary': len(os.listdir(tempfile.gettempdir()))}
+    return {'MB': resident(), 'handles': len(os.listdir('/proc/self/fd')), 'children': len(children()),
+            'threads': threads, 'widgets': widgets,
+            'clones': len([r for r in _active if r() is not None]), 'files': len(list(folder.iterdir())),
+            'temporary': len(os.listdir(tempfile.gettempdir()))}
 
 
 def main():
@@ -118,7 +124,8 @@ def main():
             explore(model, dls)
             del model, dls
             seen.append(look(folder))
-            print(f'turn {turn:3}: ' + ', '.join(f'{v:.1f} {k}' if k == 'MB' else f'{v} {k}' for k, v in seen[-1].items())
+            print(f'turn {turn:3}: ' + ', '.join(f'{v:.1f} {k}' if k == 'MB' else f'{v} {k}' for k,
+                                                 v in seen[-1].items())
                   + f' ({time.time() - begun:.1f} s)', flush=True)
         tempfile.tempdir = None
     return judge(seen)
@@ -131,10 +138,12 @@ def judge(seen):
     slope = statistics.median((late[j] - late[i]) / (j - i) for i, j in combinations(range(len(late)), 2))
     middle, last = statistics.median(mb[third:2 * third]), statistics.median(mb[2 * third:])
     grows = slope > opts.mb and last > 1.03 * middle
-    print(f'{len(seen)} turns; memory: median {middle:.1f} MB in the middle third, {last:.1f} MB in the last; slope {slope:+.3f} MB a turn '
+    print(f'{len(seen)} turns; memory: median {middle:.1f} MB in the middle third, {last:.1f} MB in the last; slope '
+          f'{slope:+.3f} MB a turn '
           f'(above {opts.mb} and 3 % counts as growth): {"GROWS" if grows else "flat"}')
     left = {k: (seen[1][k], seen[-1][k]) for k in seen[0] if k != 'MB' and seen[-1][k] > seen[1][k]}
-    if seen[-1]['children'] or seen[-1]['clones']: left['children or clones'] = (0, seen[-1]['children'] + seen[-1]['clones'])
+    if seen[-1]['children'] or seen[-1]['clones']:
+        left['children or clones'] = (0, seen[-1]['children'] + seen[-1]['clones'])
     print('nothing is left open' if not left else f'LEFT, after the second turn and at the end: {left}')
     return 1 if grows or left else 0
 

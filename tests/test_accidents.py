@@ -38,17 +38,23 @@ from noisyseg.train.learner import load_model, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 ELSEWHERE = {   # accident -> the tests that cause it
-    'an image that is none, labels out of range, mask and image of different sizes, half a dataset': ['test_data.py::test_fault_names_the_file',
-        'test_data.py::test_fault_in_a_worker_process_names_the_file', 'test_data.py::test_sbd_faults', 'test_data.py::test_camvid_of_other_classes',
+    'an image that is none, labels out of range, mask and image of different sizes, half a dataset': [
+        'test_data.py::test_fault_names_the_file',
+        'test_data.py::test_fault_in_a_worker_process_names_the_file', 'test_data.py::test_sbd_faults',
+        'test_data.py::test_camvid_of_other_classes',
         'test_data.py::test_wrong_folders'],
-    'a download that breaks off or is another file, an archive that is half extracted': ['test_data.py::test_without_a_network',
-        'test_security.py::test_extraction_is_whole_or_not_at_all', 'test_security.py::test_a_download_that_is_another_file'],
+    'a download that breaks off or is another file, an archive that is half extracted': [
+        'test_data.py::test_without_a_network',
+        'test_security.py::test_extraction_is_whole_or_not_at_all',
+        'test_security.py::test_a_download_that_is_another_file'],
     'one class missing': ['test_metrics.py::test_absent_classes', 'test_sweeps.py::test_pixels_that_do_not_count'],
-    'Ctrl-C': ['test_perturb.py::test_ctrl_c_at_random_moments_leaves_clean_weights', 'test_damp.py::test_ctrl_c_leaves_no_trace',
+    'Ctrl-C': ['test_perturb.py::test_ctrl_c_at_random_moments_leaves_clean_weights',
+               'test_damp.py::test_ctrl_c_leaves_no_trace',
         'test_sam.py::test_control_c_at_any_moment', 'test_sweeps.py::test_ctrl_c_keeps_and_resumes'],
     'NaN weights in a sweep': ['test_sweeps.py::test_nan_weights_are_told_and_recovered'],
     'a damaged store of a sweep': ['test_sweeps.py::test_damaged_store_is_measured_again'],
-    'nonsense for arguments': ['test_perturb.py::test_nonsense_is_refused_and_the_model_untouched', 'test_data.py::test_nonsense_for_custom_masks'],
+    'nonsense for arguments': ['test_perturb.py::test_nonsense_is_refused_and_the_model_untouched',
+                               'test_data.py::test_nonsense_for_custom_masks'],
     'a fit that is stopped anywhere': ['test_sam.py::test_stopping_a_fit_anywhere_leaves_the_weights_as_they_were'],
 }
 
@@ -59,7 +65,8 @@ def test_elsewhere(where):
     assert re.search(rf'^def {name}\(', (root/'tests'/file).read_text(), re.M)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
+# --------------
 
 class Net(nn.Module):
     def __init__(self, seed=0):
@@ -74,7 +81,8 @@ def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in s
 def batch(n=2): return torch.rand(n, 3, 32, 32), torch.randint(0, 3, (n, 32, 32))
 
 WRITERS = {'checkpoint': lambda folder, seed: save_model(unet3plus_tiny(3 + seed), folder/'net', dataset=f'{seed}'),
-           'sweep': lambda folder, seed: noise_sweep({'a': Net()}, [batch()], MaxGaussian(0.1), [0, 0.1], draws=40, store=folder/'sweep', progress=False),
+           'sweep': lambda folder, seed: noise_sweep({'a': Net()}, [batch()], MaxGaussian(0.1), [0, 0.1], draws=40,
+                                                     store=folder/'sweep', progress=False),
            'report': lambda folder, seed: report_html([('one', 'text ' * 20_000), f'{seed}'], folder/'report.html'),
            'explorer page': lambda folder, seed: explorer().to_html(folder/'page.html'),
            'explorer site': lambda folder, seed: explorer().to_site(folder/'site', samples=[0], seeds=[0])}
@@ -88,7 +96,8 @@ def mounted(folder, *options):
 def full_disk(request, tmp_path):
     "A folder, and a context in which nothing more than a kilobyte fits into it"
     if request.param == 'disk':
-        if not mounted(tmp_path, '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs'): pytest.skip('only root can mount a small disk')
+        if not mounted(tmp_path, '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs'):
+            pytest.skip('only root can mount a small disk')
     @contextlib.contextmanager
     def full():
         if request.param == 'limit':   # of a file's size: writing beyond it fails as on a full disk
@@ -124,7 +133,8 @@ def test_read_only_folder(tmp_path, what):
     WRITERS[what](tmp_path, 0)
     kept, root_user = files(tmp_path), os.getuid() == 0
     if root_user:
-        if not (mounted(tmp_path, '--bind', str(tmp_path)) and mounted(tmp_path, '-o', 'remount,ro,bind')): pytest.skip('root may write anywhere')
+        if not (mounted(tmp_path, '--bind', str(tmp_path)) and mounted(tmp_path, '-o', 'remount,ro,bind')):
+            pytest.skip('root may write anywhere')
     else: [p.chmod(0o555) for p in [tmp_path, *tmp_path.rglob('*')] if p.is_dir()]
     try:
         with pytest.raises(OSError, match='(?i)read-only|permission'): WRITERS[what](tmp_path, 1)
@@ -134,7 +144,8 @@ def test_read_only_folder(tmp_path, what):
         else: [p.chmod(0o755) for p in [tmp_path, *tmp_path.rglob('*')] if p.is_dir()]
 
 
-# --- checkpoints that something happened to ---------------------------------------------------------------------------------------
+# --- checkpoints that something happened to
+# ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
@@ -155,9 +166,11 @@ def test_flipped_bits(checkpoint):
     "Any bit: a ValueError that names the file, or the very weights (what only describes them may change)"
     whole, header, weights, path = checkpoint
     rng = random.Random(0)
-    places = [*range(64), *(64 + rng.randrange(8*header - 64) for _ in range(900)), *(8*header + rng.randrange(8*(len(whole) - header)) for _ in range(100))]
+    places = [*range(64), *(64 + rng.randrange(8*header - 64) for _ in range(900)),
+              *(8*header + rng.randrange(8*(len(whole) - header)) for _ in range(100))]
     # every bit of the words that say how to read the rest
-    for word in (b'__metadata__', b'architecture', b'factory', b'args', b'n_classes', b'sha256', b'weights', b'dtype', b'data_offsets', b'"F32"'):
+    for word in (b'__metadata__', b'architecture', b'factory', b'args', b'n_classes', b'sha256', b'weights', b'dtype',
+                 b'data_offsets', b'"F32"'):
         at = whole[:header].find(word)
         places += range(8*at, 8*(at + len(word))) if at > 0 else []
     outcomes = []
@@ -171,7 +184,8 @@ def test_flipped_bits(checkpoint):
 def test_truncated(checkpoint):
     whole, header, weights, path = checkpoint
     rng = random.Random(0)
-    for n in [0, 1, 7, 8, 9, header//2, header, header + 1, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(40))]:
+    for n in [0, 1, 7, 8, 9, header//2, header, header + 1, len(whole) - 1,
+              *(rng.randrange(len(whole)) for _ in range(40))]:
         path.write_bytes(whole[:n])
         assert refused_or_right(path, weights) == 'refused'
         with contextlib.suppress(ValueError): read_card(path)   # and nothing else
@@ -181,7 +195,8 @@ def test_truncated(checkpoint):
 def with_card(path, whole, change):
     "The checkpoint with another card in it"
     path.write_bytes(whole)
-    with safetensors.safe_open(path, 'pt') as f: card, tensors = json.loads(f.metadata()['card']), {k: f.get_tensor(k) for k in f.keys()}
+    with safetensors.safe_open(path, 'pt') as f:
+        card, tensors = json.loads(f.metadata()['card']), {k: f.get_tensor(k) for k in f.keys()}
     card = change(card)
     path.write_bytes(safetensors.torch.save(tensors, metadata={'card': json.dumps(card)}))
 
@@ -196,13 +211,18 @@ def wrong(*keys, **values):
     return change
 
 LIES = {
-    'another factory': wrong('architecture', factory='unet3plus_resnet34'), 'no factory': wrong('architecture', factory='os.system'),
+    'another factory': wrong('architecture', factory='unet3plus_resnet34'),
+    'no factory': wrong('architecture', factory='os.system'),
     'factory is a list': wrong('architecture', factory=[]), 'more classes': wrong('architecture', 'args', n_classes=4),
-    'many classes': wrong('architecture', 'args', n_classes=10**12), 'classes that are text': wrong('architecture', 'args', n_classes='three'),
-    'minus one class': wrong('architecture', 'args', n_classes=-1), 'an argument that is none': wrong('architecture', 'args', command='rm'),
+    'many classes': wrong('architecture', 'args', n_classes=10**12),
+    'classes that are text': wrong('architecture', 'args', n_classes='three'),
+    'minus one class': wrong('architecture', 'args', n_classes=-1),
+    'an argument that is none': wrong('architecture', 'args', command='rm'),
     'arguments that are a list': wrong('architecture', args=[1]), 'no arguments': wrong('architecture', args=None),
-    'architecture is text': wrong(architecture='unet'), 'no architecture': wrong(architecture=None), 'no weights': wrong(weights=None),
-    'weights are text': wrong(weights='all'), 'another digest': wrong('weights', sha256='0'*64), 'no digest': wrong('weights', sha256=None),
+    'architecture is text': wrong(architecture='unet'), 'no architecture': wrong(architecture=None),
+    'no weights': wrong(weights=None),
+    'weights are text': wrong(weights='all'), 'another digest': wrong('weights', sha256='0'*64),
+    'no digest': wrong('weights', sha256=None),
     'a list': lambda card: [1, 2], 'nothing': lambda card: {}, 'null': lambda card: None,
 }
 
@@ -226,7 +246,8 @@ def test_another_architecture(checkpoint):
         assert same(before, bits(other))
 
 
-# --- weights that are perturbed -------------------------------------------------------------------------------------------------------
+# --- weights that are perturbed
+# -------------------------------------------------------------------------------------------------------
 
 LAWS = [MaxGaussian(0.1), AbsoluteGaussian(0.1), MultiplicativeGaussian(0.1), RelativeGaussian(0.1), Quantize(4)]
 
@@ -287,9 +308,11 @@ def test_blocks_that_overlap_in_any_order(data):
         warnings.simplefilter('ignore')
         try:
             for step in range(data.draw(st.integers(2, 9))):
-                if opened and data.draw(st.booleans()): opened.pop(data.draw(st.integers(0, len(opened) - 1))).__exit__(None, None, None)
+                if opened and data.draw(st.booleans()):
+                    opened.pop(data.draw(st.integers(0, len(opened) - 1))).__exit__(None, None, None)
                 else:
-                    opened.append(block := perturbed(net, data.draw(st.sampled_from(LAWS)), data.draw(st.sampled_from(WHERES)), step))
+                    opened.append(block := perturbed(net, data.draw(st.sampled_from(LAWS)),
+                                                     data.draw(st.sampled_from(WHERES)), step))
                     clone = block.__enter__()
                     if data.draw(st.booleans()): clone.rescale(data.draw(st.sampled_from([0., 1., 2.])))
             opened = list(data.draw(st.permutations(opened)))
@@ -314,10 +337,14 @@ CHANGES = {
     'another layer': lambda m: setattr(m, 'b', nn.Conv2d(4, 3, 1)),
     'half': lambda m: m.half(), 'bfloat16': lambda m: m.bfloat16(), 'double': lambda m: m.double(),
     'meta': lambda m: m.to('meta'), 'cuda': lambda m: m.to('cuda'),
-    'channels last': lambda m: m.to(memory_format=torch.channels_last), 'frozen': lambda m: m.requires_grad_(False), 'copied': copy.deepcopy,
-    'loaded': lambda m: m.load_state_dict(Net(1).state_dict()), 'assigned': lambda m: m.load_state_dict(Net(1).state_dict(), assign=True),
-    'parametrized': lambda m: parametrizations.weight_norm(m.a), 'pruned': lambda m: prune.l1_unstructured(m.a, 'weight', 0.5),
-    'another shape': lambda m: setattr(m.a.weight, 'data', torch.ones(5, 3, 3, 3)), 'no weight': lambda m: delattr(m.a, 'weight'),
+    'channels last': lambda m: m.to(memory_format=torch.channels_last), 'frozen': lambda m: m.requires_grad_(False),
+    'copied': copy.deepcopy,
+    'loaded': lambda m: m.load_state_dict(Net(1).state_dict()),
+    'assigned': lambda m: m.load_state_dict(Net(1).state_dict(), assign=True),
+    'parametrized': lambda m: parametrizations.weight_norm(m.a),
+    'pruned': lambda m: prune.l1_unstructured(m.a, 'weight', 0.5),
+    'another shape': lambda m: setattr(m.a.weight, 'data', torch.ones(5, 3, 3, 3)),
+    'no weight': lambda m: delattr(m.a, 'weight'),
 }
 
 @pytest.mark.parametrize('change', CHANGES)
@@ -336,7 +363,8 @@ def test_a_model_that_changes_while_it_is_perturbed(change, gradient):
     told = ' '.join(str(w.message) for w in said)
     if change in ('assigned', 'another shape', 'no weight', 'another layer', 'meta', 'pruned'): return
     new = net.state_dict()
-    for k in clean.keys() & new.keys(): assert torch.equal(new[k].cpu(), clean[k].to(new[k].dtype)) or 'running' in k or 'tracked' in k, k
+    for k in clean.keys() & new.keys():
+        assert torch.equal(new[k].cpu(), clean[k].to(new[k].dtype)) or 'running' in k or 'tracked' in k, k
     assert ('that change is undone' in told) == (change == 'loaded' and gradient == 'noisy' or change == 'loaded'), told
 
 @pytest.mark.parametrize('change', ['assigned', 'another shape', 'no weight', 'meta', 'pruned'])
@@ -345,7 +373,8 @@ def test_a_weight_that_can_not_come_back_is_named(change):
     with pytest.warns(UserWarning, match='a.weight.*replaced while perturbed'):
         with perturbed(net, MaxGaussian(0.1), 'a.weight', 0): CHANGES[change](net)
 
-OPTIMIZERS = {'SGD': lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 'Adam': torch.optim.Adam, 'foreach': lambda p: torch.optim.AdamW(p, foreach=True),
+OPTIMIZERS = {'SGD': lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 'Adam': torch.optim.Adam,
+              'foreach': lambda p: torch.optim.AdamW(p, foreach=True),
               'fused': lambda p: torch.optim.AdamW(p, fused=True)}
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -381,7 +410,8 @@ def test_threads_at_one_model():
         for step in range(60):
             try:
                 with perturbed(net, AbsoluteGaussian(0.1), '*', 1000*i + step):
-                    expected = clean + 0.1*torch.empty(clean.shape).normal_(generator=torch.Generator().manual_seed(1000*i + step))
+                    expected = clean + 0.1*torch.empty(clean.shape).normal_(generator=torch.Generator().manual_seed(1000
+                            *i + step))
                     net(torch.rand(1, 16, 16, 16))
                     assert torch.equal(net[0].weight, expected)     # nobody else's noise
                     done.append(i)
@@ -416,7 +446,8 @@ def test_threads_at_models_of_their_own():
     assert all(same(b, bits(n)) for b, n in zip(before, nets))
 
 
-# --- batches of nothing, data without a class -----------------------------------------------------------------------------------------
+# --- batches of nothing, data without a class
+# -----------------------------------------------------------------------------------------
 
 def test_batches_of_nothing():
     empty = torch.zeros(0, 3, 64, 64)
@@ -434,14 +465,17 @@ def test_batches_of_nothing():
     meter.update(logits, masks)
     assert np.asarray(meter.matrix).sum() == 0
 
-@pytest.mark.parametrize('data', [[], [tuple(t[:0] for t in batch())], [batch(), tuple(t[:0] for t in batch())]], ids=['none', 'empty', 'the last is empty'])
+@pytest.mark.parametrize('data', [[], [tuple(t[:0] for t in batch())], [batch(), tuple(t[:0] for t in batch())]],
+                         ids=['none', 'empty', 'the last is empty'])
 def test_sweeps_over_nothing(data):
     net = Net().eval()
     before = bits(net)
-    with pytest.raises(ValueError, match='^dl: '): noise_sweep({'a': net}, data, MaxGaussian(0.1), [0, 0.1], draws=2, progress=False)
+    with pytest.raises(ValueError, match='^dl: '):
+        noise_sweep({'a': net}, data, MaxGaussian(0.1), [0, 0.1], draws=2, progress=False)
     assert same(before, bits(net))
 
 def test_a_class_that_nobody_has_seen():
     x, y = batch(4)
-    df = noise_sweep({'a': Net().eval()}, [(x, y.clamp(max=1))], MaxGaussian(0.1), [0, 0.1], draws=2, class_names=['a', 'b', 'c'], progress=False)
+    df = noise_sweep({'a': Net().eval()}, [(x, y.clamp(max=1))], MaxGaussian(0.1), [0, 0.1], draws=2,
+                     class_names=['a', 'b', 'c'], progress=False)
     assert (df.loc[df['class'] == 'c', 'n_pixels'] == 0).all() and df.loc[df['metric'] == 'mIoU', 'value'].notna().all()

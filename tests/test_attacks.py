@@ -47,7 +47,8 @@ def scaled(model, c):
 
 
 def quick(model, batches, opt=torch.optim.SGD, **kw):
-    return Learner(DataLoaders(batches, batches[:1]), model, nn.CrossEntropyLoss(), partial(OptimWrapper, opt=opt), **kw)
+    return Learner(DataLoaders(batches, batches[:1]), model, nn.CrossEntropyLoss(), partial(OptimWrapper, opt=opt),
+                   **kw)
 
 
 def fit(learn, n=1):
@@ -55,7 +56,8 @@ def fit(learn, n=1):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(-20, 20), st.floats(0, 3), st.integers(0, 10**6), st.lists(st.integers(1, 6), min_size=1, max_size=4))
+@given(st.integers(-20, 20), st.floats(0, 3), st.integers(0, 10**6),
+       st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_relative_noise_scales_with_the_weight(power, strength, seed, shape):
     g = torch.Generator().manual_seed(seed)
     w, z = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
@@ -73,7 +75,8 @@ def test_relative_noise_by_the_ground_floor():
     clone.recover()
     assert law_from_dict(RelativeGaussian(0.2).to_dict()) == RelativeGaussian(0.2) and RelativeGaussian in usable_laws()
     one = nn.Linear(1, 1)
-    with perturbed(one, RelativeGaussian(9.), conv_and_linear): assert one.weight.isfinite().all()          # one number has no spread
+    # one number has no spread
+    with perturbed(one, RelativeGaussian(9.), conv_and_linear): assert one.weight.isfinite().all()
 
 
 @pytest.mark.parametrize('c', [0.125, 1024.])
@@ -82,8 +85,10 @@ def test_a_relative_attack_does_not_care_for_scale(c):
     twin, dl, convs = scaled(model, c), batches(), lambda name, module, weight: isinstance(module, nn.Conv2d)
     with torch.no_grad(): torch.testing.assert_close(twin(dl[0][0]), model(dl[0][0]), rtol=1e-4, atol=1e-5)
     df = attack_sweep({'a': model, 'b': twin}, dl, (0, 0.3, 1), (0, 0.05, 0.3), where=convs, progress=False)
-    of = lambda name, attack: df.query('model == @name and attack == @attack and metric == "accuracy"')['value'].to_numpy()
-    assert abs(of('a', 'relative') - of('b', 'relative')).max() <= 1 / 50 + 1e-9         # an image on the border may fall either way
+    of = lambda name, attack: df.query('model == @name and attack == @attack and metric == "accuracy"')[
+            'value'].to_numpy()
+    # an image on the border may fall either way
+    assert abs(of('a', 'relative') - of('b', 'relative')).max() <= 1 / 50 + 1e-9
     assert abs(of('a', 'absolute') - of('b', 'absolute')).max() > 0.05
 
 
@@ -93,7 +98,8 @@ def test_rows_and_table():
     relative = noise_sweep(models, dl, RelativeGaussian(), (0, 0.5), 10, conv_and_linear, 4, progress=False)
     assert df[df['attack'] == 'relative'].drop(columns='attack').reset_index(drop=True).equals(relative)
     table = attack_table(df)
-    assert list(table.index) == ['a', 'b'] and list(table.columns) == [('absolute', 0.), ('absolute', 0.1), ('relative', 0.), ('relative', 0.5)]
+    assert list(table.index) == ['a', 'b'] and list(table.columns) == [('absolute', 0.), ('absolute', 0.1),
+            ('relative', 0.), ('relative', 0.5)]
     assert '±' in table.loc['a', ('relative', 0.5)] and '±' not in table.loc['a', ('relative', 0.)]
     assert attack_table(df, 'balanced accuracy').shape == (2, 4)
     for draws in (0, 9):
@@ -107,7 +113,8 @@ def test_a_generator_is_enough():
 
 
 def test_noise_stays_exactly():
-    "After k batches without learning, the weights are the start plus the sum of k draws; biases and batch norm are untouched."
+    ("After k batches without learning, the weights are the start plus the sum of k draws; biases and batch norm are "
+     "untouched.")
     model, dl = net(), batches(5)
     start = {k: p.detach().clone() for k, p in model.named_parameters()}
     learn = quick(model, dl, lr=0., cbs=AccumulatingNoise(AbsoluteGaussian(0.1), seed=7))
@@ -128,7 +135,8 @@ def test_recovering_noise_does_not_stay():
 
 
 def test_first_steps_agree():
-    "On the first batch both kinds of training see the same noisy weights and get the same gradient; they differ in where they step from."
+    ("On the first batch both kinds of training see the same noisy weights and get the same gradient; they differ in "
+     "where they step from.")
     noise, found = [], []
     for make in (WeightNoise, AccumulatingNoise):
         model, start = net(), net()
@@ -137,7 +145,8 @@ def test_first_steps_agree():
         found.append({k: p.detach() for k, p in model.named_parameters()})
     with perturbed(start, AbsoluteGaussian(0.1), conv_and_linear, 2):
         noise = {k: p.detach().clone() for k, p in start.named_parameters()}
-    for k, p in start.named_parameters(): torch.testing.assert_close(found[1][k] - found[0][k], noise[k] - p.detach(), rtol=1e-4, atol=1e-6)
+    for k, p in start.named_parameters():
+        torch.testing.assert_close(found[1][k] - found[0][k], noise[k] - p.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_ways_out_and_card(tmp_path):
@@ -146,11 +155,13 @@ def test_ways_out_and_card(tmp_path):
     learn = quick(model, batches(2), lr=0.01, cbs=noise)
     fit(learn)
     card = read_card(save_model(learn, tmp_path/'net'))
-    assert card['noise']['gradient'] == 'noisy, never recovered' and card['noise']['where'] == 'conv_and_linear' and 'never removed' in noise.describe()
+    assert card['noise']['gradient'] == 'noisy, never recovered' and card['noise'][
+            'where'] == 'conv_and_linear' and 'never removed' in noise.describe()
     assert 'one_batch' not in learn.__dict__
     assert all(p.isfinite().all() for p in model.parameters())
     half = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()).to(torch.bfloat16)
-    learn = quick(half, [(x.to(torch.bfloat16), y) for x, y in batches(1)], lr=0., cbs=AccumulatingNoise(AbsoluteGaussian(1.), seed=1))
+    learn = quick(half, [(x.to(torch.bfloat16), y) for x, y in batches(1)], lr=0.,
+                  cbs=AccumulatingNoise(AbsoluteGaussian(1.), seed=1))
     learn.loss_func = lambda out, y: nn.functional.cross_entropy(out.float(), y)
     fit(learn)
     assert half[0].weight.dtype == torch.bfloat16 and half[0].weight.float().std() > 0.5

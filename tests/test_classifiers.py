@@ -42,11 +42,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------------------------
+# --------------
 
 def test_published_sizes():
     count = lambda m: sum(p.numel() for p in m.parameters())
-    assert count(resnet20()) == 269_722 and count(resnet18_small()) == 11_173_962 and len(conv_and_linear.names(resnet20())) == 20
+    assert count(resnet20()) == 269_722 and count(resnet18_small()) == 11_173_962 and len(
+            conv_and_linear.names(resnet20())) == 20
 
 
 def test_option_a_against_a_plain_reference():
@@ -55,7 +57,8 @@ def test_option_a_against_a_plain_reference():
     net = resnet20().eval()
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2), m.weight.data.normal_(1, 0.1), m.bias.data.normal_(0, 0.1)
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2), m.weight.data.normal_(1,
+                    0.1), m.bias.data.normal_(0, 0.1)
     s = net.state_dict()
     bn = lambda x, k: F.batch_norm(x, *(s[f'{k}.{n}'] for n in ('running_mean', 'running_var', 'weight', 'bias')))
     x = images = torch.randn(2, 3, 32, 32)
@@ -89,7 +92,8 @@ def test_own_sizes_have_no_factory(tmp_path):
     with pytest.raises(ValueError, match='pass it as model='): load_model(path)
 
 
-# --- CIFAR ------------------------------------------------------------------------------------------------------------------------
+# --- CIFAR ----------------------------------------------------------------------------------------------------------
+# --------------
 
 def reference_crop(x, shift, flip, pad):
     "One image: pad, cut, mirror"
@@ -98,12 +102,15 @@ def reference_crop(x, shift, flip, pad):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.integers(0, 99))
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4),
+       st.integers(0, 99))
 def test_crops_are_those_of_single_images(b, c, h, w, pad, seed):
     g = torch.Generator().manual_seed(seed)
-    x, shift = torch.randint(0, 256, (b, c, h, w), generator=g, dtype=torch.uint8), torch.randint(0, 2 * pad + 1, (b, 2), generator=g)
+    x, shift = torch.randint(0, 256, (b, c, h, w), generator=g, dtype=torch.uint8), torch.randint(0, 2 * pad + 1,
+            (b, 2), generator=g)
     flip = torch.rand(b, generator=g) < 0.5
-    assert torch.equal(crop_and_flip(x, shift, flip, pad), torch.stack([reference_crop(*o, pad) for o in zip(x, shift, flip)]))
+    assert torch.equal(crop_and_flip(x, shift, flip, pad), torch.stack([reference_crop(*o, pad)
+            for o in zip(x, shift, flip)]))
 
 
 def test_archives_together(folder):
@@ -118,8 +125,10 @@ def test_archives_together(folder):
     zipped.few = 10
     assert np.array_equal(zipped[[7, 79, 7]], np.stack(expected)[[7, 79, 7]]) and not (folder/'cache').exists()
     assert np.array_equal(zipped[range(80)], np.stack(expected)) and len(list((folder/'cache').iterdir())) == 2
-    archive(folder/'train-1.zip', 4, 9)                          # another archive of the same name and size meets no old pixels
-    assert not np.array_equal(ZippedImages(folder/'train-1.zip', folder/'train-2.zip', few=0, cache=folder/'cache')[range(80)], np.stack(expected))
+    # another archive of the same name and size meets no old pixels
+    archive(folder/'train-1.zip', 4, 9)
+    assert not np.array_equal(ZippedImages(folder/'train-1.zip', folder/'train-2.zip', few=0,
+                                           cache=folder/'cache')[range(80)], np.stack(expected))
     assert not list((folder/'cache').glob('.*'))
 
 
@@ -142,7 +151,8 @@ def test_learner_and_card(folder, tmp_path):
     learn = Learner(dls, resnet20(dls.n_classes, width=2), nn.CrossEntropyLoss())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     card = read_card(save_model(learn, tmp_path/'net', dataset=dls.about))
-    assert card['classes'] == names and 'harder than the original' in card['dataset'] and card['normalisation']['mean'] == list(dls.stats[0])
+    assert card['classes'] == names and 'harder than the original' in card['dataset'] and card['normalisation'][
+            'mean'] == list(dls.stats[0])
     df = noise_sweep(learn.model, dls.test, MaxGaussian(), [0, 0.1], draws=2, progress=False)
     assert list(df['class'].unique()) == [*names, '']
 
@@ -175,7 +185,8 @@ def test_real_archives():
     dls = cifar10(subset=200, n_valid=100, bs=20, seed=0)
     assert [len(d.dataset) for d in dls.loaders] == [200, 100, 10_000] and dls.vocab == names
     x, y = dls.one_batch()
-    assert x.shape == (20, 3, 32, 32) and 0.3 < x.std() < 2 and dls.test.dataset._x is None      # not decoded before it is asked for
+    # not decoded before it is asked for
+    assert x.shape == (20, 3, 32, 32) and 0.3 < x.std() < 2 and dls.test.dataset._x is None
     assert np.bincount(cifar10(n_valid=5000).train_ds.labels).tolist() == [4500] * 10
 
 
@@ -187,7 +198,8 @@ def test_gratings_can_be_learnt_from():
     assert torch.equal(again.x, dls.train_ds.x)
 
 
-# --- labels in sweeps -------------------------------------------------------------------------------------------------------------
+# --- labels in sweeps
+# -------------------------------------------------------------------------------------------------------------
 
 def labelled(n=3):
     g = torch.Generator().manual_seed(1)
@@ -201,7 +213,8 @@ def net(seed=0):
 
 def test_sweep_of_labels(tmp_path):
     dl, models = labelled(), {'a': net(0), 'b': net(1)}
-    args = dict(dl=dl, law=MaxGaussian(per='tensor'), levels=[0, 0.2, 0.5], draws=3, where=conv_and_linear, progress=False)
+    args = dict(dl=dl, law=MaxGaussian(per='tensor'), levels=[0, 0.2, 0.5], draws=3, where=conv_and_linear,
+                progress=False)
     df = noise_sweep(models, **args)
     assert list(df['metric'].unique()) == ['recall', 'balanced accuracy', 'accuracy'] and df['n_pixels'].max() == 15
     x, y = (torch.cat(t) for t in zip(*dl))
@@ -211,7 +224,8 @@ def test_sweep_of_labels(tmp_path):
     for c in range(4): assert clean['recall', str(c)] == pytest.approx(right[y == c].mean().item())
     assert clean['balanced accuracy', ''] == pytest.approx(np.mean([right[y == c].mean() for c in range(4)]))
     stored = noise_sweep({'a': models['a']}, store=tmp_path/'s.csv', **args)
-    assert_frame_equal(noise_sweep(models, store=tmp_path/'s.csv', **args), df, check_exact=True)     # extended, not measured again
+    # extended, not measured again
+    assert_frame_equal(noise_sweep(models, store=tmp_path/'s.csv', **args), df, check_exact=True)
     assert len(load_sweep(tmp_path/'s.csv')) == len(df) == 2 * len(stored)
     assert summarise(df, metric='accuracy')['n'].tolist() == [1, 3, 3, 1, 3, 3]
     sens = layer_sensitivity(models['a'], dl, MaxGaussian(0.3), draws=2, progress=False)
@@ -225,4 +239,5 @@ def test_what_a_label_may_be():
     with pytest.raises(TypeError, match='labels of class numbers'): Batches([(x, y.float())])
     with pytest.raises(ValueError, match=r'\(batch, classes\) for labels'): scores(nn.Conv2d(3, 4, 1), [(x, y)], 'abcd')
     binary = nn.Sequential(net(), nn.Linear(4, 1)).eval()
-    assert [r[0] for r in scores(binary, [(x, y.clamp(max=1))], 'ab')] == ['recall', 'recall', 'balanced accuracy', 'accuracy']
+    assert [r[0] for r in scores(binary, [(x, y.clamp(max=1))], 'ab')] == ['recall', 'recall', 'balanced accuracy',
+            'accuracy']

@@ -1,4 +1,5 @@
-"Corruptions against the published generators; any batching, type and loader; sweeps and corruption errors on what others bring."
+("Corruptions against the published generators; any batching, type and loader; sweeps and corruption errors on what "
+ "others bring.")
 import io
 import random
 
@@ -21,9 +22,12 @@ from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes, scene_palette
 from noisyseg.measure.sweeps import noise_sweep
 
-# What the published generators of ImageNet-C and CIFAR-10-C (hendrycks/robustness, commit 8190fe3: make_imagenet_c.py and make_cifar_c.py, with
-# ImageMagick 6.9.11, OpenCV 5.0, scikit-image 0.26, NumPy 2.4) gave on scene(4, 224) and scene(4, 32), with seeds 77000, 77001, ...
-# A line: the corruption, the number of draws, and for severities 1 to 5 the mean over draws of the mean |difference| to the clean image and of the
+# What the published generators of ImageNet-C and CIFAR-10-C (hendrycks/robustness, commit 8190fe3: make_imagenet_c.py
+# and make_cifar_c.py, with
+# ImageMagick 6.9.11, OpenCV 5.0, scikit-image 0.26, NumPy 2.4) gave on scene(4, 224) and scene(4, 32), with seeds
+# 77000, 77001, ...
+# A line: the corruption, the number of draws, and for severities 1 to 5 the mean over draws of the mean |difference|
+# to the clean image and of the
 # mean brightness, then the standard deviations of both over draws. Brightness from 0 to 1.
 REFERENCE = {'imagenet': (224, """
 gaussian_noise 120 |.0631 .4703 .0001 .0002|.0938 .4712 .0002 .0003|.1382 .4731 .0003 .0004|.1916 .4755 .0003 .0006|.2547 .4786 .0004 .0008
@@ -79,7 +83,8 @@ def published():
 def image(size, seed=4): return torch.from_numpy(scene(seed, size)[0]).permute(2, 0, 1) / 255
 
 
-@pytest.mark.parametrize('table,size,name,n,rows', list(published()), ids=lambda v: v if isinstance(v, str) and not v.isdigit() else '')
+@pytest.mark.parametrize('table,size,name,n,rows', list(published()), ids=lambda v: v if isinstance(v, str)
+                         and not v.isdigit() else '')
 def test_agrees_with_the_published_generators(table, size, name, n, rows):
     x, n = image(size), int(n)
     for severity, (difference, brightness, *spread) in enumerate(rows, 1):
@@ -88,14 +93,17 @@ def test_agrees_with_the_published_generators(table, size, name, n, rows):
         ours = [np.mean([(y - x).abs().mean() for y in made]), np.mean([y.mean() for y in made])]
             # 4.5 standard errors of the difference of two means, and a third of a grey level for rounding
         room = [4.5 * s * (1 / n + 1 / draws)**0.5 + 0.0013 for s in spread]
-        if name == 'frost': room = [max(r, 0.1) for r in room]  # drawn crystals, not the photographs: the right size is all that is asked
-        for o, r, d in zip(ours, (difference, brightness), room): assert abs(o - r) <= d, (name, severity, ours, (difference, brightness), room)
+        # drawn crystals, not the photographs: the right size is all that is asked
+        if name == 'frost': room = [max(r, 0.1) for r in room]
+        for o, r, d in zip(ours, (difference, brightness), room):
+            assert abs(o - r) <= d, (name, severity, ours, (difference, brightness), room)
 
 
 def test_nothing_random_where_nothing_is_drawn():
     x = image(64)
     drawn = {n for n in ALL_19 if not torch.equal(corrupt(x, n, 4, seed=1), corrupt(x, n, 4, seed=2))}
-    assert set(ALL_19) - drawn == {'defocus_blur', 'zoom_blur', 'gaussian_blur', 'brightness', 'contrast', 'saturate', 'pixelate', 'jpeg_compression'}
+    assert set(ALL_19) - drawn == {'defocus_blur', 'zoom_blur', 'gaussian_blur', 'brightness', 'contrast', 'saturate',
+                                   'pixelate', 'jpeg_compression'}
 
 
 def test_jpeg_and_pixelate_are_pillows():
@@ -106,11 +114,13 @@ def test_jpeg_and_pixelate_are_pillows():
         expected = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1)
         assert torch.equal(corrupt((image(96) * 255).round().byte(), 'jpeg_compression', severity), expected)
     small = im.resize((57, 57), Image.Resampling.BOX).resize((96, 96), Image.Resampling.BOX)
-    assert torch.equal((corrupt(image(96), 'pixelate', 1) * 255).round().byte(), torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    assert torch.equal((corrupt(image(96), 'pixelate', 1) * 255).round().byte(),
+                       torch.from_numpy(np.array(small)).permute(2, 0, 1))
 
 
 def test_families_and_sets():
-    assert [CORRUPTIONS[n].family for n in STANDARD_15] == ['noise'] * 3 + ['blur'] * 4 + ['weather'] * 4 + ['digital'] * 4
+    assert [CORRUPTIONS[n].family for n in STANDARD_15] == ['noise'] * 3 + ['blur'] * 4 + ['weather'] * 4 + [
+            'digital'] * 4
     assert len(ALL_19) == 19 and ALL_19[:15] == STANDARD_15
     assert all(len(k.imagenet) == len(k.cifar) == 5 and k.apply.__name__ == f'_{n}' for n, k in CORRUPTIONS.items())
 
@@ -120,7 +130,8 @@ y8 = torch.stack([torch.from_numpy(scene(i, 40)[1]) for i in range(8)]).long()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(ALL_19), severity=st.integers(1, 5), seed=st.integers(0, 2**63), cuts=st.sets(st.integers(1, 7)), height=st.integers(32, 40))
+@given(name=st.sampled_from(ALL_19), severity=st.integers(1, 5), seed=st.integers(0, 2**63),
+       cuts=st.sets(st.integers(1, 7)), height=st.integers(32, 40))
 def test_any_batching_gives_the_same_pictures(name, severity, seed, cuts, height):
     x, y, c = x8[:, :, :height], y8[:, :height], Corruption(name, severity, seed)
     state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
@@ -128,9 +139,11 @@ def test_any_batching_gives_the_same_pictures(name, severity, seed, cuts, height
     edges = [0, *sorted(cuts), 8]
     parts = [c(x[a:b], y[a:b], a) for a, b in zip(edges, edges[1:])]
     assert torch.equal(torch.cat([p for p, _ in parts]), whole) and torch.equal(torch.cat([m for _, m in parts]), mask)
-    assert whole.isfinite().all() and 0 <= whole.min() and whole.max() <= 1 and set(mask.unique().tolist()) <= set(y.unique().tolist())
+    assert whole.isfinite().all() and 0 <= whole.min() and whole.max() <= 1 and set(mask.unique().tolist()) <= set(
+            y.unique().tolist())
     assert CORRUPTIONS[name].geometric or torch.equal(mask, y)
-    assert torch.equal(state[0], torch.get_rng_state()) and state[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert torch.equal(state[0], torch.get_rng_state()) and state[1:] == (np.random.get_state()[1].tolist(),
+            random.getstate())
 
 
 @pytest.mark.parametrize('fill', [0., 1., 0.5])
@@ -150,24 +163,30 @@ def test_a_channels_last_view_a_half_and_a_frozen_input():
         assert torch.equal(corrupt(x8.expand(8, 3, 40, 40).requires_grad_(), name, 3), corrupt(x8, name, 3))
 
 
-# --- loaders and sweeps -----------------------------------------------------------------------------------------------------------
+# --- loaders and sweeps
+# -----------------------------------------------------------------------------------------------------------
 
 class Net(nn.Sequential):
     def __init__(self, seed=0, classes=7):
         torch.manual_seed(seed)
-        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, classes, 1))
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(),
+                         nn.Conv2d(8, classes, 1))
 
 
 def loaders(bs=3):
     items = [scene(i, 40) for i in range(8)]
-    return mask_dataloaders(items[:2], items, noop, scene_classes, scene_palette, 255, size=40, bs=bs, seed=0, device='cpu')
+    return mask_dataloaders(items[:2], items, noop, scene_classes, scene_palette, 255, size=40, bs=bs, seed=0,
+                            device='cpu')
 
 
 def test_sweep_does_not_depend_on_batch_size_or_normalisation():
     class Normed(nn.Module):
-        def __init__(self, net, dls): super().__init__(); self.net, self.stats = net, [torch.tensor(s).view(3, 1, 1) for s in dls.stats]
+        def __init__(self, net, dls):
+            super().__init__()
+            self.net, self.stats = net, [torch.tensor(s).view(3, 1, 1) for s in dls.stats]
         def forward(self, x): return self.net((x - self.stats[0]) / self.stats[1])
-    net, kw = Net().eval(), dict(corruptions=('fog', 'shot_noise', 'elastic_transform'), severities=(2, 5), progress=False, class_names=scene_classes)
+    net, kw = Net().eval(), dict(corruptions=('fog', 'shot_noise', 'elastic_transform'), severities=(2, 5),
+                                 progress=False, class_names=scene_classes)
     a = corruption_sweep(net, loaders(3), **kw)
     assert_frame_equal(a, corruption_sweep(net, loaders(5), **kw))
     assert_frame_equal(a, corruption_sweep(net, loaders(5), cache_mb=0, **kw))
@@ -180,7 +199,8 @@ def test_models_and_random_numbers_are_untouched():
     net[1].eval()
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     corruption_sweep(net, loaders(), ('snow',), (1,), progress=False)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(state,
+            torch.get_rng_state())
     assert [m.training for m in net] == [True, False, True, True, True]
 
 
@@ -199,12 +219,16 @@ def test_weight_noise_on_corrupted_pictures_and_fastai_validation():
 
 def test_shuffled_loaders_are_refused_and_workers_agree():
     data = TensorDataset(x8, y8)
-    with pytest.raises(ValueError, match='shuffles'): corruption_sweep(Net(), DataLoader(data, 4, shuffle=True), ('fog',), progress=False)
     with pytest.raises(ValueError, match='shuffles'):
-        noise_sweep(Net(), CorruptedBatches(DataLoader(data, 4, shuffle=True), Corruption('fog')), MaxGaussian(), [0], progress=False)
+        corruption_sweep(Net(), DataLoader(data, 4, shuffle=True), ('fog',), progress=False)
+    with pytest.raises(ValueError, match='shuffles'):
+        noise_sweep(Net(), CorruptedBatches(DataLoader(data, 4, shuffle=True), Corruption('fog')), MaxGaussian(), [0],
+                    progress=False)
     items = CorruptedDataset(data, Corruption('spatter', 2, seed=5))
     assert torch.equal(items[-1][0], items[7][0])
-    for workers in (0, 2): assert torch.equal(torch.cat([b[0] for b in DataLoader(items, 3, num_workers=workers)]), corrupt(x8, 'spatter', 2, seed=5))
+    for workers in (0, 2):
+        assert torch.equal(torch.cat([b[0] for b in DataLoader(items, 3, num_workers=workers)]),
+                           corrupt(x8, 'spatter', 2, seed=5))
     with pytest.raises(IndexError): items[8]
 
 
@@ -215,8 +239,10 @@ def test_classifiers_and_their_corruption_errors():
     df = corruption_sweep(models, dl, ALL_19, table='cifar', progress=False)
     assert set(df['metric']) >= {'accuracy'} and (df.query("metric == 'accuracy'")['n_pixels'] == 8).all()
     out = mean_corruption_error(df)
-    assert out['corruptions'].tolist() == ['standard 15'] * 3 + ['all 19'] * 3 and set(out['baseline']) == {'unnormalised'}
-    error = lambda names: 1 - df[(df['metric'] == 'accuracy') & df['corruption'].isin(names) & (df['model'] == 'a')]['value'].mean()
+    assert out['corruptions'].tolist() == ['standard 15'] * 3 + ['all 19'] * 3 and set(out['baseline']) == {
+            'unnormalised'}
+    error = lambda names: 1 - df[(df['metric'] == 'accuracy') & df['corruption'].isin(names)
+                                 & (df['model'] == 'a')]['value'].mean()
     np.testing.assert_allclose(out[out['model'] == 'a']['mCE'], [error(STANDARD_15), error(ALL_19)])
     # a baseline of two training runs: their mean error is what 1 stands for
     ce = corruption_error(df, 'b')
@@ -229,4 +255,5 @@ def test_classifiers_and_their_corruption_errors():
 def test_one_loader_object_for_both_parts():
     dls = loaders()
     assert len(CorruptedBatches(dls, Corruption('fog'))) == len(dls.valid)
-    assert isinstance(dls, DataLoaders) and next(iter(CorruptedBatches(dls.valid, Corruption('fog'))))[0].shape == (3, 3, 40, 40)
+    assert isinstance(dls, DataLoaders) and next(iter(CorruptedBatches(dls.valid, Corruption('fog'))))[0].shape == (3,
+            3, 40, 40)

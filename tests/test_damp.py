@@ -1,4 +1,5 @@
-"DAMP against independent references: finite differences, copies of the network in lockstep, two real processes, real interrupts."
+("DAMP against independent references: finite differences, copies of the network in lockstep, two real processes, real "
+ "interrupts.")
 import copy
 import os
 import signal
@@ -28,7 +29,8 @@ HOW = ('sub-batch', 'sync')
 
 def small(dtype=torch.float32, norm=True):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.GroupNorm(2, 6), nn.SiLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3)]
+    layers = [nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.GroupNorm(2, 6), nn.SiLU(),
+              nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3)]
     net = nn.Sequential(*layers).to(dtype)
     nn.init.uniform_(net[1].weight, 0.5, 1.5)
     return net
@@ -57,11 +59,13 @@ def test_exact_is_the_derivative_of_the_loss_under_fixed_draws(how, m):
         with torch.no_grad():
             for p, v in zip(moved.parameters(), shift): p.add_(v)
         return damp_loss(moved, F.cross_entropy, x, y, sigma=0.3, m=m, batchnorm=how, generator=5).item()
-    along = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(net.parameters())]
+    along = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(i)) for i,
+             p in enumerate(net.parameters())]
     eps = 1e-5
     numeric = (value([eps * v for v in along]) - value([-eps * v for v in along])) / (2 * eps)
     slope = lambda gradient: sum((g * v).sum() for g, v in
-                                 zip(damp_grads(net, x, y, sigma=0.3, m=m, batchnorm=how, generator=5, gradient=gradient), along)).item()
+                                 zip(damp_grads(net, x, y, sigma=0.3, m=m, batchnorm=how, generator=5,
+                                                gradient=gradient), along)).item()
     assert slope('exact') == pytest.approx(numeric, rel=1e-6)
     assert slope('algorithm') != pytest.approx(numeric, rel=1e-3)
 
@@ -73,7 +77,8 @@ def test_sync_equals_copies_of_the_network_with_a_common_batch_norm(gradient, si
     g, copies, xis = torch.Generator().manual_seed(3), [], []
     for _ in sizes:
         copies.append(copy.deepcopy(net))
-        xis.append({s.name: 1 + 0.2 * torch.randn(s.value().shape, generator=g).double() for s in select(net, kernels_and_scales)})
+        xis.append({s.name: 1 + 0.2 * torch.randn(s.value().shape, generator=g).double()
+                    for s in select(net, kernels_and_scales)})
         with torch.no_grad():
             for s in select(copies[-1], kernels_and_scales): s.value().mul_(xis[-1][s.name])
     maps = torch.cat([c[0](part) for c, part in zip(copies, x.split(sizes))])
@@ -82,7 +87,8 @@ def test_sync_equals_copies_of_the_network_with_a_common_batch_norm(gradient, si
     outs = [c[2:](part * c[1].weight.view(-1, 1, 1) + c[1].bias.view(-1, 1, 1)) for c, part in zip(copies, maps)]
     loss = F.cross_entropy(torch.cat(outs), y)
     loss.backward()
-    expected = [sum(dict(c.named_parameters())[k].grad * (xi.get(k, 1.) if gradient == 'exact' else 1) for c, xi in zip(copies, xis))
+    expected = [sum(dict(c.named_parameters())[k].grad * (xi.get(k, 1.) if gradient == 'exact' else 1) for c,
+                    xi in zip(copies, xis))
                 for k, _ in net.named_parameters()]
     ours = damp_backward(net, F.cross_entropy, x, y, sigma=0.2, m=3, batchnorm='sync', gradient=gradient, generator=3)
     torch.testing.assert_close(ours, loss.detach())
@@ -94,7 +100,8 @@ def test_sync_equals_copies_of_the_network_with_a_common_batch_norm(gradient, si
 def test_any_sizes_weigh_by_samples(n, m):
     net, (x, y) = small(norm=False), batch(n)
     one = damp_grads(net, x, y, sigma=0.2, m=m, generator=2)
-    torch.testing.assert_close(one, damp_grads(net, x, y, sigma=0.2, m=m, generator=2, batchnorm='sync'), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one, damp_grads(net, x, y, sigma=0.2, m=m, generator=2, batchnorm='sync'), rtol=1e-4,
+                               atol=1e-6)
     whole = copy.deepcopy(net)
     F.cross_entropy(whole(x), y).backward()
     torch.testing.assert_close(damp_grads(net, x, y, sigma=0., m=m), grads_of(whole), rtol=1e-4, atol=1e-6)
@@ -105,14 +112,16 @@ def test_kinds_of_weights(how):
     x, y = batch()
     base = damp_grads(small(), x, y, sigma=0.2, m=3, batchnorm=how, generator=4)
     last = small().to(memory_format=torch.channels_last)
-    torch.testing.assert_close(damp_grads(last, x, y, sigma=0.2, m=3, batchnorm=how, generator=4), base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(damp_grads(last, x, y, sigma=0.2, m=3, batchnorm=how, generator=4), base, rtol=1e-4,
+                               atol=1e-5)
     frozen = small()
     frozen[0].requires_grad_(False)
     got = damp_grads(frozen, x, y, sigma=0.2, m=3, batchnorm=how, generator=4)
     assert got[0] is got[1] is None
     torch.testing.assert_close(got[2:], base[2:], rtol=1e-4, atol=1e-6)
     low = small().bfloat16()
-    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in damp_grads(low, x.bfloat16(), y, sigma=0.2, m=3, batchnorm=how))
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all()
+               for g in damp_grads(low, x.bfloat16(), y, sigma=0.2, m=3, batchnorm=how))
     tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
     clean = tied[0].weight.detach().clone()
@@ -123,7 +132,8 @@ def test_kinds_of_weights(how):
     g = torch.Generator().manual_seed(0)
     for part in z.split(2):
         v = w * (1 + 0.2 * torch.randn(4, 4, generator=g))
-        expected += F.mse_loss(F.linear(F.linear(part, v, tied[0].bias.detach()).tanh(), v, tied[2].bias.detach()), part) / 3
+        expected += F.mse_loss(F.linear(F.linear(part, v, tied[0].bias.detach()).tanh(), v, tied[2].bias.detach()),
+                               part) / 3
     torch.testing.assert_close(tied[0].weight.grad, torch.autograd.grad(expected, w)[0], rtol=1e-4, atol=1e-6)
 
 
@@ -143,10 +153,13 @@ def test_a_layer_that_is_not_always_used():
 
 def test_one_gradient_for_two_parameters_is_not_scaled_twice():
     class Sum(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         def forward(self, x): return (self.a + self.b).expand(len(x), 3)
     net = Sum()
-    (damp_loss(net, lambda p, y: p.sum(1).mean(), torch.zeros(4, 1), torch.zeros(4), sigma=0., m=2, where='*') / 4).backward()
+    (damp_loss(net, lambda p, y: p.sum(1).mean(), torch.zeros(4, 1), torch.zeros(4), sigma=0., m=2, where='*')
+     / 4).backward()
     assert torch.equal(net.a.grad, torch.full((3,), 0.25)) and torch.equal(net.b.grad, net.a.grad)
 
 
@@ -161,7 +174,8 @@ def test_under_weights_that_are_perturbed_already(how):
     expected = damp_grads(net, x, y, sigma=0.2, m=3, batchnorm=how, generator=1)
     with torch.no_grad():
         for p, c in zip(net.parameters(), clean): p.copy_(c).mul_(1.1)
-    damp_backward(net, F.cross_entropy, x, y, sigma=0.2, m=3, batchnorm=how, generator=1, clone=clone)   # a clone made before the ascent
+    # a clone made before the ascent
+    damp_backward(net, F.cross_entropy, x, y, sigma=0.2, m=3, batchnorm=how, generator=1, clone=clone)
     torch.testing.assert_close(grads_of(net), expected)
     with perturbed(net, MaxGaussian(0.1), generator=0):
         inside = [p.detach().clone() for p in net.parameters()]
@@ -171,8 +185,10 @@ def test_under_weights_that_are_perturbed_already(how):
 
 def test_unet3plus_both_ways():
     torch.manual_seed(0)
-    net, x, y = unet3plus_tiny(3, width=4, filters=(4, 6, 8)).train(), torch.randn(6, 3, 32, 32), torch.randint(0, 3, (6, 32, 32))
-    loss = lambda maps, y: F.cross_entropy(F.interpolate(maps[0] if isinstance(maps, (list, tuple)) else maps, y.shape[-2:]), y)
+    net, x, y = unet3plus_tiny(3, width=4, filters=(4, 6, 8)).train(), torch.randn(6, 3, 32, 32), torch.randint(0, 3,
+            (6, 32, 32))
+    loss = lambda maps, y: F.cross_entropy(F.interpolate(maps[0] if isinstance(maps, (list, tuple)) else maps,
+                                                         y.shape[-2:]), y)
     for how in HOW:
         clean = {k: v.clone() for k, v in net.named_parameters()}
         value = damp_backward(net, loss, x, y, sigma=0.2, m=3, batchnorm=how, generator=0)
@@ -189,7 +205,8 @@ def test_ctrl_c_leaves_no_trace(call):
         if calls[0] == call: os.kill(os.getpid(), signal.SIGINT)
         return F.cross_entropy(pred, target)
     with pytest.raises(KeyboardInterrupt): damp_backward(net, loss_func, x, y, sigma=0.2, m=4)
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before)) and all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before)) and all(p.grad is None
+            for p in net.parameters())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -197,12 +214,14 @@ class CpuFp16(MixedPrecision):
     "fastai's mixed precision with its scaler at work, on the CPU."
     def before_fit(self):
         super().before_fit()
-        self.autocast, self.learn.scaler = torch.autocast('cpu', torch.bfloat16), torch.amp.GradScaler('cpu', init_scale=2.**12)
+        self.autocast, self.learn.scaler = torch.autocast('cpu', torch.bfloat16), torch.amp.GradScaler('cpu',
+                init_scale=2.**12)
 
 
 def fit(net, cbs, batches, lr=0.1):
     opt_func = lambda params, **kw: OptimWrapper(params, torch.optim.SGD, **kw)
-    learn = Learner(DataLoaders(batches, []), copy.deepcopy(net), F.cross_entropy, opt_func=opt_func, lr=lr, wd=0., train_bn=True, cbs=cbs)
+    learn = Learner(DataLoaders(batches, []), copy.deepcopy(net), F.cross_entropy, opt_func=opt_func, lr=lr, wd=0.,
+                    train_bn=True, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return torch.cat([(a - b).detach().flatten() for a, b in zip(learn.model.parameters(), net.parameters())])
 
@@ -278,7 +297,8 @@ def test_two_processes():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2',
+           'CUDA_VISIBLE_DEVICES': ''}
     ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER)], env={**env, 'RANK': str(r)},
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     outs = [p.communicate(timeout=300) for p in ps]

@@ -30,11 +30,15 @@ def short(block, layers, **kw): return lambda: torchvision.models.ResNet(block, 
 
 
 Basic, Bottle = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-NETS = {'resnet18': tv('resnet18'), 'resnet50': tv('resnet50'), 'resnext': short(Bottle, [1, 2, 1, 1], groups=32, width_per_group=4),
-        'wide': short(Bottle, [1, 2, 1, 1], width_per_group=128), 'dilated': short(Bottle, [1, 1, 2, 1], replace_stride_with_dilation=[False, True, True]),
-        'group norm': short(Basic, [2, 1, 1, 1], norm_layer=lambda c: nn.GroupNorm(8, c)), 'timm resnet18': tm('resnet18'), 'timm resnet26': tm('resnet26'),
+NETS = {'resnet18': tv('resnet18'), 'resnet50': tv('resnet50'),
+        'resnext': short(Bottle, [1, 2, 1, 1], groups=32, width_per_group=4),
+        'wide': short(Bottle, [1, 2, 1, 1], width_per_group=128),
+        'dilated': short(Bottle, [1, 1, 2, 1], replace_stride_with_dilation=[False, True, True]),
+        'group norm': short(Basic, [2, 1, 1, 1], norm_layer=lambda c: nn.GroupNorm(8, c)),
+        'timm resnet18': tm('resnet18'), 'timm resnet26': tm('resnet26'),
         'resnet18d': tm('resnet18d'), 'resnet26d': tm('resnet26d'), 'timm dilated': tm('resnet18d', output_stride=8),
-        'drop path': tm('resnet18', drop_path_rate=0.5), 'squeeze': tm('seresnet18'), 'selective': tm('skresnet18'), 'resnest': tm('resnest14d'),
+        'drop path': tm('resnet18', drop_path_rate=0.5), 'squeeze': tm('seresnet18'), 'selective': tm('skresnet18'),
+        'resnest': tm('resnest14d'),
         'resnet20': resnet20, 'resnet18_small': lambda: resnet18_small(width=8)}
 
 
@@ -83,7 +87,8 @@ def test_off_is_a_network_built_without_the_branch(make):
             if k in theirs: assert torch.equal(p.grad, theirs[k].grad), k
             else: assert p.grad is None and k.startswith(f'{name}.'), k
         theirs = twin.state_dict()   # running statistics move as in that network, and the branch's own stay
-        for k, v in net.state_dict().items(): assert torch.equal(v, theirs.get(k.replace(f'{name}.downsample', f'{name}.0'), before[k])), k
+        for k, v in net.state_dict().items():
+            assert torch.equal(v, theirs.get(k.replace(f'{name}.downsample', f'{name}.0'), before[k])), k
         net.load_state_dict(before)
 
 
@@ -93,8 +98,10 @@ def test_off_is_the_block_with_a_branch_of_zeros(make):
     net, x, seen = lively(make()).eval(), torch.randn(2, 3, 32, 48), []
     for name in kinds(net):
         block = net.get_submodule(name)
-        last = next(m for m in (getattr(block, n, None) for n in ('bn3', 'bn2', 'conv3', 'conv2')) if m is not None and not isinstance(m, nn.Identity))
-        hooks = [block.register_forward_hook(lambda m, i, o: seen.append(o.clone())), last.register_forward_hook(lambda m, i, o: torch.zeros_like(o))]
+        last = next(m for m in (getattr(block, n, None) for n in ('bn3', 'bn2', 'conv3', 'conv2')) if m is not None
+                    and not isinstance(m, nn.Identity))
+        hooks = [block.register_forward_hook(lambda m, i, o: seen.append(o.clone())),
+                 last.register_forward_hook(lambda m, i, o: torch.zeros_like(o))]
         with torch.no_grad():
             net(x)
             with deactivated(net, name): net(x)   # hooks of the block still see it
@@ -106,7 +113,8 @@ def small(encoder='resnet18', **kw): return lambda: unet3plus_resnet(5, width=4,
 def deep(encoder='resnet18', **kw): return lambda: deeplabv3plus(5, encoder=encoder, **kw)
 
 
-@pytest.mark.parametrize('make', [small(), small('resnet50', decoder='plain'), deep(), deep('resnet50', output_stride=8)])
+@pytest.mark.parametrize('make', [small(), small('resnet50', decoder='plain'), deep(),
+                                  deep('resnet50', output_stride=8)])
 def test_no_fast_way_around(make):
     "Without autograd our encoders run in another memory layout"
     net, x = lively(make()).eval(), torch.randn(1, 3, 33, 47)
@@ -117,7 +125,8 @@ def test_no_fast_way_around(make):
         with torch.no_grad(): whole, theirs = net.encoder(x), twin._maps(x)
         for m, w in zip(maps, theirs): torch.testing.assert_close(m, w, rtol=1e-4, atol=1e-5 * w.abs().max().item())
         assert not torch.allclose(maps[-1], whole[-1])
-        with deactivated(net, name): torch.testing.assert_close(net(x), out, rtol=1e-3, atol=1e-4 * out.abs().max().item())
+        with deactivated(net, name):
+            torch.testing.assert_close(net(x), out, rtol=1e-3, atol=1e-4 * out.abs().max().item())
 
 
 @pytest.fixture
@@ -126,7 +135,9 @@ def net():
     assert not module._changed
 
 
-def state(net): return [(n, type(m), m.training, dict(m._forward_hooks), sorted(vars(m))) for n, m in net.named_modules()], list(net.state_dict())
+def state(net):
+    return [(n, type(m), m.training, dict(m._forward_hooks), sorted(vars(m))) for n,
+            m in net.named_modules()], list(net.state_dict())
 
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -134,7 +145,8 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_nothing_stays_after_an_exception(net, error):
-    before, weights, ids = state(net.eval()), copy.deepcopy(net.state_dict()), [(id(p), p.data_ptr()) for p in net.parameters()]
+    before, weights, ids = state(net.eval()), copy.deepcopy(net.state_dict()), [(id(p), p.data_ptr())
+            for p in net.parameters()]
     for make in (lambda: deactivated(net, generator=0), lambda: feature_dropout(net)):
         with pytest.raises(error), make():
             net(X)
@@ -173,7 +185,8 @@ def test_nested_in_any_order(net):
     def alone(*names):
         with deactivated(net, names): return net(X)
     both, first, clean = alone('layer2.0', 'layer3.1'), alone('layer2.0'), net(X)
-    a, b, c = deactivated(net, 'layer2.0'), deactivated(net, ['layer2.0', 'layer3.1']), deactivated(net, 'layer2', unit='stage')
+    a, b, c = deactivated(net, 'layer2.0'), deactivated(net, ['layer2.0', 'layer3.1']), deactivated(net, 'layer2',
+            unit='stage')
     a.__enter__(), b.__enter__()
     assert torch.equal(net(X), both)
     a.__exit__(), c.__enter__(), b.__exit__(), c.__exit__()
@@ -223,7 +236,8 @@ def test_wrapped_and_compiled(net, tmp_path):
         with deactivated(ddp, 'layer2.0'): ddp(X).square().mean().backward()
         # nor has a bias before a batch norm, and the decoder's branches do not even round it
         still = {n for n, p in ddp.named_parameters() if p.grad is None or not p.grad.any()}
-        assert still == {n for n, _ in ddp.named_parameters() if ('layer2.0' in n and 'downsample' not in n) or ('branches' in n and n.endswith('conv.bias'))}
+        assert still == {n for n, _ in ddp.named_parameters() if ('layer2.0' in n and 'downsample' not in n)
+                         or ('branches' in n and n.endswith('conv.bias'))}
     finally: torch.distributed.destroy_process_group()
 
 
@@ -253,8 +267,11 @@ def test_batch_norm(make):
 
 def test_counts():
     for name, n in (('resnet18', 8), ('resnet34', 16), ('resnet50', 16), ('resnet101', 33)):
-        with torch.device('meta'): nets = [torchvision.models.get_model(name), timm.create_model(name), resnet_encoder(name)]
-        for net in nets: assert len(residual_blocks(net)) == n and list(residual_blocks(net, 'stage')) == ['layer1', 'layer2', 'layer3', 'layer4']
+        with torch.device('meta'):
+            nets = [torchvision.models.get_model(name), timm.create_model(name), resnet_encoder(name)]
+        for net in nets:
+            assert len(residual_blocks(net)) == n and list(residual_blocks(net, 'stage')) == ['layer1', 'layer2',
+                    'layer3', 'layer4']
 
 
 def test_draws(net):
@@ -263,7 +280,8 @@ def test_draws(net):
         drawn = [draw_blocks(net, unit, p, g) for _ in range(200)]
         for names in drawn[:5]:
             with deactivated(net, unit=unit, p=p, generator=again) as off: assert off == names
-        assert {len(d) for d in drawn} == ({1} if unit == 'block' else {0} if p == 0 else {4} if p == 1 else {0, 1, 2, 3, 4})
+        assert {len(d) for d in drawn} == ({1} if unit == 'block' else {0} if p == 0 else {4} if p == 1
+                                           else {0, 1, 2, 3, 4})
         assert {n for d in drawn for n in d} == (set() if p == 0 else set(residual_blocks(net, unit)))
     torch.manual_seed(4)
     one = draw_blocks(net)
@@ -274,11 +292,13 @@ def test_draws(net):
 
 def test_what_has_no_residual_blocks_says_so(net):
     for other in (unet3plus_tiny(3), PlainEncoder(), timm.create_model('resnetv2_18'), nn.Conv2d(3, 3, 3),
-                  torchvision.models.feature_extraction.create_feature_extractor(torchvision.models.resnet18(), ['layer4'])):
+                  torchvision.models.feature_extraction.create_feature_extractor(torchvision.models.resnet18(),
+            ['layer4'])):
         with pytest.raises(ValueError, match='has no residual blocks to switch off. ResNets have'): deactivated(other)
     with pytest.raises(TypeError, match='expected a torch.nn.Module, got str'): residual_blocks('resnet18')
     for block in ('layer5.0', 'layer1', 8, -1, True, 1., None.__class__):
-        with pytest.raises(ValueError, match='there is no block .*: give a name or an index from 0 to 7, of layer1.0'): deactivated(net, [block])
+        with pytest.raises(ValueError, match='there is no block .*: give a name or an index from 0 to 7, of layer1.0'):
+            deactivated(net, [block])
     for p in (-0.1, 1.1, '0.25', True):
         with pytest.raises(ValueError, match='probability from 0 to 1'): draw_blocks(net, p=p)
     with pytest.raises(TypeError, match='generator='): draw_blocks(net, generator='seven')
@@ -310,7 +330,8 @@ def test_dropped_features_are_decoded_beside_clean_ones(make, training):
     def gradients(n, outs):
         decoder = n.decoder if hasattr(n, 'decoder') else n.fuse
         return torch.autograd.grad(sum(o[2:].square().mean() for o in outs), list(decoder.parameters()))
-    for a, b in zip(gradients(net, outs), gradients(by_hand, wants)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    for a, b in zip(gradients(net, outs), gradients(by_hand, wants)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
     if not training: torch.testing.assert_close(outs[0][:2], net(X), rtol=1e-4, atol=1e-5 * outs[0].abs().max().item())
     assert state(net) == before and not module._changed
 
@@ -318,9 +339,11 @@ def test_dropped_features_are_decoded_beside_clean_ones(make, training):
 def test_dropping_from_other_encoders():
     from torchvision.models._utils import IntermediateLayerGetter
     layers = {f'layer{i}': str(i) for i in range(1, 5)}
-    for encoder in (timm.create_model('resnet18', features_only=True), IntermediateLayerGetter(torchvision.models.resnet18(), layers)):
+    for encoder in (timm.create_model('resnet18', features_only=True),
+                    IntermediateLayerGetter(torchvision.models.resnet18(), layers)):
         net = lively(UNet3Plus(encoder, 5, width=4, cgm=True)).eval()
-        with feature_dropout(net, generator=0), feature_dropout(net, p=0., generator=1): assert net(X).shape == (8, 5, 32, 32)
+        with feature_dropout(net, generator=0), feature_dropout(net, p=0., generator=1):
+            assert net(X).shape == (8, 5, 32, 32)
         with feature_dropout(net, generator=0, beside=False): assert net(X).shape == (2, 5, 32, 32)
         with deactivated(net, 3) as names: assert names == ['layer2.1'] and net(X).shape == (2, 5, 32, 32)
     maps = (torch.ones(64, 50, 3, 3), torch.ones(64, 7, 1, 1))
@@ -331,7 +354,9 @@ def test_dropping_from_other_encoders():
         assert abs((d > 0).float().mean() - 0.8) < 0.05
     for p in (1, -0.1, True, '0.5'):
         with pytest.raises(ValueError, match='from 0 to below 1'): feature_dropout(given, p=p)
-    with pytest.raises(ValueError, match=r'tensor of shape \(2, 10\): pass the encoder'), feature_dropout(net := resnet20()): net(X)
+    with pytest.raises(ValueError, match=r'tensor of shape \(2, 10\): pass the encoder'), feature_dropout(
+            net := resnet20()):
+        net(X)
 
 
 def deeplab_formula(w, x, maps, rates):
@@ -343,7 +368,9 @@ def deeplab_formula(w, x, maps, rates):
         return (x * w[n + 'weight'][:, None, None] + w[n + 'bias'][:, None, None]).relu()
     def resized(x, size): return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
     deep, fine = maps[-1], maps[1]
-    w |= {k.replace('convs.4.1.', 'convs.4.0.').replace('convs.4.2.', 'convs.4.1.'): v for k, v in w.items() if 'convs.4' in k}   # its first layer is the mean
+    # its first layer is the mean
+    w |= {k.replace('convs.4.1.', 'convs.4.0.').replace('convs.4.2.', 'convs.4.1.'): v for k, v in w.items()
+          if 'convs.4' in k}
     pyramid = [conv(deep, 'pyramid.convs.0')] + [conv(deep, f'pyramid.convs.{i + 1}', r) for i, r in enumerate(rates)]
     pyramid += [conv(deep.mean((2, 3), keepdim=True), 'pyramid.convs.4').expand_as(pyramid[0])]
     deep = resized(conv(torch.cat(pyramid, 1), 'pyramid.project'), fine.shape[-2:])
@@ -359,7 +386,8 @@ def test_deeplab_beside_its_formula(encoder, stride):
     for size in ((97, 131), (64, 64), (33, 20)):
         x = torch.randn(1, 3, *size)
         maps = net.encoder(x)
-        for s, m in zip((2, 4, 8, 16, 32), maps): assert m.shape[2:] == tuple(-(-side // min(s, stride)) for side in size)
+        for s, m in zip((2, 4, 8, 16, 32), maps):
+            assert m.shape[2:] == tuple(-(-side // min(s, stride)) for side in size)
         want = deeplab_formula(net.state_dict(), x, maps, {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}[stride])
         out = net(x)
         assert out.shape == (1, 3, *size)
@@ -377,10 +405,12 @@ def test_dilation_keeps_what_the_weights_meant(name, stride):
         torch.testing.assert_close(b[:, :, ::step, ::step], a, rtol=1e-4, atol=1e-5 * a.abs().max().item())
 
 
-@pytest.mark.parametrize('name, millions', [('resnet18', 11.18), ('resnet34', 21.28), ('resnet50', 23.51), ('resnet101', 42.50)])
+@pytest.mark.parametrize('name, millions', [('resnet18', 11.18), ('resnet34', 21.28), ('resnet50', 23.51),
+                                            ('resnet101', 42.50)])
 def test_deeplab_keeps_its_encoders_weights(name, millions, tmp_path):
     net, plain = deeplabv3plus(4, in_channels=1, encoder=name), resnet_encoder(name, 1)
-    assert {k: v.shape for k, v in net.encoder.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert {k: v.shape for k, v in net.encoder.state_dict().items()} == {k: v.shape for k,
+            v in plain.state_dict().items()}
     assert abs(sum(p.numel() for p in resnet_encoder(name).parameters()) / 1e6 - millions) < 0.01
     assert FACTORIES['deeplabv3plus'] is deeplabv3plus
     x = torch.randn(2, 1, 40, 56)
@@ -389,5 +419,6 @@ def test_deeplab_keeps_its_encoders_weights(name, millions, tmp_path):
         with torch.no_grad(): assert torch.equal(again(x), net.eval()(x))
     with pytest.raises(ValueError, match='dilated already'): dilate(net.encoder)
     with pytest.raises(ValueError, match='8, 16 or 32'): dilate(plain, 4)
-    with pytest.raises(ValueError, match=r'images \(batch, 1, height, width\), got torch.float32 of shape \(2, 3'): net(torch.zeros(2, 3, 40, 56))
+    with pytest.raises(ValueError, match=r'images \(batch, 1, height, width\), got torch.float32 of shape \(2, 3'):
+        net(torch.zeros(2, 3, 40, 56))
     with pytest.raises(ValueError, match='at least 2 images'): net.train()(x[:1])

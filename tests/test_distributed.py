@@ -171,7 +171,8 @@ def main(out):
 if __name__ == '__main__': main(Path(sys.argv[1]))
 '''
 
-EQUAL = ['plain', 'noise', 'noise_epoch', 'damp', 'damp_4', 'damp_sync', 'sam', 'sam_global', 'asam', 'noise_and_sam', 'damp_and_sam', 'mlpmatch',
+EQUAL = ['plain', 'noise', 'noise_epoch', 'damp', 'damp_4', 'damp_sync', 'sam', 'sam_global', 'asam', 'noise_and_sam',
+         'damp_and_sam', 'mlpmatch',
          'mlpmatch_parts', 'workers']
 ONLY_TWO = ['own_noise', 'drawn_seed', 'mlpmatch_own', 'batch_norm', 'bf16']
 
@@ -186,10 +187,13 @@ def runs(tmp_path_factory):
     top = tmp_path_factory.mktemp('distributed')
     (top/'script.py').write_text(SCRIPT)
     for name in ('one', 'two'): (top/name).mkdir()
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR',
+                                                            'MASTER_PORT')}
     env |= dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo', PYTHONWARNINGS='ignore')
-    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', free_port()]
-    jobs = [subprocess.Popen([sys.executable, *more, str(top/'script.py'), str(top/name)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port',
+                free_port()]
+    jobs = [subprocess.Popen([sys.executable, *more, str(top/'script.py'), str(top/name)], env=env,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for name, more in (('one', []), ('two', torchrun))]
     deadline, said = time.time() + 400, []
     try:
@@ -206,9 +210,11 @@ def alone(runs, name): return torch.load(runs[0]/f'one/{name}-0.pt')
 @pytest.mark.parametrize('name', EQUAL + ONLY_TWO)
 def test_weights_are_equal_after_every_step(runs, name):
     a, b = load(runs, name)
-    assert a['digests'] == b['digests'] and len(set(a['digests'])) == len(a['digests']) == (3 if name == 'workers' else 4 if 'mlpmatch' in name else 6)
+    assert a['digests'] == b['digests'] and len(set(a['digests'])) == len(a['digests']) == (3 if name == 'workers'
+            else 4 if 'mlpmatch' in name else 6)
     assert a['values'] == b['values'] and a['epoch'] == b['epoch']
-    for k, v in a['weights'].items(): assert torch.equal(v, b['weights'][k]) and (not v.is_floating_point() or v.isfinite().all()), k
+    for k, v in a['weights'].items():
+        assert torch.equal(v, b['weights'][k]) and (not v.is_floating_point() or v.isfinite().all()), k
 
 @pytest.mark.parametrize('name', EQUAL)
 def test_two_processes_train_as_one_with_the_whole_batch(runs, name):
@@ -228,16 +234,19 @@ def test_noise_is_shared_or_each_has_its_own(runs):
 
 def test_mixed_precision(runs):
     low, full = load(runs, 'bf16')[0], load(runs, 'damp_and_sam')[0]
-    assert low['values'][-1][0] < low['values'][0][0] and low['values'][-1][0] == pytest.approx(full['values'][-1][0], abs=0.05)
+    assert low['values'][-1][0] < low['values'][0][0] and low['values'][-1][0] == pytest.approx(full['values'][-1][0],
+            abs=0.05)
 
 def test_checkpoints_are_written_once(runs):
     a, b = load(runs, 'checkpoints')
-    assert a['written'] == ['middle.safetensors', 'middle.json', 'end.safetensors', 'end.json'] and b['written'] == [] and a['paths'] == b['paths']
+    assert a['written'] == ['middle.safetensors', 'middle.json', 'end.safetensors',
+                            'end.json'] and b['written'] == [] and a['paths'] == b['paths']
     folders = runs[0]/'two', runs[0]/'one'
     assert filecmp.cmp(*(f/'middle.safetensors' for f in folders), shallow=False)   # names, numbers and card
     cards = [json.loads((f/'end.json').read_text()) for f in folders]
     for c in cards: c.pop('metrics')
-    assert cards[0] == cards[1] and cards[0]['architecture']['factory'] == 'unet3plus_tiny' and cards[0]['classes'][1] == 'disc'
+    assert cards[0] == cards[1] and cards[0]['architecture']['factory'] == 'unet3plus_tiny' and cards[0]['classes'][
+            1] == 'disc'
     assert not [p.name for p in folders[0].iterdir() if p.name.endswith('.part')]
 
 def test_validation_counts_each_image_once_and_predictions_come_in_order(runs):
@@ -253,5 +262,6 @@ def test_when_one_process_fails_all_have_clean_weights(runs):
     assert failed['error'].startswith('ZeroDivisionError') and failed['seconds'] < 20
     assert waited['error'].startswith('RuntimeError') and 20 < waited['seconds'] < 90   # its patience was 30 s
     for found in (waited, failed):
-        assert not found['injected'] and not found['climbed'] and len(found['digests']) == 2 and found['digest'] == found['digests'][-1]
+        assert not found['injected'] and not found['climbed'] and len(found['digests']) == 2 and found[
+                'digest'] == found['digests'][-1]
     assert waited['digest'] == failed['digest'] and returncode != 0 and 'ZeroDivisionError' in said

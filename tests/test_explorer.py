@@ -1,4 +1,4 @@
-"""The explorer as people use it: in a real JupyterLab and as a page without a kernel, in a real browser (see test_lab.py for when it is skipped)."""
+("""The explorer as people use it: in a real JupyterLab and as a page without a kernel, in a real browser (see test_lab.py for when it is skipped).""")
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,8 +7,10 @@ import pytest
 from conftest import copy_project, root
 from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
 
-cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.laws import Law\nfrom dataclasses import dataclass',
-         '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): raise RuntimeError("this law fails")',
+cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.laws import Law\nfrom dataclasses '
+         'import dataclass',
+         '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): '
+         'raise RuntimeError("this law fails")',
          'e = NoiseExplorer()\ne']
 
 
@@ -26,7 +28,8 @@ class Seen:
         for _ in range(int(seconds * 50)):
             if f(): return
             self.page.wait_for_timeout(20)
-        raise AssertionError(f'waited {seconds} s in vain; level {self.data("level")}, error {self.root.locator(".error").inner_text()!r}')
+        raise AssertionError(f'waited {seconds} s in vain; level {self.data("level")}, error '
+                             f'{self.root.locator(".error").inner_text()!r}')
 
     def pixels(self):
         "A number for each panel that changes with its picture"
@@ -124,7 +127,8 @@ def corrupt(seen):
     choose.select_option('motion_blur')
     shown('motion blur, severity 3')
     blurred = seen.pixels()
-    assert all(a != b for a, b in zip(clean, blurred))                              # the picture, both masks, the errors
+    # the picture, both masks, the errors
+    assert all(a != b for a, b in zip(clean, blurred))
     assert 'motion blur, severity 3' in root.locator('figure').first.inner_text()
     severity.fill('5')
     shown('motion blur, severity 5')
@@ -134,7 +138,8 @@ def corrupt(seen):
     root.focus()
     page.keyboard.press('ArrowLeft')
     seen.wait(lambda: float(seen.data('level')) < level)
-    assert seen.pixels()[0] == severest[0] and seen.pixels()[1] != severest[1]      # noise changes masks, not the picture
+    # noise changes masks, not the picture
+    assert seen.pixels()[0] == severest[0] and seen.pixels()[1] != severest[1]
     page.keyboard.press('ArrowRight')
     seen.wait(lambda: seen.pixels() == severest)
     page.keyboard.press('c')
@@ -155,7 +160,8 @@ def quantize(seen):
     title, new = root.locator('.level b'), root.get_by_role('button', name='a new draw (R)')
     root.get_by_label('noise law').select_option('Quantize')
     seen.levelled(4)
-    assert title.inner_text() == 'bits of a weight' and not new.is_visible() and not root.get_by_label('seed of the draw').is_visible()
+    assert title.inner_text() == 'bits of a weight' and not new.is_visible() and not root.get_by_label(
+            'seed of the draw').is_visible()
     seed, fine = seen.data('seed'), seen.pixels()
     root.focus()
     page.keyboard.press('r')
@@ -166,7 +172,8 @@ def quantize(seen):
     seen.levelled(0)
     assert root.locator('.level .unit').inner_text() == 'not quantized'
     clean = seen.pixels()
-    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') == 12)   # 1 to 12 bits; 0 is a line of its own
+    # 1 to 12 bits; 0 is a line of its own
+    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') == 12)
     root.get_by_label('corruption of the picture').select_option('snow')            # a corruption is drawn
     seen.wait(lambda: new.is_visible())
     snow = seen.pixels()[0]
@@ -203,7 +210,8 @@ def test_explorer_in_jupyterlab(tmp_path):
         root = seen.root
         root.get_by_label('noise law').select_option('MultiplicativeGaussian')
         seen.wait(lambda: root.locator('.level b').inner_text() == 'noise sigma')
-        root.get_by_label('noise law').select_option('Failing')                     # a law that fails is told of, and the explorer lives on
+        # a law that fails is told of, and the explorer lives on
+        root.get_by_label('noise law').select_option('Failing')
         seen.wait(lambda: 'RuntimeError: this law fails' in root.locator('.error').inner_text())
         root.get_by_label('noise law').select_option('MaxGaussian')
         seen.wait(lambda: not root.locator('.error').is_visible())
@@ -215,7 +223,8 @@ def test_explorer_in_jupyterlab(tmp_path):
         root.get_by_label('alpha of the law').press('Enter')
         seen.wait(lambda: not root.locator('.error').is_visible())
         root.get_by_label('which layers get noise').select_option('first 5 layers')
-        root.evaluate(f'(root) => ({drag})({{root, moves: 60}})')                   # comes back when the last move is shown
+        # comes back when the last move is shown
+        root.evaluate(f'(root) => ({drag})({{root, moves: 60}})')
         page.set_viewport_size(dict(width=900, height=1200))
         assert seen.js('el => el.scrollWidth <= el.clientWidth + 1')
         assert not ours(page.complaints)
@@ -265,19 +274,22 @@ def test_a_saved_page_needs_nothing_else(tmp_path):
 
 
 def test_a_corrupted_page(tmp_path):
-    "A page without a kernel shows the corruption that it was made under: a picture for each draw, and what changed against the clean prediction"
+    ("A page without a kernel shows the corruption that it was made under: a picture for each draw, and what changed "
+     "against the clean prediction")
     browser_path()
     import torch
 
     from noisyseg.show.explorer import NoiseExplorer
     from noisyseg.nets.unet3plus import unet3plus_tiny
     torch.manual_seed(0)
-    e = NoiseExplorer(unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(1, 3, 32, 48), corruption='elastic_transform', severity=5)
+    e = NoiseExplorer(unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(1, 3, 32, 48),
+                      corruption='elastic_transform', severity=5)
     e.to_site(tmp_path/'site', samples=[0], levels=[0, 0.1], seeds=[0, 7])
     with served(tmp_path/'site') as url, browser_page(tmp_path/'profile') as page:
         page.goto(f'{url}/index.html')
         seen = Seen(page)
-        assert seen.data('corruption') == 'elastic transform, severity 5' and not seen.root.get_by_label('corruption of the picture').count()
+        assert seen.data('corruption') == 'elastic transform, severity 5' and not seen.root.get_by_label(
+                'corruption of the picture').count()
         pictures = []
         for seed in 0, 7:
             for level in 0., 0.1:
@@ -287,7 +299,8 @@ def test_a_corrupted_page(tmp_path):
                 assert seen.data('seed') == str(seed)
                 f = e.frame(dict(level=level, seed=seed))
                 changed = (f['preds']['model'][0] != f['reference']['model']).mean()
-                assert seen.root.locator('figure').nth(3).inner_text().split() == ['changed', f'{100 * changed:.1f}', '%', 'of', 'pixels']
+                assert seen.root.locator('figure').nth(3).inner_text().split() == ['changed', f'{100 * changed:.1f}',
+                        '%', 'of', 'pixels']
             pictures.append(seen.pixels()[0])
             seen.root.get_by_role('button', name='a new draw (R)').click()
         assert pictures[0] != pictures[1]
@@ -307,7 +320,9 @@ def test_the_slider_does_not_corrupt_again(monkeypatch):
     nets = {k: unet3plus_tiny(3, upsample='after', deep_supervision=False) for k in 'ab'}
     e = NoiseExplorer(nets, (torch.rand(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))), corruption='snow')
     e.send = lambda *args: None
-    for i in range(20): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 40, 'where': e.info['wheres'][i % 2]}, have=None), [])
+    for i in range(20):
+        e._answer(None, dict(id=i, state={**e.state(), 'level': i / 40, 'where': e.info['wheres'][i % 2]}, have=None),
+                  [])
     assert len(made) == 1
     for changes in dict(severity=4), dict(seed=9), dict(sample=1), dict(corruption='fog'): e.frame(changes)
     assert len(made) == 5
@@ -315,7 +330,8 @@ def test_the_slider_does_not_corrupt_again(monkeypatch):
 
 
 def test_memory_stays_flat():
-    "A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than the cache"
+    ("A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than "
+     "the cache")
     import torch
     from ipywidgets.widgets.widget import _instances
 
@@ -341,7 +357,8 @@ def test_memory_stays_flat():
     assert e.lens._bytes <= 0.01 * 2**20 and len(e.lens._cache) <= 21 and len(e.lens._clones) == 1
     e.close()
     e = explorer.NoiseExplorer(net, torch.rand(2, 3, 32, 32), cache_mb=0.1)
-    for i in range(100): e._answer(None, dict(id=i, state={**e.state(), 'seed': i, 'corruption': 'elastic_transform'}, have=None), [])
+    for i in range(100):
+        e._answer(None, dict(id=i, state={**e.state(), 'seed': i, 'corruption': 'elastic_transform'}, have=None), [])
     assert sum(n for _, n in e.lens._cache.values()) == e.lens._bytes <= 0.1 * 2**20
     e.close()
 

@@ -23,7 +23,8 @@ from conftest import copy_project, root
 
 tour = os.environ.get('NOISYSEG_TOUR', 'nbs/tutorials/tour.ipynb')
 patience = int(os.environ.get('NOISYSEG_TOUR_SECONDS', 840))
-flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
 
 
@@ -44,11 +45,13 @@ def jupyterlab(project, home):
         port = s.getsockname()[1]
     token, log = secrets.token_hex(16), home/'jupyterlab.log'
     folders = {f'JUPYTER_{o}_DIR': str(home/o.lower()) for o in ('CONFIG', 'DATA', 'RUNTIME')}
-    env = {**os.environ, **folders, 'JUPYTER_PREFER_ENV_PATH': '1', 'JUPYTER_TOKEN': token, 'IPYTHONDIR': str(home/'ipython'),
+    env = {**os.environ, **folders, 'JUPYTER_PREFER_ENV_PATH': '1', 'JUPYTER_TOKEN': token,
+           'IPYTHONDIR': str(home/'ipython'),
            'PLOTLY_RENDERER': 'plotly_mimetype+notebook_connected', 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings')}
     data = root.parent/'shared'/'data'
     if data.exists(): env.setdefault('NOISYSEG_DATA', str(data))
-    cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}',
+    cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1',
+           f'--ServerApp.port={port}',
            '--ServerApp.port_retries=0', f'--ServerApp.root_dir={project}', '--LabApp.expose_app_in_browser=True',
            f'--LabApp.workspaces_dir={home/"workspaces"}', '--LabApp.news_url=None',
            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
@@ -73,18 +76,21 @@ def browser_page(profile):
     from playwright.sync_api import sync_playwright
     path = browser_path()
     with sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(profile, executable_path=path, args=flags, viewport=dict(width=1400, height=1000))
+        context = p.chromium.launch_persistent_context(profile, executable_path=path, args=flags,
+                                                       viewport=dict(width=1400, height=1000))
         page = context.new_page()
         page.complaints = []
         page.on('pageerror', lambda e: page.complaints.append(f'uncaught: {e}'))
-        page.on('console', lambda m: m.type == 'error' and page.complaints.append(f'{m.text} ({m.location.get("url", "")})'))
+        page.on('console', lambda m: m.type == 'error' and page.complaints.append(
+                f'{m.text} ({m.location.get("url", "")})'))
         try: yield page
         finally: context.close()
 
 
 def write_notebook(path, *sources):
     "A new notebook with these cells"
-    code = lambda o: dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=o, outputs=[], execution_count=None)
+    code = lambda o: dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=o, outputs=[],
+                          execution_count=None)
     path.write_text(json.dumps(dict(cells=[code(o) for o in sources], nbformat=4, nbformat_minor=5,
                                     metadata=dict(kernelspec=dict(name='python3', display_name='python3')))))
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from noisyseg.train.losses import (DeepSupervisionLoss, FocalLoss, HybridLoss, IoULoss, MSSSIMLoss, class_presence, ms_ssim,
+from noisyseg.train.losses import (DeepSupervisionLoss, FocalLoss, HybridLoss, IoULoss, MSSSIMLoss, class_presence,
+                                   ms_ssim,
     presence_loss)
 from noisyseg.measure.metrics import ConfusionMeter, miou_from_matrix, to_mask
 
@@ -166,7 +167,8 @@ def test_absent_classes(absent, expected):
 
 def _count_a_share(child, store, rank=1):
     "Count some of the images in this process, and check that both processes read the matrix of all"
-    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2,
+                                         timeout=timedelta(minutes=3))
     try:
         g = torch.Generator().manual_seed(0)
         x, y = torch.randn(5, 3, 8, 8, generator=g), torch.randint(0, 3, (5, 8, 8), generator=g)

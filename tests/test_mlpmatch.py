@@ -1,4 +1,5 @@
-"The loss and the step of MLPMatch against independent computations: numpy, steps by hand, autocast, two real processes, failures."
+("The loss and the step of MLPMatch against independent computations: numpy, steps by hand, autocast, two real "
+ "processes, failures.")
 import copy
 import os
 import socket
@@ -59,7 +60,8 @@ def reference(logits, weak, inside, tau, keep=None):
     if keep is not None:
         boxes, partner = keep
         old = label.copy(), conf.copy(), inside.copy()
-        for k, i, j in zip(*np.nonzero(boxes)): label[k, i, j], conf[k, i, j], inside[k, i, j] = (o[partner[k], i, j] for o in old)
+        for k, i, j in zip(*np.nonzero(boxes)):
+            label[k, i, j], conf[k, i, j], inside[k, i, j] = (o[partner[k], i, j] for o in old)
     total = 0.
     for k, i, j in zip(*np.nonzero(inside & (conf >= tau))):
         z = logits[k, :, i, j]
@@ -70,7 +72,8 @@ def reference(logits, weak, inside, tau, keep=None):
 @pytest.mark.parametrize('seed', range(8))
 def test_terms_are_numpys(seed):
     r = np.random.default_rng(seed)
-    b, u, classes, size = (int(r.integers(1, 4)), int(r.integers(2, 5)), int(r.integers(2, 7)), tuple(r.integers(1, 9, 2)))
+    b, u, classes, size = (int(r.integers(1, 4)), int(r.integers(2, 5)), int(r.integers(2, 7)),
+                           tuple(r.integers(1, 9, 2)))
     draw = lambda n: r.normal(size=(n, classes, *size)) * 3
     x, x_np, weak, s1, s2, fp, np_ = (draw(n) for n in (b, b, u, u, u, u, u))
     y, inside = r.integers(0, classes, (b, *size)), r.random((u, *size)) < 0.8
@@ -85,20 +88,24 @@ def test_terms_are_numpys(seed):
         v = [-logp[k, y[k, i, j], i, j] for k, i, j in zip(*np.nonzero(y != 255))]
         return sum(v) / max(len(v), 1)
     weak = weak.astype(np.float32).astype(np.float64)   # a confidence is compared in float32
-    e = {'L_x': labelled(x), 'L_x_np': labelled(x_np), 'L_u_fp': reference(fp, weak, inside, tau), 'L_u_np': reference(np_, weak, inside, tau),
-         'L_u_s1': reference(s1, weak, inside, tau, (boxes[0], partner)), 'L_u_s2': reference(s2, weak, inside, tau, (boxes[1], partner))}
+    e = {'L_x': labelled(x), 'L_x_np': labelled(x_np), 'L_u_fp': reference(fp, weak, inside, tau),
+         'L_u_np': reference(np_, weak, inside, tau),
+         'L_u_s1': reference(s1, weak, inside, tau, (boxes[0], partner)),
+         'L_u_s2': reference(s2, weak, inside, tau, (boxes[1], partner))}
     l = lam * progress
     e['total'] = ((1 - l) * e['L_x'] + l * e['L_x_np'] + 0.25 * sum(e[n] for n in UNLABELLED)) / 2
     for n, v in e.items(): assert terms[n].item() == pytest.approx(v, rel=1e-4, abs=1e-6), n
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('edge', ['nobody sure', 'all margin', 'all void', 'no box', 'all box', 'tau 0', 'tau 1', 'huge logits'])
+@pytest.mark.parametrize('edge', ['nobody sure', 'all margin', 'all void', 'no box', 'all box', 'tau 0', 'tau 1',
+                                  'huge logits'])
 def test_edges(dtype, edge):
     g = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randn(n, 3, 4, 5, generator=g).to(dtype).requires_grad_()
     x, x_np, weak, s1, s2, fp, np_ = (draw(n) for n in (2, 2, 3, 3, 3, 3, 3))
-    y, inside, boxes = torch.randint(0, 3, (2, 4, 5), generator=g), torch.ones(3, 4, 5, dtype=torch.bool), torch.zeros(3, 4, 5, dtype=torch.bool)
+    y, inside, boxes = torch.randint(0, 3, (2, 4, 5), generator=g), torch.ones(3, 4, 5,
+            dtype=torch.bool), torch.zeros(3, 4, 5, dtype=torch.bool)
     tau, scale = {'nobody sure': 0.9999, 'tau 0': 0., 'tau 1': 1.}.get(edge, 0.4), 1e4 if edge == 'huge logits' else 1.
     if edge == 'all margin': inside[:] = False
     if edge == 'all void': y[:] = 255
@@ -117,7 +124,8 @@ def test_edges(dtype, edge):
 
 
 def test_labels_in_a_box_belong_to_the_partner():
-    pseudo = PseudoLabels(torch.arange(3)[:, None, None].expand(3, 4, 4), torch.rand(3, 4, 4), torch.rand(3, 4, 4) < 0.5)
+    pseudo = PseudoLabels(torch.arange(3)[:, None, None].expand(3, 4, 4), torch.rand(3, 4, 4), torch.rand(3, 4, 4)
+                          < 0.5)
     boxes = torch.rand(3, 4, 4) < 0.5
     mixed = pseudo.mix(boxes, torch.tensor([2, 0, 1]))
     for a, b in zip(mixed, pseudo):
@@ -130,7 +138,8 @@ def test_labels_in_a_box_belong_to_the_partner():
 @pytest.mark.parametrize('level', MATCH_LEVELS)
 @pytest.mark.parametrize('pseudo', ['train', 'eval'])
 def test_every_parameter_learns_and_autocast_loses_none(level, pseudo):
-    "A pass without gradients inside autocast leaves copies of the weights that have none; a later pass must not take them."
+    ("A pass without gradients inside autocast leaves copies of the weights that have none; a later pass must not take "
+     "them.")
     model, b = net(), batch()
     full = gradients(model, method(level, pseudo=pseudo).step(model, *b))
     model = net()
@@ -140,7 +149,8 @@ def test_every_parameter_learns_and_autocast_loses_none(level, pseudo):
     assert all((g.abs().sum() > 0) <= (h.abs().sum() > 0) for g, h in zip(full, low))
 
 
-@pytest.mark.parametrize('kw', [{}, dict(pseudo='eval'), dict(unit='stage', p=0.6), dict(strong_views=0), dict(volatile=False), dict(batch_norm='update'),
+@pytest.mark.parametrize('kw', [{}, dict(pseudo='eval'), dict(unit='stage', p=0.6), dict(strong_views=0),
+                                dict(volatile=False), dict(batch_norm='update'),
                                 dict(level='fixmatch')])
 def test_parts_add_up(kw):
     b = batch()
@@ -188,7 +198,8 @@ def test_modes_and_weights_are_restored():
     for n, pseudo in ((0, 'eval'), (1, 'train'), (1, 'eval')):   # in the clean pass; with a block off
         model = net()
         classes = [type(m) for m in model.modules()]
-        with pytest.raises(ZeroDivisionError): method(pseudo=pseudo, supervised=Breaks(n * 5 if n else 0)).step(model, *b)
+        with pytest.raises(ZeroDivisionError):
+            method(pseudo=pseudo, supervised=Breaks(n * 5 if n else 0)).step(model, *b)
         assert [type(m) for m in model.modules()] == classes and all(m.training for m in model.modules())
 
 
@@ -200,7 +211,8 @@ def test_other_networks():
     m.check(model)
     terms = m.step(model, *b)
     assert all(g is not None for g in gradients(model, terms)) and terms.off[0].startswith('layer')
-    cgm = unet3plus_slim(5, width=4, encoder_width=8, layers=(1, 1, 1, 1), cgm=True).train()   # logits of every level, and presence logits
+    # logits of every level, and presence logits
+    cgm = unet3plus_slim(5, width=4, encoder_width=8, layers=(1, 1, 1, 1), cgm=True).train()
     assert torch.isfinite(method().step(cgm, *b).total)
     shallow = unet3plus_slim(5, width=4, encoder_width=8, layers=(1, 1, 1, 1), deep_supervision=False).train()
     assert torch.isfinite(method(in_parts=True).step(shallow, *b).total)
@@ -213,14 +225,17 @@ def test_step_cost_leaves_the_model_alone():
     model = net()
     before = copy.deepcopy(model.state_dict())
     table = step_cost(model, batch(), n=1, ignore_index=255)
-    assert list(table.method) == list(MATCH_LEVELS) and (table.seconds > 0).all() and (table.megabytes.diff()[1:] > 0).all()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    assert list(table.method) == list(MATCH_LEVELS) and (table.seconds > 0).all() and (table.megabytes.diff()[1:]
+            > 0).all()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None
+            for p in model.parameters())
 
 
 # ---- the callback
 
 def learner(batches, model=None, cbs=(), valid=(), **kw):
-    kw = dict(ignore_index=255, threshold=0.3, seed=5, wd=0., train_bn=True, opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1) | kw
+    kw = dict(ignore_index=255, threshold=0.3, seed=5, wd=0., train_bn=True,
+              opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1) | kw
     learn = semi_learner(DataLoaders(list(batches), list(valid)), model or net(), n_classes=5, cbs=cbs, **kw)
     return learn
 
@@ -246,8 +261,10 @@ def test_noise_and_sam_with_accumulation():
     torch.testing.assert_close(moved, -0.1 * by_hand(model), rtol=5e-3, atol=1e-4)
 
     noisy = net()
-    with perturbed(noisy, MaxGaussian(0.02), generator=3): expected = torch.cat([g.flatten() for g in gradients(noisy, method().step(noisy, *bs[0], at=0))])
-    same(fit(learner(bs[:1], law=MaxGaussian(0.02), noise_args=dict(seed=3))) - start, -0.1 * expected, rtol=1e-3, atol=1e-5)
+    with perturbed(noisy, MaxGaussian(0.02), generator=3):
+        expected = torch.cat([g.flatten() for g in gradients(noisy, method().step(noisy, *bs[0], at=0))])
+    same(fit(learner(bs[:1], law=MaxGaussian(0.02), noise_args=dict(seed=3))) - start, -0.1 * expected, rtol=1e-3,
+         atol=1e-5)
 
 
 class Stop(Callback):
@@ -289,7 +306,8 @@ def test_seed_columns_card(tmp_path):
     assert a.recorder.losses == b.recorder.losses and a.recorder.values == b.recorder.values
     assert not torch.equal(fit(learner(bs, seed=6)), fit(learner(bs)))
     names = a.recorder.metric_names
-    assert a.recorder.values[1][names.index('L_u_np') - 1] == pytest.approx(a.mlp_match.frame().query('epoch == 1').L_u_np.mean())
+    assert a.recorder.values[1][names.index('L_u_np') - 1] == pytest.approx(
+            a.mlp_match.frame().query('epoch == 1').L_u_np.mean())
     save_model(a, tmp_path / 'm')
     card = read_card(tmp_path / 'm')
     assert 'mlpmatch' in card['methods'][0] and 'seed 5' in card['methods'][0] and card['metrics']['L_x'] > 0
@@ -299,12 +317,14 @@ def test_seed_columns_card(tmp_path):
     assert torch.equal(loaded(x), a.model.eval()(x))
     quiet = learner(bs, valid=valid, seed=None, columns=False)
     fit(quiet)
-    assert quiet.mlp_match.seed is not None and 'L_x' not in quiet.recorder.metric_names and 'seed' not in quiet.mlp_match.describe()
+    assert (quiet.mlp_match.seed is not None and 'L_x' not in quiet.recorder.metric_names
+            and 'seed' not in quiet.mlp_match.describe())
 
 
 def test_frame_and_levels():
     bs = [batch(s) for s in range(2)]
-    for level, columns in {'supervised': {'L_x'}, 'fixmatch': {'L_x', 'L_u_s', 'L_u_s1'}, 'unimatch': {'L_u_s2', 'L_u_fp', 'agree_fp'},
+    for level, columns in {'supervised': {'L_x'}, 'fixmatch': {'L_x', 'L_u_s', 'L_u_s1'},
+                           'unimatch': {'L_u_s2', 'L_u_fp', 'agree_fp'},
                            'mlpmatch': {'L_x_np', 'L_u_np', 'lam'}}.items():
         l = learner(bs, level=level)
         fit(l)
@@ -361,7 +381,8 @@ def test_two_processes():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': '',
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2',
+           'CUDA_VISIBLE_DEVICES': '',
            'TESTS': os.path.dirname(__file__)}
     ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER)], env={**env, 'RANK': str(r)},
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]

@@ -1,4 +1,4 @@
-"""The monitor as people meet it: a fit runs in a real JupyterLab, its dashboard grows in a real browser, and a click on Stop ends it."""
+("""The monitor as people meet it: a fit runs in a real JupyterLab, its dashboard grows in a real browser, and a click on Stop ends it.""")
 import json
 
 import pytest
@@ -24,7 +24,8 @@ print(json.dumps({**stopped, 'then': monitor.state, 'further': monitor._batch - 
 
 @pytest.mark.timeout(240)
 def test_stop_in_jupyterlab(tmp_path):
-    "Curves and masks appear and change while the fit runs; a click on Stop ends it; the learner goes on from clean weights"
+    ("Curves and masks appear and change while the fit runs; a click on Stop ends it; the learner goes on from clean "
+     "weights")
     browser_path()
     project = copy_project(tmp_path/'project')
     write_notebook(project/'nbs'/'fit.ipynb', FIT, AFTER)
@@ -37,10 +38,12 @@ def test_stop_in_jupyterlab(tmp_path):
             && [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")].every(p => p.getAttribute("d").length > 20)''', timeout=60_000)
         picture = page.locator('img[alt^="Mask predicted with noisy weights"]').first
         seen = picture.get_attribute('src')
-        page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src !== seen', arg=seen, timeout=30_000)
+        page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src '
+                               '!== seen', arg=seen, timeout=30_000)
         assert page.locator('progress[aria-label="Progress of the fit"]').first.evaluate('p => p.value') < 0.9
         assert page.get_by_role('status').filter(has_text='training').count() == 1
-        size = page.locator('.js-plotly-plot').first.evaluate('p => [p._fullLayout.width, p.closest(".jp-OutputArea-output").clientWidth]')
+        size = page.locator('.js-plotly-plot').first.evaluate('p => [p._fullLayout.width, '
+                                                              'p.closest(".jp-OutputArea-output").clientWidth]')
         assert size[0] <= size[1] + 1, f'curves {size[0]} pixels wide where there are {size[1]}'
         assert page.evaluate('() => window.outcome') is None
         stop.click()
@@ -77,7 +80,8 @@ print(json.dumps(dict(state=monitor.state, metrics=sorted(set(shares.metric)), i
 
 @pytest.mark.timeout(240)
 def test_pseudo_labels_in_jupyterlab(tmp_path):
-    "Pseudo-labels, their confidence and their curves appear and change while MLPMatch trains, and a class's name is text, whatever is in it"
+    ("Pseudo-labels, their confidence and their curves appear and change while MLPMatch trains, and a class's name is "
+     "text, whatever is in it")
     browser_path()
     project = copy_project(tmp_path/'project')
     write_notebook(project/'nbs'/'fit.ipynb', PSEUDO, SEEN)
@@ -87,12 +91,17 @@ def test_pseudo_labels_in_jupyterlab(tmp_path):
         picture = page.locator('img[alt^="Pseudo-label of image 4"]').first
         picture.wait_for(timeout=120_000)
         seen = picture.get_attribute('src')
-        page.wait_for_function('seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen', arg=seen, timeout=60_000)
-        page.wait_for_function('() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length >= 5', timeout=60_000)
-        assert page.locator('img[alt^="Confidence in image"]').count() == page.locator('img[alt^="True mask of image"]').count() == 2
-        assert 'τ = 0.4' in page.locator('body').inner_text() and '<img src=x onerror=' in page.locator('body').inner_text()
+        page.wait_for_function('seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen',
+                               arg=seen, timeout=60_000)
+        page.wait_for_function('() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length '
+                               '>= 5', timeout=60_000)
+        assert page.locator('img[alt^="Confidence in image"]').count() == page.locator(
+                'img[alt^="True mask of image"]').count() == 2
+        assert 'τ = 0.4' in page.locator('body').inner_text() and '<img src=x onerror=' in page.locator(
+                'body').inner_text()
         assert page.evaluate('() => window.broken') is None
-        edges = 'l => l.map(i => [i.getBoundingClientRect().right, i.closest(".jp-OutputArea-output").getBoundingClientRect().right])'
+        edges = ('l => l.map(i => [i.getBoundingClientRect().right, '
+                 'i.closest(".jp-OutputArea-output").getBoundingClientRect().right])')
         wide = page.locator('img[alt^="Pseudo-label of image"]').evaluate_all(edges)
         assert all(a <= b + 1 for a, b in wide), wide
         page.get_by_role('button', name='Stop', exact=True).first.click()
@@ -100,5 +109,6 @@ def test_pseudo_labels_in_jupyterlab(tmp_path):
         last = cells_of(page)[1]['outputs'][-1]
         assert last['output_type'] == 'stream', last
         told = json.loads(last['text'])
-        assert told == dict(state='stopped', metrics=['confident', 'pseudo-labels, confident', 'pseudo-labels, right'], inside=True), told
+        assert told == dict(state='stopped', metrics=['confident', 'pseudo-labels, confident', 'pseudo-labels, right'],
+                            inside=True), told
         assert not ours(page.complaints)

@@ -1,4 +1,4 @@
-"""Perturbing models and interrupting it in ways that do not belong in a lesson: every claim of the notebooks, on other people's networks."""
+("""Perturbing models and interrupting it in ways that do not belong in a lesson: every claim of the notebooks, on other people's networks.""")
 import os
 import signal
 import subprocess
@@ -25,7 +25,8 @@ def snapshot(model): return {k: (v.data_ptr(), v.stride(), v.clone()) for k, v i
 
 def same(a, b):
     "Same names, same memory, same bits."
-    return list(a) == list(b) and all(p == q and s == r and torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8))
+    return list(a) == list(b) and all(p == q and s == r and torch.equal(x.contiguous().view(-1).view(torch.uint8),
+            y.contiguous().view(-1).view(torch.uint8))
                                       for (p, s, x), (q, r, y) in zip(a.values(), b.values()))
 
 class Tied(nn.Module):
@@ -34,15 +35,19 @@ class Tied(nn.Module):
         super().__init__()
         self.embed, self.out = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
         self.out.weight = self.embed.weight
-        self.mid = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.LayerNorm(8), parametrizations.spectral_norm(nn.Linear(8, 8)))
+        self.mid = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.LayerNorm(8),
+                                 parametrizations.spectral_norm(nn.Linear(8, 8)))
     def forward(self, x): return self.out(self.mid(self.embed(x.flatten(1)[:, :5].abs().long() % 11)))
 
 ZOO = {
     'resnet18': lambda: torchvision.models.resnet18(), 'mobilenet_v3': lambda: torchvision.models.mobilenet_v3_small(),
-    'deeplab': lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None),
-    'vit (timm)': lambda: timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8), 'convnext (timm)': lambda: timm.create_model('convnext_atto'),
+    'deeplab': lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights=None,
+        weights_backbone=None),
+    'vit (timm)': lambda: timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8),
+    'convnext (timm)': lambda: timm.create_model('convnext_atto'),
     'efficientnet (timm)': lambda: timm.create_model('efficientnet_b0'),
-    'transformer': lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2), 'tied': Tied,
+    'transformer': lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
+    'tied': Tied,
     'lstm': lambda: nn.LSTM(4, 8, 2),
 }
 
@@ -59,9 +64,11 @@ def test_other_peoples_networks(name):
             noisy = [s.value().clone() for s in sites]
         for s, w, v in zip(sites, clean, noisy):
             z_like = (v - w).double()
-            says = {MaxGaussian: 0.1 * w.abs().max(), AbsoluteGaussian: torch.tensor(0.05), MultiplicativeGaussian: 0.2 * w.double().square().mean().sqrt()}
+            says = {MaxGaussian: 0.1 * w.abs().max(), AbsoluteGaussian: torch.tensor(0.05),
+                    MultiplicativeGaussian: 0.2 * w.double().square().mean().sqrt()}
             sigma = says[type(law)]
-            if w.numel() > 2000: assert abs(z_like.std() / sigma - (0.96 if isinstance(law, MaxGaussian) else 1)) < 0.12, (s.name, law)
+            if w.numel() > 2000:
+                assert abs(z_like.std() / sigma - (0.96 if isinstance(law, MaxGaussian) else 1)) < 0.12, (s.name, law)
             if sigma > 0: assert not torch.equal(w, v), s.name
         assert same(before, snapshot(model))
 
@@ -74,7 +81,8 @@ def test_the_noise_reaches_the_output_and_leaves_with_it():
             with perturbed(model, MaxGaussian(0.1), kernels_and_scales, generator=0): noisy = model(x)
             assert not torch.equal(clean, noisy) and torch.equal(clean, model(x)), name
 
-LAWS = [MaxGaussian(), MaxGaussian(per='channel'), MaxGaussian(per='tensor', clip='truncate'), AbsoluteGaussian(), MultiplicativeGaussian()]
+LAWS = [MaxGaussian(), MaxGaussian(per='channel'), MaxGaussian(per='tensor', clip='truncate'), AbsoluteGaussian(),
+        MultiplicativeGaussian()]
 
 @settings(max_examples=60, deadline=None)
 @given(out=st.integers(1, 6), ins=st.integers(1, 6), k=st.integers(1, 4),
@@ -82,7 +90,8 @@ LAWS = [MaxGaussian(), MaxGaussian(per='channel'), MaxGaussian(per='tensor', cli
        dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
        last=st.booleans(), seed=st.integers(0, 2**31 - 1), level=st.floats(0, 10), law=st.sampled_from(LAWS))
 def test_any_layer_any_law_recovers_and_repeats(out, ins, k, kind, dtype, last, seed, level, law):
-    make = {'conv1d': lambda: nn.Conv1d(ins, out, k), 'conv2d': lambda: nn.Conv2d(ins, out, k), 'conv3d': lambda: nn.Conv3d(ins, out, k),
+    make = {'conv1d': lambda: nn.Conv1d(ins, out, k), 'conv2d': lambda: nn.Conv2d(ins, out, k),
+            'conv3d': lambda: nn.Conv3d(ins, out, k),
             'linear': lambda: nn.Linear(ins, out), 'transposed': lambda: nn.ConvTranspose2d(ins, out, k)}[kind]
     m = make().to(dtype)
     if last and kind in ('conv2d', 'transposed'): m = m.to(memory_format=torch.channels_last)
@@ -139,7 +148,8 @@ def test_compiled_and_scripted_models_see_the_noise():
     traced = torch.jit.trace(model, x)
     with torch.no_grad():
         clean = traced(x)
-        with perturbed(traced, AbsoluteGaussian(0.5), lambda name, module, weight: weight.ndim == 4, generator=0): noisy = traced(x)
+        with perturbed(traced, AbsoluteGaussian(0.5), lambda name, module, weight: weight.ndim == 4, generator=0):
+            noisy = traced(x)
         assert not torch.equal(clean, noisy) and torch.equal(clean, traced(x))
 
 def test_a_cached_parametrization_does_not_hide_the_noise():
@@ -162,11 +172,14 @@ def test_gradients_of_a_parametrized_layer_are_those_at_the_noisy_weight():
     assert m.parametrizations.weight.original1.grad.abs().sum() > 0
 
 @pytest.mark.parametrize('nonsense, error', [
-    (lambda m: clone_weights(3), TypeError), (lambda m: clone_weights(m, where=3), TypeError), (lambda m: clone_weights(m, where='no.such.*'), ValueError),
+    (lambda m: clone_weights(3), TypeError), (lambda m: clone_weights(m, where=3), TypeError),
+    (lambda m: clone_weights(m, where='no.such.*'), ValueError),
     (lambda m: clone_weights(m, gradient='half'), ValueError), (lambda m: clone_weights(m).inject(None), TypeError),
     (lambda m: clone_weights(m).inject(MaxGaussian(), 'x'), TypeError),
-    (lambda m: clone_weights(m).inject(lambda w, z: w[:1]), ValueError), (lambda m: clone_weights(m).rescale(1), RuntimeError),
-    (lambda m: perturbed(m, 0.5).__enter__(), TypeError), (lambda m: perturbed(m, MaxGaussian(), conv_and_norm.first(-1)).__enter__(), ValueError),
+    (lambda m: clone_weights(m).inject(lambda w, z: w[:1]), ValueError),
+    (lambda m: clone_weights(m).rescale(1), RuntimeError),
+    (lambda m: perturbed(m, 0.5).__enter__(), TypeError), (lambda m: perturbed(m, MaxGaussian(),
+        conv_and_norm.first(-1)).__enter__(), ValueError),
 ])
 def test_nonsense_is_refused_and_the_model_untouched(nonsense, error):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -208,7 +221,8 @@ while caught < 40:
 
 def test_ctrl_c_at_random_moments_leaves_clean_weights():
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(CTRL_C)], stdout=subprocess.PIPE, text=True, env=env)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(CTRL_C)], stdout=subprocess.PIPE,
+                         text=True, env=env)
     try:
         assert p.stdout.readline() == 'ready\n'
         left = []
@@ -220,7 +234,8 @@ def test_ctrl_c_at_random_moments_leaves_clean_weights():
     finally: p.kill()
 
 
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason='only the main thread hears Ctrl-C')
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(),
+                    reason='only the main thread hears Ctrl-C')
 def test_ctrl_c_in_an_inner_block_does_not_wait_for_the_outer_one(monkeypatch):
     "It waits until the inner block's weights are back, and no longer"
     net, reached = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), []

@@ -22,13 +22,15 @@ from noisyseg.train.learner import WeightNoise, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
-laws = st.builds(Quantize, st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.sampled_from(['channel', 'tensor']), st.sampled_from(['symmetric', 'minmax']))
+laws = st.builds(Quantize, st.sampled_from([2, 3, 4, 5, 6, 7, 8]), st.sampled_from(['channel', 'tensor']),
+                 st.sampled_from(['symmetric', 'minmax']))
 exact = dict(rtol=0, atol=0)
 
 
 def weight(shape, seed, scale, shift):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g) * torch.rand((shape[0], *[1] * (len(shape) - 1)), generator=g) * scale + shift
+    return torch.randn(shape, generator=g) * torch.rand((shape[0], *[1] * (len(shape) - 1)),
+                                                        generator=g) * scale + shift
 
 
 @settings(max_examples=300, deadline=None)
@@ -45,7 +47,8 @@ def test_the_grid_is_pytorchs(shape, law, seed, scale, shift):
 
 
 @settings(max_examples=100, deadline=None)
-@given(shapes.filter(lambda s: len(s) > 1), st.sampled_from([2, 4, 8]), st.integers(0, 10**6), st.sampled_from([0., -1.5, 0.3]))
+@given(shapes.filter(lambda s: len(s) > 1), st.sampled_from([2, 4, 8]), st.integers(0, 10**6),
+       st.sampled_from([0., -1.5, 0.3]))
 def test_ranges_are_the_observers(shape, bits, seed, shift):
     w = weight(shape, seed, 1., shift)
     args = dict(dtype=torch.quint8, quant_min=0, quant_max=2**bits - 1, eps=0.)
@@ -96,10 +99,12 @@ def test_more_bits_are_closer():
 
 def test_exact_recovery_and_sliders():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 300, 3), nn.BatchNorm2d(300), nn.Conv2d(300, 40, 3), nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)))
+    net = nn.Sequential(nn.Conv2d(3, 300, 3), nn.BatchNorm2d(300), nn.Conv2d(300, 40, 3),
+                        nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)))
     start = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(RuntimeError), perturbed(net, Quantize(3), conv_and_linear): raise RuntimeError
-    clone = clone_weights(net, conv_and_linear).inject(Quantize(4.), 0)          # rows in pieces: the second kernel is large
+    # rows in pieces: the second kernel is large
+    clone = clone_weights(net, conv_and_linear).inject(Quantize(4.), 0)
     assert torch.equal(net[2].weight.detach(), Quantize(4.)(start[4]))
     for bits in (2., 0., 7.3):
         clone.rescale(bits)
@@ -115,12 +120,14 @@ def test_straight_through_in_the_callback(tmp_path):
     start = {k: v.detach().clone() for k, v in net.named_parameters()}
     x, y = torch.randn(6, 1, 8, 8), torch.randint(0, 3, (6,))
     sgd = partial(OptimWrapper, opt=torch.optim.SGD)
-    learn = Learner(DataLoaders([(x, y)], [(x, y)]), net, nn.CrossEntropyLoss(), sgd, lr=0.1, cbs=WeightNoise(Quantize(3), where=conv_and_linear, seed=0))
+    learn = Learner(DataLoaders([(x, y)], [(x, y)]), net, nn.CrossEntropyLoss(), sgd, lr=0.1,
+                    cbs=WeightNoise(Quantize(3), where=conv_and_linear, seed=0))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     leaves = {k: v.clone().requires_grad_() for k, v in start.items()}
     through = {k: v + (Quantize(3)(v.detach()) - v).detach() if v.ndim > 1 else v for k, v in leaves.items()}
     cross_entropy(torch.func.functional_call(net, through, (x,)), y).backward()
-    for k, p in net.named_parameters(): torch.testing.assert_close(p.detach(), start[k] - 0.1 * leaves[k].grad, rtol=1e-5, atol=1e-6)
+    for k, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), start[k] - 0.1 * leaves[k].grad, rtol=1e-5, atol=1e-6)
     assert law_from_dict(read_card(save_model(learn, tmp_path/'net'))['law']) == Quantize(3)
 
 
@@ -138,13 +145,15 @@ def test_the_explorers_side():
     assert Quantize in usable_laws() and Law.registry['Quantize'] is Quantize
     form = law_form(Quantize)
     assert (form['field'], form['level'], form['top']) == ('bits', 4., 12.)
-    assert {f['name']: f['choices'] for f in form['fields']} == {'per': ['channel', 'tensor'], 'scheme': ['symmetric', 'minmax']}
+    assert {f['name']: f['choices'] for f in form['fields']} == {'per': ['channel', 'tensor'],
+                                                                 'scheme': ['symmetric', 'minmax']}
     assert law_of('Quantize', 3, {'per': 'tensor', 'scheme': 'minmax'}) == Quantize(3., 'tensor', 'minmax')
     assert law_values(Quantize(3.))['level'] == 3.
     torch.manual_seed(0)
     lens = NoisyPredictor({'net': unet3plus_tiny(3).eval()}, torch.randn(1, 3, 32, 32), {'all': conv_and_linear})
     clean = lens('net', 0, Quantize(0.), 'all', 0)[0]
-    off = {bits: (lens('net', 0, Quantize(bits), 'all', 0)[0][0] != clean[0]).mean() for bits in (0.04, 0.5, 1., 1.6, 2.3, 4., 8., 12.)}
+    off = {bits: (lens('net', 0, Quantize(bits), 'all', 0)[0][0] != clean[0]).mean()
+           for bits in (0.04, 0.5, 1., 1.6, 2.3, 4., 8., 12.)}
     assert off[12.] < 0.02 and off[2.3] >= off[8.]
     with pytest.raises(ValueError, match='0 .not quantized. to 16'): law_of('Quantize', 20, {})
 

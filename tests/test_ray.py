@@ -60,11 +60,13 @@ class Net(nn.Sequential):
 
 def batches(n=2, size=12):
     g = torch.Generator().manual_seed(1)
-    return [(torch.rand(4, 3, size, size, generator=g), torch.randint(0, 3, (4, size, size), generator=g)) for _ in range(n)]
+    return [(torch.rand(4, 3, size, size, generator=g), torch.randint(0, 3, (4, size, size), generator=g))
+            for _ in range(n)]
 
 
 def sweep(net=None, on=two, draws=4, **kw):
-    return noise_sweep(net or Net(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, progress=False, on=on, **kw)
+    return noise_sweep(net or Net(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, progress=False, on=on,
+                       **kw)
 
 
 def same(a, b):
@@ -72,12 +74,14 @@ def same(a, b):
     assert a['value'].to_numpy().tobytes() == b['value'].to_numpy().tobytes()
 
 
-def lines(log, what): return [line for line in Path(log).read_text().splitlines() if line.startswith(what)] if Path(log).exists() else []
+def lines(log, what):
+    return [line for line in Path(log).read_text().splitlines() if line.startswith(what)] if Path(log).exists() else []
 
 
 @pytest.fixture(scope='module')
 def cluster():
-    "One Ray for the module, as `on='ray'` would start it; it is named by the path where its driver's test module is found"
+    ("One Ray for the module, as `on='ray'` would start it; it is named by the path where its driver's test module is "
+     "found")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -90,32 +94,44 @@ def cluster():
 def whole(): return sweep(on='local')
 
 
-# --- the same numbers -------------------------------------------------------------------------------------------------------------
+# --- the same numbers
+# -------------------------------------------------------------------------------------------------------------
 
 def test_listens_to_this_machine_only(cluster):
-    found = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN]
+    found = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections('inet')
+             if c.status == psutil.CONN_LISTEN]
     assert found and set(found) <= {'127.0.0.1', '::ffff:127.0.0.1', '::1'}
 
 
 def test_noise_sweep(cluster, tmp_path):
     normed = Net(2)
     nn.utils.parametrizations.weight_norm(normed[0])
-    nets = {'a': Net(0), ('b', 1): Net(1).to(memory_format=torch.channels_last), 'normed': normed, 'UNet3+': unet3plus_tiny(3), 'half': Net(3).bfloat16()}
+    nets = {'a': Net(0), ('b', 1): Net(1).to(memory_format=torch.channels_last), 'normed': normed,
+            'UNet3+': unet3plus_tiny(3), 'half': Net(3).bfloat16()}
     x, y = (torch.cat(t) for t in zip(*batches(size=32)))
     held = sweep(nets, dl=[(x, y)], on='local')
     same(held, sweep(nets, dl=[(x, y)]))
-    same(sweep(nets, dl=DataLoader(TensorDataset(x, y), 3), on='local'), sweep(nets, dl=DataLoader(TensorDataset(x, y), 3), cache_mb=0, store=tmp_path/'s.csv'))
-    same(held[held['model'] == 'a'].reset_index(drop=True), sweep(nets['a'], dl=[(x, y)], on=OnRay(workers=1, threads=1)).assign(model='a'))
+    same(sweep(nets, dl=DataLoader(TensorDataset(x, y), 3), on='local'),
+         sweep(nets, dl=DataLoader(TensorDataset(x, y), 3), cache_mb=0, store=tmp_path/'s.csv'))
+    same(held[held['model'] == 'a'].reset_index(drop=True), sweep(nets['a'], dl=[(x, y)],
+                                                                  on=OnRay(workers=1, threads=1)).assign(model='a'))
 
 
 def test_all_the_others(cluster, tmp_path):
     args = dict(dl=batches(size=32), progress=False)
-    cases = {'layers': lambda **kw: layer_sensitivity(Net(), law=law.at(0.2), draws=3, store=tmp_path/f'layers-{kw["on"] == two}.parquet', **args, **kw),
+    cases = {'layers': lambda **kw: layer_sensitivity(Net(), law=law.at(0.2), draws=3,
+                                                      store=tmp_path/f'layers-{kw["on"] == two}.parquet', **args, **kw),
              'bits': lambda **kw: quantization_sweep(Net(), bits=[2, 4], **args, **kw),
-             'attacks': lambda **kw: attack_sweep({'a': Net(0), 'b': Net(1)}, relative=[0, 0.2], absolute=[0.1], **args, **kw),
-             'corruptions': lambda **kw: corruption_sweep({'a': Net(0), 'b': Net(1)}, corruptions=['fog', 'gaussian_noise'], severities=(1, 3), **args, **kw),
-             'card': lambda **kw: robustness_card({'a': Net(0), 'b': Net(1)}, strengths={'weight noise': .1, 'absolute attack': ()}, corruptions='fog',
-                                                  severities=2, draws=2, store=tmp_path/f'card-{kw["on"] == two}.parquet', **args, **kw)}
+             'attacks': lambda **kw: attack_sweep({'a': Net(0), 'b': Net(1)}, relative=[0, 0.2], absolute=[0.1],
+                                                  **args, **kw),
+             'corruptions': lambda **kw: corruption_sweep({'a': Net(0), 'b': Net(1)},
+                                                          corruptions=['fog', 'gaussian_noise'], severities=(1, 3),
+                                                          **args, **kw),
+             'card': lambda **kw: robustness_card({'a': Net(0), 'b': Net(1)},
+                                                  strengths={'weight noise': .1, 'absolute attack': ()},
+                                                  corruptions='fog',
+                                                  severities=2, draws=2,
+                                                  store=tmp_path/f'card-{kw["on"] == two}.parquet', **args, **kw)}
     for f in cases.values(): same(f(on='local'), f(on=two))
     assert len(load_sweep(tmp_path/'card-True.parquet')) == len(load_sweep(tmp_path/'card-False.parquet')) > 0
 
@@ -158,7 +174,8 @@ def test_warnings_travel(cluster):
     with pytest.warns(UserWarning, match='nan'): sweep(Breaks())
 
 
-# --- accidents --------------------------------------------------------------------------------------------------------------------
+# --- accidents
+# --------------------------------------------------------------------------------------------------------------------
 
 def dies_once(net):
     marker = Path(f'{net.log}.died')
@@ -194,7 +211,8 @@ def loud(whole):
 
 def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
     store = tmp_path/'s.parquet'
-    with pytest.raises(RuntimeError, match=r"model 'model', level 0\.2, draw \d, conv_and_norm: its worker died 2 times"):
+    with pytest.raises(RuntimeError,
+                       match=r"model 'model', level 0\.2, draw \d, conv_and_norm: its worker died 2 times"):
         sweep(Net(accident=dies_when_loud), on=OnRay(workers=2, threads=1, retries=1), store=store)
     kept = load_sweep(store)
     assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
@@ -238,7 +256,8 @@ def test_ctrl_c_keeps_what_was_measured(cluster, tmp_path, whole):
         while len(lines(log, 'evaluated')) < 20: time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt) as e: sweep(Net(log=log, pause=0.05), on=OnRay(workers=2, threads=1, parcel=0.1), store=store)
+    with pytest.raises(KeyboardInterrupt) as e:
+        sweep(Net(log=log, pause=0.05), on=OnRay(workers=2, threads=1, parcel=0.1), store=store)
     assert 'of 13 cells were measured; their rows are in' in e.value.__notes__[0]
     n = len(load_sweep(store).drop_duplicates(['level', 'draw']))
     assert f'interrupted: {n} of 13' in e.value.__notes__[0] and 0 < n < 13
@@ -253,16 +272,22 @@ def test_two_drivers_on_one_store(tmp_path, whole):
     for name in 's.csv', 's.parquet':
         sweep(on='local', store=tmp_path/name)
         grid = json.loads((tmp_path/f'{name}.grid.json').read_text())
-        with Store(tmp_path/name, grid), pytest.raises(RuntimeError, match=f'is being written by process {os.getpid()}'): sweep(on='local', store=tmp_path/name)
+        with Store(tmp_path/name, grid), pytest.raises(RuntimeError,
+                                                       match=f'is being written by process {os.getpid()}'):
+            sweep(on='local', store=tmp_path/name)
         same(sweep(on='local', store=tmp_path/name), whole)
 
 
 def start(store, log, on, tmp_path):
     "A driver in a process of its own, that has measured a few cells"
-    code = f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), on={on!r}, store={str(store)!r})'
+    code = (f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), '
+            f'on={on!r}, store={str(store)!r})')
     env = {'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *sys.path]), 'RAY_ADDRESS': ''}
-    if on.address: env['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'   # a Ray that listens to this machine only is met at 127.0.0.1
-    with open(tmp_path/'out', 'w') as out: p = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT)
+    # a Ray that listens to this machine only is met at 127.0.0.1
+    if on.address: env['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'
+    with open(tmp_path/'out', 'w') as out:
+        p = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stdout=out,
+                             stderr=subprocess.STDOUT)
     until = time.monotonic() + 200
     while len(lines(log, 'evaluated')) < 14 and p.poll() is None and time.monotonic() < until: time.sleep(0.05)
     if p.poll() is not None or time.monotonic() > until:
@@ -279,18 +304,21 @@ def test_a_driver_that_is_killed(cluster, tmp_path, whole, own):
     family = [psutil.Process(i) for i in workers] + psutil.Process(p.pid).children(recursive=True)
     p.kill()
     p.wait()
-    gone, alive = psutil.wait_procs([f for f in family if own or f.pid in workers], timeout=120)   # Ray's agents look for their parent now and then
+    # Ray's agents look for their parent now and then
+    gone, alive = psutil.wait_procs([f for f in family if own or f.pid in workers], timeout=120)
     assert workers and not alive
     kept = len(load_sweep(store).drop_duplicates(['level', 'draw']))
     assert 0 < kept < 13
     again = tmp_path/'again'
     same(sweep(Net(log=again), store=store), whole)
     assert len(lines(again, 'evaluated')) == 1 + 2 * (13 - kept)   # only what was missing
-    assert sorted(f.name for f in tmp_path.iterdir() if f.name[0] != '.') == ['again', 'log', 'out', 's.parquet', 's.parquet.grid.json']
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name[0] != '.') == ['again', 'log', 'out', 's.parquet',
+            's.parquet.grid.json']
     same(load_sweep(store).sort_values(['level', 'draw'], kind='stable', ignore_index=True), whole)
 
 
-# --- training grids ---------------------------------------------------------------------------------------------------------------
+# --- training grids
+# ---------------------------------------------------------------------------------------------------------------
 
 def train(noise, seed):
     net, (x, y) = Net(seed), batches(1)[0]
@@ -304,20 +332,23 @@ def train(noise, seed):
 
 def test_train_grid(cluster, tmp_path):
     methods = {'clean': 0., 'noisy': 0.5}
-    frames = {on: train_grid(train, methods, 2, tmp_path/on, on if on == 'local' else two, progress=False) for on in ('local', 'ray')}
+    frames = {on: train_grid(train, methods, 2, tmp_path/on, on if on == 'local' else two, progress=False)
+              for on in ('local', 'ray')}
     same_but = dict(columns=['seconds', 'path'])
     assert_frame_equal(frames['local'].drop(**same_but), frames['ray'].drop(**same_but), check_exact=True)
     for a, b in zip(frames['local']['path'], frames['ray']['path']):
         a, b = (load_model(p, Net()).state_dict() for p in (a, b))
         assert all(torch.equal(a[k], b[k]) for k in a)
     Path(frames['ray']['path'][1]).write_bytes(b'')
-    with pytest.raises(ValueError, match='no readable safetensors'): train_grid(train, methods, 2, tmp_path/'ray', two, progress=False)
+    with pytest.raises(ValueError, match='no readable safetensors'):
+        train_grid(train, methods, 2, tmp_path/'ray', two, progress=False)
     Path(frames['ray']['path'][1]).unlink()
     more = train_grid(train, methods, 3, tmp_path/'ray', two, progress=False)
     assert len(more) == 6 and more['loss'].tolist()[:2] == frames['local']['loss'].tolist()[:2]
 
 
-# --- without Ray ------------------------------------------------------------------------------------------------------------------
+# --- without Ray
+# ------------------------------------------------------------------------------------------------------------------
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)

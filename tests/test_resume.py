@@ -11,8 +11,10 @@ import textwrap
 import pytest
 
 KILLS = int(os.environ.get('NOISYSEG_KILLS', 3))
-pytestmark = [pytest.mark.skipif(os.name != 'posix', reason='needs fork and signals'), pytest.mark.timeout(max(900, 300 * KILLS))]
-METHODS = ('weight noise', 'a noise for each epoch', 'damp', 'damp, sync', 'sam', 'asam, accumulation', 'accumulating noise', 'bfloat16, AdamW', 'monitor',
+pytestmark = [pytest.mark.skipif(os.name != 'posix', reason='needs fork and signals'),
+              pytest.mark.timeout(max(900, 300 * KILLS))]
+METHODS = ('weight noise', 'a noise for each epoch', 'damp', 'damp, sync', 'sam', 'asam, accumulation',
+           'accumulating noise', 'bfloat16, AdamW', 'monitor',
            'mlpmatch', 'worker processes', "PyTorch's loader")
 POINTS = ('opened', 'half written', 'written', 'synced', 'replaced')
 OTHERS = ('checkpoint', 'disk full', 'file too large', 'read-only', 'sigterm', 'other run', 'finished')
@@ -337,7 +339,8 @@ def report(tmp_path_factory):
     "One process imports everything and forks the ones that get killed; this is what it found."
     folder = tmp_path_factory.mktemp('resume')
     args = [*map(json.dumps, (METHODS, POINTS, OTHERS)), str(KILLS), str(folder), os.environ.get('NOISYSEG_SEED', '0')]
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(DRIVER), *args], stderr=subprocess.PIPE, text=True,
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(DRIVER), *args], stderr=subprocess.PIPE,
+                       text=True,
                        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
     print(p.stderr)
     assert p.returncode == 0, p.stderr[-5000:]

@@ -28,8 +28,10 @@ def data(classify):
 
 
 def card(classify=True, **kw):
-    models = {('a', 0): net(0, classify), ('a', 1): net(1, classify), ('b', 0): net(2, classify), ('b', 1): net(3, classify)}
-    args = dict(models=models, dl=data(classify), corruptions=CORRUPTIONS, severities=(1, 3), draws=3, class_names=NAMES, progress=False)
+    models = {('a', 0): net(0, classify), ('a', 1): net(1, classify), ('b', 0): net(2, classify),
+              ('b', 1): net(3, classify)}
+    args = dict(models=models, dl=data(classify), corruptions=CORRUPTIONS, severities=(1, 3), draws=3,
+                class_names=NAMES, progress=False)
     return robustness_card(**{**args, **kw})
 
 
@@ -37,14 +39,18 @@ def card(classify=True, **kw):
 def test_the_rows_are_the_sweeps_own(classify):
     df, metric = card(classify), 'accuracy' if classify else 'mIoU'
     model, batches = net(2, classify), Batches(data(classify))
-    with perturbed(model, MaxGaussian(0.1), conv_and_norm, draw_seed(0, 2)): by_hand = {s[0]: s[2] for s in scores(model, batches, NAMES)}
-    row = df.query("model == 'b' and train_seed == 0 and disturbance == 'weight noise' and level == 0.1 and draw == 2 and metric == @metric")
+    with perturbed(model, MaxGaussian(0.1), conv_and_norm, draw_seed(0, 2)):
+        by_hand = {s[0]: s[2] for s in scores(model, batches, NAMES)}
+    row = df.query("model == 'b' and train_seed == 0 and disturbance == 'weight noise' and level == 0.1 and draw == 2 "
+                   "and metric == @metric")
     assert row['value'].item() == pytest.approx(by_hand[metric], abs=2 / 12 if classify else 1e-3)
     theirs = quantization_sweep(model, batches, (2, 3, 4, 6), 'channel', class_names=NAMES, progress=False)
     theirs = theirs.query("metric == @metric").set_index('level')['value']
-    ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'fewer bits' and metric == @metric").set_index('level')['value']
+    ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'fewer bits' and metric == @metric").set_index(
+            'level')['value']
     assert ours.index.is_monotonic_decreasing and ours.to_dict() == theirs[ours.index].to_dict()
-    theirs = corruption_sweep(model, batches, CORRUPTIONS, (1, 3), table='cifar', class_names=NAMES, progress=False).query("severity > 0")
+    theirs = corruption_sweep(model, batches, CORRUPTIONS, (1, 3), table='cifar', class_names=NAMES,
+                              progress=False).query("severity > 0")
     ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'corrupted inputs'")
     assert ours['value'].tolist() == pytest.approx(theirs['value'].tolist(), nan_ok=True)
 

@@ -1,4 +1,4 @@
-"""SAM in places that do not belong in a lesson: formulas in double precision, faults, checkpoints, mixed precision, callbacks in company, two processes."""
+("""SAM in places that do not belong in a lesson: formulas in double precision, faults, checkpoints, mixed precision, callbacks in company, two processes.""")
 import copy
 import io
 import math
@@ -32,7 +32,8 @@ from noisyseg.train.learner import WeightNoise
 
 def conv_net(seed=0, p=0.):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(p), nn.Linear(64, 5))
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(),
+                         nn.Dropout(p), nn.Linear(64, 5))
 
 def smooth_net(seed=0):
     "No layer that couples the samples or draws random numbers."
@@ -52,19 +53,23 @@ def flat(model): return torch.cat([p.detach().flatten().double() for p in model.
 
 def same(a, b):
     a, b = (list(x.values() if isinstance(x, dict) else x) for x in (a, b))
-    return len(a) == len(b) and all(torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8)) for x, y in zip(a, b))
+    return len(a) == len(b) and all(torch.equal(x.contiguous().view(-1).view(torch.uint8),
+                                                y.contiguous().view(-1).view(torch.uint8)) for x, y in zip(a, b))
 
 
 # ---- the formulas
 
 def by_the_paper(model, b, settings, lr, velocity, momentum=0.9):
-    "One step of SAM or ASAM and SGD, from the papers, on a copy whose weights are replaced rather than moved. `settings`: name -> (rho, eta or None)."
+    ("One step of SAM or ASAM and SGD, from the papers, on a copy whose weights are replaced rather than moved. "
+     "`settings`: name -> (rho, eta or None).")
     def gradient(ws):
         leaves = {n: w.clone().requires_grad_() for n, w in ws.items()}
-        return dict(zip(leaves, torch.autograd.grad(F.cross_entropy(torch.func.functional_call(model, leaves, (b[0],)), b[1]), list(leaves.values()))))
+        return dict(zip(leaves, torch.autograd.grad(F.cross_entropy(torch.func.functional_call(model, leaves, (b[0],)),
+                b[1]), list(leaves.values()))))
     w = {n: p.detach().clone() for n, p in model.named_parameters()}
     g = gradient(w)
-    T = {n: w[n].abs() + eta if eta is not None and n.endswith('weight') else torch.ones_like(w[n]) for n, (_, eta) in settings.items()}
+    T = {n: w[n].abs() + eta if eta is not None and n.endswith('weight') else torch.ones_like(w[n]) for n,
+         (_, eta) in settings.items()}
     length = torch.sqrt(sum((T[n] * g[n]).square().sum() for n in w))
     top = gradient({n: w[n] + settings[n][0] * T[n].square() * g[n] / length for n in w})
     for n in w: velocity[n] = momentum * velocity.get(n, 0) + top[n]
@@ -76,7 +81,8 @@ def test_steps_follow_the_papers_in_double_precision(adaptive, seed):
     model = smooth_net(seed).double()
     head = [p for n, p in model.named_parameters() if n.startswith('4')]
     rest = [p for n, p in model.named_parameters() if not n.startswith('4')]
-    base = torch.optim.SGD([{'params': head, 'rho': 0.3, 'eta': 0.1}, {'params': rest}], lr=0.1, momentum=0.9)   # rho per group, one norm for all
+    # rho per group, one norm for all
+    base = torch.optim.SGD([{'params': head, 'rho': 0.3, 'eta': 0.1}, {'params': rest}], lr=0.1, momentum=0.9)
     opt = SAM(base, model, rho=0.07, adaptive=adaptive, eta=0.01)
     settings = {n: ((0.3, 0.1) if n.startswith('4') else (0.07, 0.01)) for n, _ in model.named_parameters()}
     if not adaptive: settings = {n: (r, None) for n, (r, _) in settings.items()}
@@ -94,7 +100,8 @@ def test_the_norm_keeps_its_range(scale):
 
 def test_the_norm_of_nothing_and_of_infinities():
     assert _norm([]) == _norm([torch.zeros(3)]) == 0
-    assert _norm([torch.tensor([1., math.inf])]) == math.inf and math.isnan(_norm([torch.ones(3), torch.tensor([math.nan])]))
+    assert _norm([torch.tensor([1., math.inf])]) == math.inf and math.isnan(
+            _norm([torch.ones(3), torch.tensor([math.nan])]))
     assert math.isclose(_norm([torch.full((100,), 6e4, dtype=torch.float16).float()]), 6e5, rel_tol=1e-3)
 
 @pytest.mark.parametrize('seed', range(3))
@@ -161,7 +168,10 @@ def test_batch_norm_survives_infinite_activations_at_the_top():
 
 def test_a_buffer_that_a_module_replaces():
     class Tracks(nn.Module):
-        def __init__(self): super().__init__(); self.lin = nn.Linear(2, 2); self.register_buffer('seen', torch.zeros(()))
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+            self.register_buffer('seen', torch.zeros(()))
         def forward(self, x): self.seen = self.seen + 1; return self.lin(x)
     m = Tracks()
     SAM(sgd(m), m).step(lambda: m(torch.ones(1, 2)).square().sum().backward())
@@ -291,7 +301,8 @@ def test_control_c_at_any_moment():
 
 # ---- as an optimizer among others
 
-@pytest.mark.parametrize('make', [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01), lambda m: torch.optim.RMSprop(m.parameters(), momentum=0.5)])
+@pytest.mark.parametrize('make', [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01),
+                                  lambda m: torch.optim.RMSprop(m.parameters(), momentum=0.5)])
 def test_rho_zero_is_the_base_optimizer_bit_for_bit(make):
     nets = [conv_net(p=0.2) for _ in range(4)]
     opts = [make(nets[0]), SAM(make(nets[1]), nets[1], rho=0.), SAM(make(nets[2]), nets[2], rho=0., adaptive=True)]
@@ -307,7 +318,8 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(make):
     twin = copy.deepcopy(m)
     opt, ref = SAM(make(m), m, rho=0.), make(twin)
     for i in range(4):   # the two calls, with the second gradient taken in any case
-        loss_of(m, batch(i)).backward(), opt.first_step(), loss_of(m, batch(i)).backward(), opt.second_step(), opt.zero_grad()
+        loss_of(m, batch(i)).backward(), opt.first_step(), loss_of(m,
+                batch(i)).backward(), opt.second_step(), opt.zero_grad()
         loss_of(twin, batch(i)).backward(), ref.step(), ref.zero_grad()
     assert same(everything(m), everything(twin))
 
@@ -339,11 +351,13 @@ def test_schedulers_hooks_copies_and_added_groups():
     model = conv_net()
     opt, steps = SAM(torch.optim.SGD(model[0].parameters(), lr=0.1), model), []
     opt.add_param_group({'params': model[3].parameters(), 'lr': 0.5, 'rho': 0.})
-    opt.register_step_post_hook(lambda *_: steps.append('sam')), opt.base.register_step_post_hook(lambda *_: steps.append('base'))
+    opt.register_step_post_hook(lambda *_: steps.append('sam')), opt.base.register_step_post_hook(lambda
+            *_: steps.append('base'))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.5**i)
     opt.step(closure_of(model, batch()))
     schedule.step()
-    assert [g['lr'] for g in opt.param_groups] == [g['lr'] for g in opt.base.param_groups] == [0.05, 0.25] and steps == ['base', 'sam']
+    assert [g['lr'] for g in opt.param_groups] == [g['lr'] for g in opt.base.param_groups] == [0.05,
+            0.25] and steps == ['base', 'sam']
     assert [g['rho'] for g in opt.param_groups] == [0.05, 0.] and 'lr: 0.25' in repr(opt)
     m2, o2 = copy.deepcopy((model, opt))
     m3, o3 = pickle.loads(pickle.dumps((model, SAM(sgd(model), model, rho=0.3))))
@@ -354,7 +368,8 @@ def test_schedulers_hooks_copies_and_added_groups():
         assert not same(before, weights(m)) and same(weights(model), before)
     opt.set_rho([0.1, 0.2])
     assert [g['rho'] for g in opt.base.param_groups] == [0.1, 0.2]
-    with pytest.raises(ValueError, match='none of the model'): opt.add_param_group({'params': nn.Linear(2, 2).parameters()})
+    with pytest.raises(ValueError, match='none of the model'):
+        opt.add_param_group({'params': nn.Linear(2, 2).parameters()})
 
 def test_every_kth_step_and_rho_changes_between_steps():
     model, passes = smooth_net(), []
@@ -384,7 +399,8 @@ def test_only_norm_layers_climb_and_only_they_get_a_first_gradient():
         loss_of(model, batch()).backward()
         seen.append({k for k, p in model.named_parameters() if p.grad is not None})
     opt.step(closure)
-    assert seen[0] == set() and seen[1] == seen[2] == {'1.weight', '1.bias'} and seen[3] == set(dict(model.named_parameters()))
+    assert seen[0] == set() and seen[1] == seen[2] == {'1.weight',
+                                                       '1.bias'} and seen[3] == set(dict(model.named_parameters()))
     ln = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.RMSNorm(3), nn.GroupNorm(1, 3))
     assert norm_layers.names(ln) == ['1.weight', '1.bias', '2.weight', '3.weight', '3.bias']
 
@@ -407,12 +423,16 @@ def test_an_ascent_on_a_part_of_the_batch_and_parts_that_climb_by_themselves():
         opt.step(**{k: v(m) if callable(v) else v for k, v in kw.items()})
         return start - flat(m)
     def on(s): return lambda m: (lambda: F.cross_entropy(m(b[0][s]), b[1][s]).backward())
-    torch.testing.assert_close(stepped(closure=on(whole), ascent=on(slice(5))), gradients_at_tops(b, [(slice(5), whole, 1.)]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(stepped(closure=on(whole), ascent=on(slice(5))),
+                               gradients_at_tops(b, [(slice(5), whole, 1.)]), rtol=0, atol=1e-10)
     cuts = [slice(0, 8), slice(8, 16), slice(16, 20)]
     got = stepped(closure=lambda m: [on(s)(m) for s in cuts], weights=[8, 8, 4])
-    torch.testing.assert_close(got, gradients_at_tops(b, [(s, s, w) for s, w in zip(cuts, (0.4, 0.4, 0.2))]), rtol=0, atol=1e-10)
-    accumulated = stepped(closure=lambda m: (lambda: [(F.cross_entropy(m(b[0][s]), b[1][s]) * w).backward() for s, w in zip(cuts, (0.4, 0.4, 0.2))]))
-    torch.testing.assert_close(accumulated, gradients_at_tops(b, [(whole, whole, 1.)]), rtol=0, atol=1e-10)   # accumulation in the closure: one ascent
+    torch.testing.assert_close(got, gradients_at_tops(b, [(s, s, w) for s, w in zip(cuts, (0.4, 0.4, 0.2))]), rtol=0,
+                               atol=1e-10)
+    accumulated = stepped(closure=lambda m: (lambda: [(F.cross_entropy(m(b[0][s]), b[1][s]) * w).backward() for s,
+                                                      w in zip(cuts, (0.4, 0.4, 0.2))]))
+    # accumulation in the closure: one ascent
+    torch.testing.assert_close(accumulated, gradients_at_tops(b, [(whole, whole, 1.)]), rtol=0, atol=1e-10)
 
 def test_both_passes_see_the_same_dropout_and_the_stream_goes_on_as_without_sam():
     model, drawn = conv_net(p=0.5), []
@@ -440,7 +460,8 @@ def test_damp_inside_sam_takes_the_same_draws_twice():
     start, g = weights(ref), damp_gradient()
     length = torch.sqrt(sum(t.square().sum() for t in g))
     with torch.no_grad(): [p.add_(0.3 * t / length) for p, t in zip(ref.parameters(), g)]
-    for p, s, t in zip(model.parameters(), start, damp_gradient()): torch.testing.assert_close(p.detach(), s - 0.1 * t, rtol=0, atol=1e-10)
+    for p, s, t in zip(model.parameters(), start, damp_gradient()):
+        torch.testing.assert_close(p.detach(), s - 0.1 * t, rtol=0, atol=1e-10)
 
 
 # ---- mixed precision
@@ -490,7 +511,8 @@ class CpuHalf(MixedPrecision):
     "fastai's mixed precision, on the CPU: bfloat16 autocast and a GradScaler."
     scale = 2.**10
     def before_fit(self):
-        self.autocast, self.learn.scaler, self.scales = torch.autocast('cpu', torch.bfloat16), torch.amp.GradScaler('cpu', init_scale=self.scale), []
+        self.autocast, self.learn.scaler, self.scales = torch.autocast('cpu',
+                torch.bfloat16), torch.amp.GradScaler('cpu', init_scale=self.scale), []
 
 def fit(model, batches, cbs, opt_func=SGD, lr=0.1, epochs=1, **kw):
     learn = Learner(DataLoaders(batches, []), model, nn.CrossEntropyLoss(), opt_func=opt_func, lr=lr, cbs=cbs, **kw)
@@ -500,7 +522,8 @@ def fit(model, batches, cbs, opt_func=SGD, lr=0.1, epochs=1, **kw):
 def halves(b, n): return list(zip(b[0].split(n), b[1].split(n)))
 
 @pytest.mark.parametrize('opt_func', [SGD, Adam, lambda params, lr: OptimWrapper(params, torch.optim.AdamW, lr=lr)])
-@pytest.mark.parametrize('kw', [{}, dict(adaptive=True, rho=0.3), dict(m=4), dict(m=7), dict(batch_part=0.5), dict(every=2),
+@pytest.mark.parametrize('kw', [{}, dict(adaptive=True, rho=0.3), dict(m=4), dict(m=7), dict(batch_part=0.5),
+                                dict(every=2),
                                 dict(where=norm_layers, m=8, batch_part=0.5)])
 def test_the_callback_does_what_the_optimizer_does(opt_func, kw):
     "With each of fastai's kinds of optimizer: gradients by hand, steps by the same optimizer."
@@ -512,35 +535,45 @@ def test_the_callback_does_what_the_optimizer_does(opt_func, kw):
     opt.opt.set_hypers(lr=0.1)
     ascent, part = Ascent(m, kw.get('where')), kw.get('batch_part', 1.)
     for i, b in enumerate(batches):
-        groups = [dict(params=list(m.parameters()), rho=kw.get('rho', 0.05), adaptive=kw.get('adaptive', False), eta=0.01)]
+        groups = [dict(params=list(m.parameters()), rho=kw.get('rho', 0.05), adaptive=kw.get('adaptive', False),
+                       eta=0.01)]
         parts = halves(b, kw.get('m', 16))
         jobs = [(closure_of(m, tuple(t[:math.ceil(part * len(t))] for t in p)), closure_of(m, p)) for p in parts]
         ascent.gradients(groups, jobs, [len(p[1]) for p in parts], up=i % kw.get('every', 1) == 0)
         opt.opt.step()
-    for a, b in zip(learn.model.state_dict().values(), m.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(learn.model.state_dict().values(), m.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert learn.model[1].num_batches_tracked == 3
 
 def test_gradient_accumulation_is_one_ascent_or_one_for_each_part():
     b = batch(n=16)
     one = flat(fit(smooth_net(), [b], SAMCallback(1.)).model)
-    for size in (4, 8): torch.testing.assert_close(flat(fit(smooth_net(), halves(b, size), [SAMCallback(1.), GradientAccumulation(16)]).model), one)
+    for size in (4, 8):
+        torch.testing.assert_close(flat(fit(smooth_net(), halves(b, size),
+                                            [SAMCallback(1.), GradientAccumulation(16)]).model), one)
     parts = flat(fit(smooth_net(), [b], SAMCallback(1., m=4)).model)
-    for size in (4, 8): torch.testing.assert_close(flat(fit(smooth_net(), halves(b, size), [SAMCallback(1., m=4), GradientAccumulation(16)]).model), parts)
+    for size in (4, 8):
+        torch.testing.assert_close(flat(fit(smooth_net(), halves(b, size),
+                                            [SAMCallback(1., m=4), GradientAccumulation(16)]).model), parts)
     assert (one - parts).norm() > 1e-3
     # several steps; what is left over at the end is no step
     two = flat(fit(smooth_net(), [b, b], SAMCallback(1.)).model)
-    torch.testing.assert_close(flat(fit(smooth_net(), [*halves(b, 4), *halves(b, 4), batch(9, 4)], [SAMCallback(1.), GradientAccumulation(16)]).model), two)
+    torch.testing.assert_close(flat(fit(smooth_net(), [*halves(b, 4), *halves(b, 4), batch(9, 4)],
+                                        [SAMCallback(1.), GradientAccumulation(16)]).model), two)
     # an ascent on half of each batch, with a schedule that starts at nothing
-    learn = fit(smooth_net(), halves(b, 4) * 2, [SAMCallback(SchedLin(0., 1.), batch_part=0.5), GradientAccumulation(16)])
+    learn = fit(smooth_net(), halves(b, 4) * 2, [SAMCallback(SchedLin(0., 1.), batch_part=0.5),
+                                                 GradientAccumulation(16)])
     assert learn.sam.rhos[0] == 0 < learn.sam.rhos[1] and len(learn.sam.rhos) == 2
 
 @pytest.mark.parametrize('kw', [{}, dict(m=8)])
 def test_mixed_precision_in_a_learner(kw):
     cbs = lambda: [SAMCallback(0.3, **kw), CpuHalf(), GradientClip(1.)]
     batches = [batch(i) for i in range(4)]
-    half, full = fit(conv_net(), batches, cbs()).model, fit(conv_net(), batches, [SAMCallback(0.3, **kw), GradientClip(1.)]).model
+    half, full = fit(conv_net(), batches, cbs()).model, fit(conv_net(), batches,
+                                                            [SAMCallback(0.3, **kw), GradientClip(1.)]).model
     start = flat(conv_net())
-    assert F.cosine_similarity(flat(half) - start, flat(full) - start, 0) > 0.97 and not torch.is_autocast_enabled('cpu')
+    assert F.cosine_similarity(flat(half) - start, flat(full) - start,
+                               0) > 0.97 and not torch.is_autocast_enabled('cpu')
     class Infinite(Callback):
         "An infinite loss in the n-th pass."
         def __init__(self, nth): self.left = nth
@@ -565,7 +598,8 @@ class Watch(Callback):
 def test_weight_noise_has_the_same_draw_in_both_passes(draw, accumulate, kw):
     law, watch, clean = AbsoluteGaussian(0.1), Watch(), conv_net()[0].weight.detach()
     batches = halves(batch(n=16), 8) if accumulate else [batch(n=8)]
-    cbs = [SAMCallback(0.5, **kw), WeightNoise(law, draw=draw, seed=0), watch] + ([GradientAccumulation(16)] if accumulate else [])
+    cbs = [SAMCallback(0.5, **kw), WeightNoise(law, draw=draw, seed=0), watch] + ([GradientAccumulation(16)]
+            if accumulate else [])
     learn = fit(conv_net(), batches, cbs, lr=0., wd=0.)
     noise = [s - clean for s in watch.seen]
     n = len(noise) // 2
@@ -607,7 +641,8 @@ def test_damp_and_sam_in_one_learner(batchnorm, kw):
             damp_backward(m, F.cross_entropy, *b, sigma=0.2, m=4, batchnorm=batchnorm, generator=g)
         return closure
     for b in batches: opt.step([damp(p) for p in halves(b, kw.get('m', 16))])
-    for x, y in zip(learn.model.state_dict().values(), m.state_dict().values()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    for x, y in zip(learn.model.state_dict().values(), m.state_dict().values()):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
     assert '_do_one_batch' not in learn.__dict__ and '_do_grad_opt' not in learn.__dict__
 
 class Stop(Callback):
@@ -620,10 +655,12 @@ class Stop(Callback):
             if self.left == 0: raise self.error('stop')
 
 @pytest.mark.parametrize('kw', [{}, dict(m=4), dict(where=norm_layers, batch_part=0.5)])
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch'])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
+                                   'before_step', 'after_step', 'after_batch'])
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ZeroDivisionError, CancelBatchException, CancelFitException])
 def test_stopping_a_fit_anywhere_leaves_the_weights_as_they_were(kw, event, error):
-    if event == 'after_batch' and error is CancelBatchException: pytest.skip('fastai lets a batch be cancelled only before its end')
+    if event == 'after_batch' and error is CancelBatchException:
+        pytest.skip('fastai lets a batch be cancelled only before its end')
     for nth in (1, 2):
         model = conv_net()
         learn = Learner(DataLoaders([batch(n=8)], []), model, nn.CrossEntropyLoss(), opt_func=SGD, lr=0., wd=0.,
@@ -632,7 +669,8 @@ def test_stopping_a_fit_anywhere_leaves_the_weights_as_they_were(kw, event, erro
             with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop(event, error, nth))
         except (KeyboardInterrupt, ZeroDivisionError): pass
         assert same(weights(model), weights(conv_net())), nth
-        assert all(p.requires_grad for p in model.parameters()) and '_do_grad_opt' not in learn.__dict__ and learn.loss_func.__class__ is nn.CrossEntropyLoss
+        assert all(p.requires_grad
+                   for p in model.parameters()) and '_do_grad_opt' not in learn.__dict__ and learn.loss_func.__class__ is nn.CrossEntropyLoss
         learn.remove_cbs([SAMCallback, WeightNoise])
         learn.lr = 0.1
         with learn.no_bar(), learn.no_logging(): learn.fit(1)   # and without SAM it trains as any other
@@ -648,7 +686,8 @@ def test_schedules_groups_and_the_rest_of_fastai(tmp_path):
     learn = fit(conv_net(), [batch()], SAMCallback(ByEpoch(lambda e: [0., 0.1 * e])), epochs=2, splitter=in_two)
     assert learn.sam.rhos == pytest.approx([0., 0.1])
     many = [batch(i) for i in range(4)]
-    learn = Learner(DataLoaders(many, many[:1]), conv_net(), nn.CrossEntropyLoss(), cbs=[SAMCallback(0.1, every=2), GradientClip(1.)], path=tmp_path)
+    learn = Learner(DataLoaders(many, many[:1]), conv_net(), nn.CrossEntropyLoss(),
+                    cbs=[SAMCallback(0.1, every=2), GradientClip(1.)], path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(2)
         assert [r > 0 for r in learn.sam.rhos] == [True, False] * 4
@@ -749,5 +788,6 @@ def test_two_processes(tmp_path):
         for p in ps: outs.append(p.communicate(timeout=max(1, deadline - time.time())))
     finally:
         for p in ps: p.kill()
-    report = '\n'.join(f'process {rank} ended with {p.returncode}: {out} {err[-3000:]}' for rank, (p, (out, err)) in enumerate(zip(ps, outs)))
+    report = '\n'.join(f'process {rank} ended with {p.returncode}: {out} {err[-3000:]}' for rank,
+                       (p, (out, err)) in enumerate(zip(ps, outs)))
     assert all(p.returncode == 0 and out.splitlines()[-1] == 'fine' for p, (out, _) in zip(ps, outs)), report

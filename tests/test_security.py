@@ -46,13 +46,15 @@ from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.learner import load_model, read_card
 
-# --- the page itself -----------------------------------------------------------------------------------------------------------------
+# --- the page itself
+# -----------------------------------------------------------------------------------------------------------------
 
 def test_promises_have_tests():
     "Each row of SECURITY.md names tests, and they are there"
     text = (root/'SECURITY.md').read_text()
     rows = re.findall(r'^\| \*\*.*\|$', text, re.M)
-    defined = {n for p in (root/'tests').glob('test_*.py') for n in re.findall(r'^def (test_\w+)\(', p.read_text(), re.M)}
+    defined = {n for p in (root/'tests').glob('test_*.py') for n in re.findall(r'^def (test_\w+)\(', p.read_text(),
+            re.M)}
     assert len(rows) == 6
     for row in rows:
         named = re.findall(r'`(test_\w+)`', row)
@@ -63,14 +65,19 @@ def test_the_audit_is_in_the_workflow():
     workflow = yaml.safe_load((root/'.github'/'workflows'/'test.yml').read_text())
     steps = [s for job in workflow['jobs'].values() for s in job['steps']]
     assert any('pip-audit' in s.get('run', '') and 'constraints.txt' in s['run'] for s in steps)
-    assert all(job.get('permissions', workflow.get('permissions')) == {'contents': 'read'} for job in workflow['jobs'].values())
+    assert all(job.get('permissions', workflow.get('permissions')) == {'contents': 'read'}
+               for job in workflow['jobs'].values())
 
 
-# --- files are data ----------------------------------------------------------------------------------------------------------------------
+# --- files are data -------------------------------------------------------------------------------------------------
+# ---------------------
 
-UNSAFE = {'eval', 'exec', 'pickle.load', 'pickle.loads', 'pickle.Unpickler', 'cPickle.load', 'cloudpickle.load', 'cloudpickle.loads', 'dill.load', 'dill.loads',
-          'joblib.load', 'marshal.load', 'marshal.loads', 'shelve.open', 'pd.read_pickle', 'pandas.read_pickle', 'yaml.load', 'yaml.unsafe_load',
-          'load_learner', 'torch.load', 'torch.hub.load', 'load_state_dict_from_url', 'os.system', 'os.popen', 'np.load', 'numpy.load', 'shutil.unpack_archive'}
+UNSAFE = {'eval', 'exec', 'pickle.load', 'pickle.loads', 'pickle.Unpickler', 'cPickle.load', 'cloudpickle.load',
+          'cloudpickle.loads', 'dill.load', 'dill.loads',
+          'joblib.load', 'marshal.load', 'marshal.loads', 'shelve.open', 'pd.read_pickle', 'pandas.read_pickle',
+          'yaml.load', 'yaml.unsafe_load',
+          'load_learner', 'torch.load', 'torch.hub.load', 'load_state_dict_from_url', 'os.system', 'os.popen',
+          'np.load', 'numpy.load', 'shutil.unpack_archive'}
 # what is pickled there goes from one of the user's own processes to another, through Ray
 BETWEEN_OWN_PROCESSES = {'jobs.py': {'cloudpickle.loads', 'torch.load'}}
 
@@ -79,8 +86,10 @@ def unsafe_calls(source):
     for o in ast.walk(ast.parse(source)):
         if not isinstance(o, ast.Call): continue
         name, kw = ast.unparse(o.func), {k.arg: ast.unparse(k.value) for k in o.keywords}
-        if name.endswith(('.extractall', '.extract')) or name in UNSAFE or kw.get('shell') == 'True' or kw.get('allow_pickle') == 'True':
-            if name == 'torch.load' and kw.get('weights_only', 'True') == 'True' and 'pickle_module' not in kw: continue   # the default since torch 2.6
+        if name.endswith(('.extractall', '.extract')) or name in UNSAFE or kw.get('shell') == 'True' or kw.get(
+                'allow_pickle') == 'True':
+            # the default since torch 2.6
+            if name == 'torch.load' and kw.get('weights_only', 'True') == 'True' and 'pickle_module' not in kw: continue
             if name == 'pickle.loads' and 'pickle.dumps(' in ast.unparse(o): continue
             if name in ('np.load', 'numpy.load') and kw.get('allow_pickle', 'False') == 'False': continue
             yield name
@@ -88,19 +97,22 @@ def unsafe_calls(source):
 def test_no_code_that_unpickles():
     "Neither package nor notebooks nor tools call what executes a file's content"
     found = {}
-    for p in [*(root/'noisyseg').glob('*.py'), *(root/'.ci').glob('*.py')]: found[p.name] = set(unsafe_calls(p.read_text()))
+    for p in [*(root/'noisyseg').glob('*.py'), *(root/'.ci').glob('*.py')]:
+        found[p.name] = set(unsafe_calls(p.read_text()))
     for p in notebooks():
         cells = [c.source for c in read_nb(p).cells if c.cell_type == 'code' and not c.source.startswith('%%')]
         found[p.name] = {n for c in cells for n in unsafe_calls(re.sub(r'^\s*[%!].*$', 'pass', c, flags=re.M))}
     allowed = lambda name: BETWEEN_OWN_PROCESSES.get(re.sub(r'^\w+?_(\w+)\.ipynb$', r'\1.py', name), set())
     assert not {k: v - allowed(k) for k, v in found.items() if v - allowed(k)}
 
-@pytest.mark.parametrize('bad', ['torch.load(f, weights_only=False)', 'np.load(f, allow_pickle=True)', 'pickle.loads(b)', 'eval(text)',
+@pytest.mark.parametrize('bad', ['torch.load(f, weights_only=False)', 'np.load(f, allow_pickle=True)',
+                                 'pickle.loads(b)', 'eval(text)',
                                  'subprocess.run(c, shell=True)', 'tar.extractall(d)', 'pd.read_pickle(f)'])
 def test_no_code_that_unpickles_can_fail(bad): assert list(unsafe_calls(bad))
 
 def test_code_that_is_fine_is_left_alone():
-    assert not list(unsafe_calls('torch.load(f, weights_only=True); np.load(f); model.eval(); re.compile("x"); extract(a, b); df.eval'))
+    assert not list(unsafe_calls('torch.load(f, weights_only=True); np.load(f); model.eval(); re.compile("x"); '
+                                 'extract(a, b); df.eval'))
 
 class Bomb:
     "Unpickling it writes a file"
@@ -113,7 +125,8 @@ def bombs(went_off):
     torch.save({'weight': Bomb(went_off)}, zipped)
     torch.save({'weight': Bomb(went_off)}, legacy, _use_new_zipfile_serialization=False)
     np.save(array, np.array([Bomb(went_off)], object), allow_pickle=True)
-    return {'pickle': pickle.dumps(Bomb(went_off)), 'torch': zipped.getvalue(), 'old torch': legacy.getvalue(), 'array': array.getvalue()}
+    return {'pickle': pickle.dumps(Bomb(went_off)), 'torch': zipped.getvalue(), 'old torch': legacy.getvalue(),
+            'array': array.getvalue()}
 
 def readers(folder, content):
     "Functions that read a file with this content as what it is not"
@@ -130,7 +143,8 @@ def readers(folder, content):
     yield as_file('mask.mat', lambda p: read_mask(p, label_table(2)))
     yield as_file('train-1.zip', ZippedImages)
     yield as_file('sweep.csv', load_sweep)
-    yield as_file('store.csv', lambda p: noise_sweep({'a': net}, batch, MaxGaussian(), [0, 0.1], draws=2, store=p, progress=False))
+    yield as_file('store.csv', lambda p: noise_sweep({'a': net}, batch, MaxGaussian(), [0, 0.1], draws=2, store=p,
+                                                     progress=False))
     try: from noisyseg.train.serialization import load_state
     except ImportError: return
     yield as_file('d.safetensors', load_state)
@@ -141,7 +155,8 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, form):
     content = bombs(went_off)[form]
     n = 0
     for read in readers(tmp_path, content):
-        try: assert isinstance(found := read(), pd.DataFrame) and not len(found)   # of a table, lines that are none are left out
+        # of a table, lines that are none are left out
+        try: assert isinstance(found := read(), pd.DataFrame) and not len(found)
         except ValueError as e: assert str(tmp_path) in str(e) or 'store' in str(e)
         n += 1
     assert n >= 10 and not went_off.exists()
@@ -159,13 +174,15 @@ def test_cached_weights_are_tensors_only(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     for content in bombs(tmp_path/'went-off').values():
         file.write_bytes(content)
-        with pytest.warns(UserWarning, match="ImageNet weights for resnet18 can't be had"): resnet_encoder('resnet18', pretrained=True)
+        with pytest.warns(UserWarning, match="ImageNet weights for resnet18 can't be had"):
+            resnet_encoder('resnet18', pretrained=True)
     assert not (tmp_path/'went-off').exists()
 
 def test_originals_of_cifar_are_checked_before_they_are_unpickled(tmp_path):
     folder = tmp_path/'cifar-10-batches-py'
     folder.mkdir()
-    for name, _ in CIFAR10.train_list + CIFAR10.test_list: (folder/name).write_bytes(pickle.dumps(Bomb(tmp_path/'went-off')))
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        (folder/name).write_bytes(pickle.dumps(Bomb(tmp_path/'went-off')))
     (folder/'batches.meta').write_bytes(pickle.dumps(Bomb(tmp_path/'went-off')))
     with pytest.raises(MissingData, match='corrupted'): cifar10(tmp_path, download=False)
     assert not (tmp_path/'went-off').exists()
@@ -184,15 +201,18 @@ def test_pictures_that_would_fill_the_memory(tmp_path):
     "A file of some bytes that says it is 60,000 pixels wide; an image of an archive that unpacks to a gigabyte"
     import struct
     import zlib
-    def chunk(kind, body): return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    def chunk(kind, body):
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
     header = struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)
-    (tmp_path/'large.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+    (tmp_path/'large.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+                                       + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
     with pytest.raises(ValueError, match=r'large\.png.*(bomb|pixels)'): read_image(tmp_path/'large.png')
     with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('cat/1.jpg', bytes(3*2**20))
     with pytest.raises(ValueError, match='over a megabyte'): ZippedImages(tmp_path/'a.zip')
 
 
-# --- archives and downloads ----------------------------------------------------------------------------------------------------------
+# --- archives and downloads
+# ----------------------------------------------------------------------------------------------------------
 
 def tar(path, *members, mode='w:gz'):
     with tarfile.open(path, mode) as t:
@@ -202,12 +222,15 @@ def tar(path, *members, mode='w:gz'):
             t.addfile(m, io.BytesIO(content))
     return path
 
-names = st.lists(st.sampled_from(['..', '.', 'a', 'b', '', '~', 'C:', 'con', '\\..\\x', 'é', 'a b', '-rf', '\u202e', '*']), min_size=1, max_size=5)
+names = st.lists(st.sampled_from(['..', '.', 'a', 'b', '', '~', 'C:', 'con', '\\..\\x', 'é', 'a b', '-rf', '\u202e',
+                                  '*']), min_size=1, max_size=5)
 names = names.map('/'.join)
-kinds = st.sampled_from([tarfile.REGTYPE]*3 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+kinds = st.sampled_from([tarfile.REGTYPE]*3 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE,
+                                               tarfile.FIFOTYPE])
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(names, st.binary(max_size=5), kinds, names), min_size=1, max_size=6), st.sampled_from(['w', 'w:gz', 'w:bz2', 'w:xz', 'zip']))
+@given(st.lists(st.tuples(names, st.binary(max_size=5), kinds, names), min_size=1, max_size=6),
+       st.sampled_from(['w', 'w:gz', 'w:bz2', 'w:xz', 'zip']))
 def test_archives_stay_in_their_folder(members, kind):
     "Whatever the names, links and devices: files come out below the folder, or nothing anywhere"
     import tempfile
@@ -219,12 +242,16 @@ def test_archives_stay_in_their_folder(members, kind):
             with zipfile.ZipFile(home/'sub'/'archive', 'w') as z:
                 for name, content, k, _ in members:
                     info = zipfile.ZipInfo(name or '/')
-                    info.external_attr = {tarfile.SYMTYPE: stat.S_IFLNK, tarfile.CHRTYPE: stat.S_IFCHR, tarfile.FIFOTYPE: stat.S_IFIFO}.get(k, 0) << 16
+                    info.external_attr = {tarfile.SYMTYPE: stat.S_IFLNK, tarfile.CHRTYPE: stat.S_IFCHR,
+                                          tarfile.FIFOTYPE: stat.S_IFIFO}.get(k, 0) << 16
                     z.writestr(info, content)
-        else: tar(home/'sub'/'archive', *((n, c if k == tarfile.REGTYPE else b'', k, to) for n, c, k, to in members), mode=kind)
+        else:
+            tar(home/'sub'/'archive', *((n, c if k == tarfile.REGTYPE else b'', k, to) for n, c, k, to in members),
+                mode=kind)
         try: extract(home/'sub'/'archive', home/'sub'/'out')
         except BadArchive: assert not (home/'sub'/'out').exists()
-        outside = sorted(p.relative_to(home).as_posix() for p in home.rglob('*') if (home/'sub'/'out') not in (p, *p.parents))
+        outside = sorted(p.relative_to(home).as_posix() for p in home.rglob('*')
+                         if (home/'sub'/'out') not in (p, *p.parents))
         assert outside == ['secret', 'sub', 'sub/archive'] and (home/'secret').read_text() == 'secret'
         assert all((p.is_file() or p.is_dir()) and not p.is_symlink() for p in home.rglob('*'))
         assert all(stat.S_IMODE(p.stat().st_mode) & 0o7022 == 0 for p in (home/'sub'/'out').rglob('*') if p.is_file())
@@ -237,16 +264,19 @@ def test_bombs(tmp_path):
     tar(tmp_path/'ratio.tgz', ('zeros', bytes(50*2**20), tarfile.REGTYPE, ''))
     with tarfile.open(tmp_path/'name.tgz', 'w:gz') as t: t.addfile(tarfile.TarInfo('x'*20*2**20))
     raw = bytearray((tmp_path/'ratio.zip').read_bytes())
-    for at in (raw.find(b'PK\x03\x04') + 22, raw.find(b'PK\x01\x02') + 24): raw[at:at + 4] = (10).to_bytes(4, 'little')    # it says 10 bytes
+    # it says 10 bytes
+    for at in (raw.find(b'PK\x03\x04') + 22, raw.find(b'PK\x01\x02') + 24): raw[at:at + 4] = (10).to_bytes(4, 'little')
     (tmp_path/'lies.zip').write_bytes(raw)
-    for name, kw, told in (('ratio.zip', {}, '200 times'), ('ratio.tgz', {}, '200 times'), ('name.tgz', {}, '200 times'),
+    for name, kw, told in (('ratio.zip', {}, '200 times'), ('ratio.tgz', {}, '200 times'),
+                           ('name.tgz', {}, '200 times'),
                            ('lies.zip', {}, 'cannot be extracted'), ('many.zip', dict(max_files=1000), '1,000 files'),
                            ('ratio.zip', dict(max_ratio=1e9, max_gb=0.01), '0.01 GB')):
         with pytest.raises(BadArchive, match=told): extract(tmp_path/name, tmp_path/'out', **kw)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['lies.zip', 'many.zip', 'name.tgz', 'ratio.tgz', 'ratio.zip']
     assert len(list(extract(tmp_path/'many.zip', tmp_path/'out').iterdir())) == 2000
 
-EXTRACT = 'import sys; from noisyseg.data.archives import extract; print("ready", flush=True); extract(sys.argv[1], sys.argv[2])'
+EXTRACT = ('import sys; from noisyseg.data.archives import extract; print("ready", flush=True); extract(sys.argv[1], '
+           'sys.argv[2])')
 
 def test_extraction_is_whole_or_not_at_all(tmp_path):
     "Killed anywhere: the folder is not there, and another time all of it is"
@@ -273,12 +303,14 @@ def test_a_download_that_is_another_file(tmp_path):
     archive = tar(tmp_path/'www'/'a.tgz', ('set/file', b'content', tarfile.REGTYPE, ''))
     right, home = hashlib.md5(archive.read_bytes()).hexdigest(), tmp_path/'home'
     with served(tmp_path/'www') as url:
-        assert (fetch_and_extract(f'{url}/a.tgz', home/'set', inside='set', md5=right)/'file').read_bytes() == b'content'
+        assert (fetch_and_extract(f'{url}/a.tgz', home/'set', inside='set', md5=right)
+                /'file').read_bytes() == b'content'
         assert [p.name for p in home.iterdir()] == ['set']
         whole = archive.read_bytes()
         for other in (whole[:-1], whole + b'x', b'', b'<html>'):
             archive.write_bytes(other)
-            with pytest.raises(BadArchive, match='another file than the one that is meant'): fetch_and_extract(f'{url}/a.tgz', home/'other', md5=right)
+            with pytest.raises(BadArchive, match='another file than the one that is meant'):
+                fetch_and_extract(f'{url}/a.tgz', home/'other', md5=right)
         assert [p.name for p in home.iterdir()] == ['set']
         with pytest.raises(urllib.error.HTTPError): fetch(f'{url}/nothing', home/'file', md5=right)
         archive.write_bytes(whole)
@@ -307,16 +339,19 @@ def test_every_download_has_a_digest(tmp_path, monkeypatch):
         assert re.fullmatch({'md5': '[0-9a-f]{32}', 'sha256': '[0-9a-f]{64}'}[kind], value), url
 
 
-# --- nothing listens -------------------------------------------------------------------------------------------------------------------
+# --- nothing listens
+# -------------------------------------------------------------------------------------------------------------------
 
 def test_nothing_listens():
     "No code of the package opens a port"
     for p in (root/'noisyseg').glob('*.py'):
         text = p.read_text()
-        assert '0.0.0.0' not in text and not re.search(r'\.listen\(|HTTPServer|socketserver|create_server|serve_forever', text), p.name
+        assert ('0.0.0.0' not in text
+                and not re.search(r'\.listen\(|HTTPServer|socketserver|create_server|serve_forever', text)), p.name
         assert not re.search(r'socket\.(socket|create_server|create_connection)', text), p.name
     makefile = (root/'Makefile').read_text()
-    assert '--ServerApp.ip=127.0.0.1' in makefile and not re.search(r'token|password|allow_origin|disable_check_xsrf|ip=(0\.0|\*)', makefile, re.I)
+    assert '--ServerApp.ip=127.0.0.1' in makefile and not re.search(
+            r'token|password|allow_origin|disable_check_xsrf|ip=(0\.0|\*)', makefile, re.I)
 
 def test_make_lab_is_for_this_machine_alone(tmp_path):
     "The very command of `make lab`: it listens on 127.0.0.1 only, and says nothing to who has no token"
@@ -324,10 +359,13 @@ def test_make_lab_is_for_this_machine_alone(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    line = next(o for o in subprocess.run(['make', '-n', 'lab'], cwd=root, capture_output=True, text=True).stdout.splitlines() if 'jupyterlab' in o)
-    cmd = [sys.executable, *shlex.split(line)[1:], '--no-browser', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', '--allow-root']
+    line = next(o for o in subprocess.run(['make', '-n', 'lab'], cwd=root, capture_output=True,
+                                          text=True).stdout.splitlines() if 'jupyterlab' in o)
+    cmd = [sys.executable, *shlex.split(line)[1:], '--no-browser', f'--ServerApp.port={port}',
+           '--ServerApp.port_retries=0', '--allow-root']
     folders = {f'JUPYTER_{o}_DIR': str(tmp_path/o) for o in ('CONFIG', 'DATA', 'RUNTIME')}
-    env = {k: v for k, v in os.environ.items() if k != 'JUPYTER_TOKEN'} | folders | {'JUPYTERLAB_SETTINGS_DIR': str(tmp_path), 'JUPYTER_PREFER_ENV_PATH': '1'}
+    env = {k: v for k, v in os.environ.items() if k != 'JUPYTER_TOKEN'} | folders | {
+            'JUPYTERLAB_SETTINGS_DIR': str(tmp_path), 'JUPYTER_PREFER_ENV_PATH': '1'}
     with open(tmp_path/'log', 'w') as log: p = subprocess.Popen(cmd, cwd=root, env=env, stdout=log, stderr=log)
     try:
         for _ in range(900):
@@ -335,11 +373,13 @@ def test_make_lab_is_for_this_machine_alone(tmp_path):
             try: socket.create_connection(('127.0.0.1', port), 1).close()
             except OSError: time.sleep(0.1)
             else: break
-        listening = {c.laddr for q in [psutil.Process(p.pid), *psutil.Process(p.pid).children(True)] for c in q.net_connections() if c.status == 'LISTEN'}
+        listening = {c.laddr for q in [psutil.Process(p.pid), *psutil.Process(p.pid).children(True)]
+                     for c in q.net_connections() if c.status == 'LISTEN'}
         assert listening and {a.ip for a in listening} == {'127.0.0.1'}, listening
         for path in ('api/contents', 'api/kernels', 'api/terminals'):
             for token in ('', f'?token={secrets.token_hex(8)}'):
-                with pytest.raises(urllib.error.HTTPError) as e: urllib.request.urlopen(f'http://127.0.0.1:{port}/{path}{token}')
+                with pytest.raises(urllib.error.HTTPError) as e:
+                    urllib.request.urlopen(f'http://127.0.0.1:{port}/{path}{token}')
                 assert e.value.code == 403
         token = re.search(r'token=([0-9a-f]{32,})', (tmp_path/'log').read_text())[1]
         assert json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/api/kernels?token={token}')) == []
@@ -348,10 +388,13 @@ def test_make_lab_is_for_this_machine_alone(tmp_path):
         p.wait(30)
 
 
-# --- names are text --------------------------------------------------------------------------------------------------------------------
+# --- names are text
+# --------------------------------------------------------------------------------------------------------------------
 
-EVIL = ['<script>window.pwned=1</script>', '"><img src=x onerror="window.pwned=2">', '</script><script>window.pwned=3</script>', "'-(window.pwned=4)-'",
-        '<!--<script>', '<svg onload=window.pwned=5>', '{{window.pwned=6}}', '<a href="javascript:window.pwned=7">click</a>']
+EVIL = ['<script>window.pwned=1</script>', '"><img src=x onerror="window.pwned=2">',
+        '</script><script>window.pwned=3</script>', "'-(window.pwned=4)-'",
+        '<!--<script>', '<svg onload=window.pwned=5>', '{{window.pwned=6}}',
+        '<a href="javascript:window.pwned=7">click</a>']
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
@@ -365,7 +408,8 @@ def opened(page, file):
 
 def harmless(page, selector='body'):
     "Nothing was executed, also not when every link is pressed; the text that is seen"
-    page.evaluate("document.querySelectorAll('a').forEach(a => { if (a.getAttribute('href')?.startsWith('javascript')) a.click() })")
+    page.evaluate("document.querySelectorAll('a').forEach(a => { if (a.getAttribute('href')?.startsWith('javascript')) "
+                  "a.click() })")
     assert page.evaluate('window.pwned') is None
     assert not page.complaints
     assert not page.evaluate("document.querySelectorAll('img[src=x], svg[onload]').length")
@@ -396,7 +440,8 @@ def test_names_are_text_in_the_explorer(tmp_path, page):
 def test_names_are_text_in_reports(tmp_path, page):
     "Title, headings, texts, tables, facts and figures"
     df = pd.DataFrame({n: [n] for n in EVIL}, index=pd.Index([EVIL[0]], name=EVIL[1]))
-    fig = go.Figure([go.Scatter(x=[0, 1], y=[i, 1], name=n, text=[n, n], mode='lines+text') for i, n in enumerate(EVIL)])
+    fig = go.Figure([go.Scatter(x=[0, 1], y=[i, 1], name=n, text=[n, n], mode='lines+text') for i,
+                     n in enumerate(EVIL)])
     fig.update_layout(height=900, title=EVIL[0], xaxis_title=EVIL[1])
     items = [(EVIL[2], ' '.join(EVIL)), df, df[EVIL[0]], fig, ('picture', np.zeros((8, 8, 3), np.uint8))]
     file = report_html(items, tmp_path/'<img src=x onerror=alert(1)>.html', EVIL[0], {n: n for n in EVIL})

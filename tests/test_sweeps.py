@@ -1,4 +1,5 @@
-"Sweeps against accidents: interrupts, kills, damaged stores, loaders and networks of other houses. Figures and the report in a browser."
+("Sweeps against accidents: interrupts, kills, damaged stores, loaders and networks of other houses. Figures and the "
+ "report in a browser.")
 import json
 import multiprocessing
 import os
@@ -51,7 +52,8 @@ def models(**kw): return {'a': Net(0, **kw), ('b', 0): Net(1, **kw), ('b', 1): N
 
 
 def sweep(ms=None, draws=3, levels=levels, store=None, **kw):
-    return noise_sweep(ms or models(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, store=store, progress=False, **kw)
+    return noise_sweep(ms or models(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, store=store,
+                       progress=False, **kw)
 
 
 def bits(model): return [v.clone() for v in model.state_dict().values()]
@@ -64,7 +66,8 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 def whole(): return sweep()
 
 
-# --- interrupted and killed -------------------------------------------------------------------------------------------------------
+# --- interrupted and killed
+# -------------------------------------------------------------------------------------------------------
 
 def run_in_child(store, log):
     "What the process to be disturbed does; it notes how it ended and whether its networks are as they were."
@@ -78,7 +81,8 @@ def run_in_child(store, log):
 
 def start(store):
     "A sweep in a process of its own, which has begun to measure."
-    ctx = multiprocessing.get_context('forkserver')  # imports once, for all processes: it finds this module by PYTHONPATH
+    # imports once, for all processes: it finds this module by PYTHONPATH
+    ctx = multiprocessing.get_context('forkserver')
     ctx.set_forkserver_preload([__name__])
     p = ctx.Process(target=run_in_child, args=(store, store.with_name('log')))
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +100,8 @@ def resume(store, whole):
     ms = models()
     assert_frame_equal(sweep(ms, store=store), whole, check_exact=True)
     total = len(whole.drop_duplicates(['model', 'train_seed', 'level', 'draw']))
-    assert sum(m.calls for m in ms.values()) == 3 * (total - kept) + len(ms)  # three batches a cell; one to look at each network
+    # three batches a cell; one to look at each network
+    assert sum(m.calls for m in ms.values()) == 3 * (total - kept) + len(ms)
     return kept, total
 
 
@@ -135,10 +140,12 @@ def test_ctrl_c_without_a_store_returns_what_there_is(whole):
     with pytest.warns(UserWarning, match='interrupted: 6 of 7 cells'): part = sweep({'a': net})
     assert same(bits(net), before)
     full = whole[whole['model'] == 'a']
-    assert_frame_equal(part, full.merge(part[['level', 'draw']].drop_duplicates()).reindex(columns=full.columns), check_exact=True)
+    assert_frame_equal(part, full.merge(part[['level', 'draw']].drop_duplicates()).reindex(columns=full.columns),
+                       check_exact=True)
 
 
-# --- stores that something happened to --------------------------------------------------------------------------------------------
+# --- stores that something happened to
+# --------------------------------------------------------------------------------------------
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -164,7 +171,8 @@ def test_store_is_one_experiment(tmp_path):
     store = tmp_path/'deep'/'folder'/'sweep.csv'
     sweep({'a': Net(0)}, store=store)
     held = store.read_bytes()
-    for what, kw in {'law': dict(law=AbsoluteGaussian()), 'seed': dict(seed=1), 'where': dict(where='0.*'), 'data': dict(dl=batches(2)),
+    for what, kw in {'law': dict(law=AbsoluteGaussian()), 'seed': dict(seed=1), 'where': dict(where='0.*'),
+                     'data': dict(dl=batches(2)),
                      'classes': dict(class_names=['x', 'y', 'z']), 'ignore_index': dict(ignore_index=9)}.items():
         with pytest.raises(ValueError, match=what): sweep({'a': Net(0)}, store=store, **kw)
     with pytest.raises(ValueError, match="model 'a': other weights"): sweep({'a': Net(5)}, store=store)
@@ -173,7 +181,8 @@ def test_store_is_one_experiment(tmp_path):
     shifted[1].running_mean.add_(1)
     with pytest.raises(ValueError, match='other weights'): sweep({'a': shifted}, store=store)
     assert store.read_bytes() == held
-    assert set(json.loads((store.parent/'sweep.csv.grid.json').read_text())['versions']) == {'noisyseg', 'torch', 'python'}
+    assert set(json.loads((store.parent/'sweep.csv.grid.json').read_text())['versions']) == {'noisyseg', 'torch',
+            'python'}
 
 
 def test_store_extends(tmp_path):
@@ -201,12 +210,14 @@ def test_cells_do_not_depend_on_company(found, order):
     assert_frame_equal(alone, there.reset_index(drop=True), check_exact=True)
 
 
-# --- what may be handed over ------------------------------------------------------------------------------------------------------
+# --- what may be handed over
+# ------------------------------------------------------------------------------------------------------
 
 def test_loaders_agree(whole):
     x, y = (torch.cat(t) for t in zip(*batches()))
     loader = DataLoader(TensorDataset(x, y), 4)
-    for dl in (loader, iter(batches()), (b for b in batches()), tuple(batches()), DataLoader(TensorDataset(x, y), 4, num_workers=1)):
+    for dl in (loader, iter(batches()), (b for b in batches()), tuple(batches()),
+               DataLoader(TensorDataset(x, y), 4, num_workers=1)):
         assert_frame_equal(sweep(dl=dl), whole, check_exact=True)
     assert_frame_equal(sweep(dl=loader, cache_mb=0), whole, check_exact=True)
 
@@ -221,7 +232,8 @@ def test_fastai_loaders_bring_their_names():
     by_dls = noise_sweep(net, dls, law, [0, 0.1], draws=2, progress=False)
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(2), expected[2])
     assert list(by_dls['class'].unique()) == [*dls.vocab, '']
-    assert_frame_equal(by_dls, noise_sweep(net, dls.valid, law, [0, 0.1], draws=2, class_names=dls.vocab, progress=False), check_exact=True)
+    assert_frame_equal(by_dls, noise_sweep(net, dls.valid, law, [0, 0.1], draws=2, class_names=dls.vocab,
+                                           progress=False), check_exact=True)
     with pytest.raises(ValueError, match='shuffles'): noise_sweep(net, dls.train, law, [0.1], progress=False)
     sens = layer_sensitivity(net, dls, law.at(0.1), draws=2, progress=False)
     assert {'encoder.levels.0', 'decoder.0', 'heads'} <= set(sens['group'])
@@ -241,11 +253,14 @@ def test_networks_of_other_houses():
     tied[6].weight = tied[5].weight
     normed = Net(0)
     nn.utils.parametrizations.weight_norm(normed[0])
-    found = {'lraspp': lraspp(weights=None, weights_backbone=None, num_classes=3), 'timm': Timm(), 'tied': tied, 'normed': normed,
-             'half': Net(0).to(torch.bfloat16), 'double': Net(0).double(), 'channels last': Net(0).to(memory_format=torch.channels_last)}
+    found = {'lraspp': lraspp(weights=None, weights_backbone=None, num_classes=3), 'timm': Timm(), 'tied': tied,
+             'normed': normed,
+             'half': Net(0).to(torch.bfloat16), 'double': Net(0).double(),
+             'channels last': Net(0).to(memory_format=torch.channels_last)}
     g = torch.Generator().manual_seed(0)
     dl = [(torch.rand(2, 3, 64, 64, generator=g), torch.randint(0, 3, (2, 64, 64), generator=g))]
-    before, flags = {k: bits(m) for k, m in found.items()}, {k: [s.training for s in m.modules()] for k, m in found.items()}
+    before, flags = {k: bits(m) for k, m in found.items()}, {k: [s.training for s in m.modules()] for k,
+                                                             m in found.items()}
     df = noise_sweep(found, dl, law, [0, 0.1], draws=2, progress=False)
     for k, m in found.items(): assert same(bits(m), before[k]) and [s.training for s in m.modules()] == flags[k], k
     assert set(df['model']) == set(found) and df[df['metric'] == 'mIoU']['value'].between(0, 1).all()
@@ -269,7 +284,8 @@ def test_laws_and_hand_made_noise():
         df = sweep({'a': net}, law=which, levels=[0.3], draws=2, dl=dl)
         with perturbed(net, which.at(0.3), generator=draw_seed(0, 1)), torch.no_grad():
             right = (net(dl[0][0]).argmax(1) == dl[0][1]).float().mean().item()
-        assert df[(df['draw'] == 1) & (df['metric'] == 'pixel accuracy')]['value'].item() == pytest.approx(right, abs=2 / 576)
+        assert df[(df['draw'] == 1) & (df['metric'] == 'pixel accuracy')]['value'].item() == pytest.approx(right,
+                abs=2 / 576)
 
 
 def test_nan_weights_are_told_and_recovered():
@@ -290,7 +306,8 @@ def test_memory_stays_flat():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # kB
 
 
-# --- means and intervals ----------------------------------------------------------------------------------------------------------
+# --- means and intervals
+# ----------------------------------------------------------------------------------------------------------
 
 def test_intervals_against_scipy(whole):
     d = whole[(whole['model'] == 'b') & (whole['metric'] == 'mIoU') & (whole['level'] == 0.2)]
@@ -311,7 +328,8 @@ def test_a_draw_that_is_only_half_there_is_left_out(whole):
     assert paired_difference(cut, 'a', 'b')['n'].tolist() == [1, 2, 2]
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------------------------
+# --------------
 
 def figures(df):
     trained_at = {'a': 0, 'b': 0.2}
@@ -359,7 +377,8 @@ def test_report_offline_in_a_browser(tmp_path, whole):
         page.on('console', lambda m: told.append(m.text) if m.type == 'error' else None)
         page.on('request', lambda r: asked.append(r.url))
         page.goto(path.as_uri())
-        page.wait_for_function(f"document.querySelectorAll('.plotly-graph-div .main-svg').length >= {len(figs)}", timeout=20_000)
+        page.wait_for_function(f"document.querySelectorAll('.plotly-graph-div .main-svg').length >= {len(figs)}",
+                               timeout=20_000)
         lines = page.evaluate("document.querySelectorAll('#figure-0 .scatterlayer .trace').length")
         box = page.locator('#figure-0 .point').last.bounding_box()
         page.mouse.move(box['x'] + 4, box['y'] + 4)

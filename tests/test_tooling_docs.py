@@ -41,7 +41,8 @@ def landing(): return read_nb(root/'nbs'/'index.ipynb').cells[1]
 
 def test_landing_explorer():
     "The front page shows the explorer right below its title; README.md, where no script runs, has nothing of it"
-    assert re.fullmatch(r'<div class="noisyseg-explorer" data-src="explorer/"></div>\n<script type="module">\n.*</script>', landing().source, re.S)
+    assert re.fullmatch(r'<div class="noisyseg-explorer" data-src="explorer/"></div>\n<script '
+                        r'type="module">\n.*</script>', landing().source, re.S)
     assert "from './explorer/explorer.js'" in landing().source
     text = (root/'README.md').read_text()
     assert '<script' not in text and 'noisyseg-explorer' not in text and '{=html}' not in text
@@ -52,7 +53,8 @@ def test_landing_explorer_can_fail(tmp_path):
     nb, script = read_nb(root/'nbs'/'index.ipynb'), '<script type="module">go()</script>'
     nb.cells[1].source = f'Shown. Said.\n\n```html\n{script}\n```'
     nb.cells[2].source += f'\n\n```{{=html}}\n{script.replace("go", "secret")}\n```\n\nLast words.'
-    nb.cells[3:3] = [nbformat.v4.new_raw_cell('raw secret'), nbformat.v4.new_markdown_cell(script.replace('go', 'secret'))]
+    nb.cells[3:3] = [nbformat.v4.new_raw_cell('raw secret'), nbformat.v4.new_markdown_cell(script.replace('go',
+            'secret'))]
     nbformat.write(nb, tmp_path/'index.ipynb')
     text = derive.readme(tmp_path/'index.ipynb')
     assert 'secret' not in text and script in text and 'Last words.' in text
@@ -96,25 +98,34 @@ def test_quarto_yml():
     assert set(listed(cfg['website']['navbar'])) <= set(side)
 
 
-# Quarto refuses a key it does not know under `project`, `website` and what is in them, and silently ignores one elsewhere.
-# These are keys of its reference (quarto.org/docs/reference, projects/websites and formats/html), by where they may stand.
+# Quarto refuses a key it does not know under `project`, `website` and what is in them, and silently ignores one
+# elsewhere.
+# These are keys of its reference (quarto.org/docs/reference, projects/websites and formats/html), by where they may
+# stand.
 nav = 'text href icon aria-label menu'
 known = {
     '': 'project format execute website',
     'project': 'title type render execute-dir output-dir lib-dir resources brand preview pre-render post-render',
     'format': 'html commonmark',
-    'format.html': 'theme css toc toc-depth code-copy code-tools include-in-header include-before-body include-after-body format-links '
+    'format.html': 'theme css toc toc-depth code-copy code-tools include-in-header include-before-body '
+                   'include-after-body format-links '
                    'respect-user-color-scheme link-external-newwindow lightbox',
     'format.html.theme': 'light dark',
     'format.html.format-links': 'format text icon',
     'execute': 'enabled freeze cache echo',
-    'website': 'title description favicon site-url site-path repo-url repo-subdir repo-branch repo-actions issue-url search navbar sidebar body-header '
-               'body-footer margin-header margin-footer page-navigation back-to-top-navigation bread-crumbs page-footer image image-alt open-graph '
+    'website': 'title description favicon site-url site-path repo-url repo-subdir repo-branch repo-actions issue-url '
+               'search navbar sidebar body-header '
+               'body-footer margin-header margin-footer page-navigation back-to-top-navigation bread-crumbs '
+               'page-footer image image-alt open-graph '
                'twitter-card llms-txt reader-mode announcement',
-    'website.navbar': 'title logo logo-alt logo-href background foreground search pinned collapse collapse-below left right',
-    'website.navbar.left': nav, 'website.navbar.left.menu': nav, 'website.navbar.right': nav, 'website.navbar.right.menu': nav,
-    'website.sidebar': 'id title logo search tools contents style background foreground border alignment collapse-level pinned header footer',
-    'website.sidebar.contents': 'section text href icon contents', 'website.sidebar.contents.contents': 'section text href icon contents'}
+    'website.navbar': 'title logo logo-alt logo-href background foreground search pinned collapse collapse-below left '
+                      'right',
+    'website.navbar.left': nav, 'website.navbar.left.menu': nav, 'website.navbar.right': nav,
+    'website.navbar.right.menu': nav,
+    'website.sidebar': 'id title logo search tools contents style background foreground border alignment '
+                       'collapse-level pinned header footer',
+    'website.sidebar.contents': 'section text href icon contents',
+    'website.sidebar.contents.contents': 'section text href icon contents'}
 
 
 def unknown(o, at=''):
@@ -122,7 +133,8 @@ def unknown(o, at=''):
     if isinstance(o, list): return [k for v in o for k in unknown(v, at)]
     if not isinstance(o, dict): return []
     here = {k: f'{at}.{k}'.strip('.') for k in o}
-    return [p for k, p in here.items() if k not in known.get(at, '').split()] + [k for v, p in zip(o.values(), here.values()) for k in unknown(v, p)]
+    return [p for k, p in here.items() if k not in known.get(at, '').split()] + [k for v,
+            p in zip(o.values(), here.values()) for k in unknown(v, p)]
 
 
 def quarto_yml(): return yaml.safe_load((root/'_quarto.yml').read_text())
@@ -174,11 +186,13 @@ page_html = """<!doctype html><header id="title-block-header"><h1>A page</h1></h
 
 @pytest.mark.parametrize('page', ['perturb/04_laws.ipynb', 'tutorials/tour.ipynb', None], ids=str)
 def test_page_links(page, tmp_path):
-    "On a page as Quarto lays it out: the link to Colab, and links that leave the site lead to GitHub; without \"View source\", nothing changes"
+    ("On a page as Quarto lays it out: the link to Colab, and links that leave the site lead to GitHub; without \"View "
+     "source\", nothing changes")
     deep = page is not None and '/' in page
     source = source_url(quarto_yml(), page) if page else 'https://github.com/noisyseg/noisyseg/issues/new'
     file = tmp_path/'page.html'
-    file.write_text(page_html.format(source=source, up='../' if deep else '', script=(root/'nbs'/'page_links.html').read_text()))
+    file.write_text(page_html.format(source=source, up='../' if deep else '',
+                                     script=(root/'nbs'/'page_links.html').read_text()))
     with browser_page(tmp_path/'profile') as tab:
         tab.goto(file.as_uri())
         tab.wait_for_function('document.readyState == "complete"')
@@ -196,7 +210,8 @@ def test_page_links(page, tmp_path):
 def test_workflows():
     "They parse, and do what people do on the command line"
     read = lambda name: yaml.safe_load((root/'.github'/'workflows'/name).read_text())['jobs']
-    steps = {name: [o.get('run') for job in read(name).values() for o in job['steps']] for name in ('test.yml', 'docs.yml')}
+    steps = {name: [o.get('run') for job in read(name).values() for o in job['steps']]
+             for name in ('test.yml', 'docs.yml')}
     assert '.ci/run' in steps['test.yml'] and 'make docs' in steps['docs.yml']
     assert any('built_site' in (o or '') for o in steps['docs.yml'])
     assert re.search(r'^make test\b', (root/'.ci'/'run').read_text(), re.M)
@@ -211,7 +226,8 @@ def test_index_names_every_notebook():
 
 def markdown(path):
     "The markdown of a page, without code"
-    text = path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in read_nb(path).cells if c.cell_type == 'markdown')
+    text = path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in read_nb(path).cells
+            if c.cell_type == 'markdown')
     return re.sub(r'`[^`\n]+`', '', re.sub(r'^(```|~~~).*?^\1', '', text, flags=re.M | re.S))
 
 
@@ -221,7 +237,8 @@ def anchors(path):
     return {slug(h) for h in re.findall(r'^#+ (.+)$', markdown(path), re.M)}
 
 
-def links(path): return re.findall(r'\]\(<?([^)>\s]+)>?(?:\s+"[^"]*")?\)|(?<![\w-])(?:src|href)="([^"]+)"', markdown(path))
+def links(path):
+    return re.findall(r'\]\(<?([^)>\s]+)>?(?:\s+"[^"]*")?\)|(?<![\w-])(?:src|href)="([^"]+)"', markdown(path))
 
 
 @pytest.mark.parametrize('path', pages, ids=lambda p: str(p.relative_to(root)))
@@ -309,16 +326,21 @@ def test_page_names(processed):
 
 def named_files(cfg):
     "What _quarto.yml names that must be there as a file: links of navbar and sidebar, style sheet, included HTML"
-    def texts(o): return [t for v in (o.values() if isinstance(o, dict) else o) for t in texts(v)] if isinstance(o, (dict, list)) else [o]
+    def texts(o):
+        return [t for v in (o.values() if isinstance(o, dict) else o) for t in texts(v)] if isinstance(o,
+                (dict, list)) else [o]
     html = cfg['format']['html']
     found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body']])
-    return sorted({o for o in found if isinstance(o, str) and not re.match(r'[a-z]+:', o) and re.search(r'\.[a-z]+$', o)})
+    return sorted({o for o in found if isinstance(o, str) and not re.match(r'[a-z]+:', o)
+                   and re.search(r'\.[a-z]+$', o)})
 
 
 def unmatched(cfg, folder):
     "The patterns under `resources` that no file matches, and the files named that are not there"
-    is_there = lambda pattern: any(p.is_file() and not p.is_symlink() for p in folder.glob(pattern.replace('**', '**/*')))
-    return [o for o in cfg['project']['resources'] if not is_there(o)] + [o for o in named_files(cfg) if not (folder/o).is_file()]
+    is_there = lambda pattern: any(p.is_file() and not p.is_symlink()
+                                   for p in folder.glob(pattern.replace('**', '**/*')))
+    return [o for o in cfg['project']['resources'] if not is_there(o)] + [o for o in named_files(cfg)
+            if not (folder/o).is_file()]
 
 
 def test_resources(processed):
@@ -329,15 +351,18 @@ def test_resources(processed):
 def test_resources_can_fail(tmp_path):
     "In an empty folder all of it is missing"
     missing = unmatched(quarto_yml(), tmp_path)
-    assert {'images/**', 'explorer/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'page_links.html', 'index.ipynb'} <= set(missing)
+    assert {'images/**', 'explorer/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'page_links.html',
+            'index.ipynb'} <= set(missing)
     (tmp_path/'images').mkdir()
     (tmp_path/'images'/'hero.png').touch()
     assert 'images/**' not in unmatched(quarto_yml(), tmp_path)
 
 
 def test_landing_is_processed(processed):
-    "nbdev hands the front page's explorer on word for word, and what it asks for is there, the link to explorer.js as a file"
-    first = [c.source for c in read_nb(processed/'index.ipynb').cells if c.cell_type == 'markdown' and not c.source.startswith('<!--')][0]
+    ("nbdev hands the front page's explorer on word for word, and what it asks for is there, the link to explorer.js "
+     "as a file")
+    first = [c.source for c in read_nb(processed/'index.ipynb').cells if c.cell_type == 'markdown'
+             and not c.source.startswith('<!--')][0]
     assert first == landing().source
     assert (processed/'explorer'/'manifest.json').is_file() and not (processed/'explorer'/'explorer.js').is_symlink()
     assert (processed/'explorer'/'explorer.js').read_bytes() == (processed.parent/'noisyseg'/'explorer.js').read_bytes()
@@ -345,13 +370,15 @@ def test_landing_is_processed(processed):
 
 if site := os.environ.get('NOISYSEG_SITE'):  # the folder of the built site: a test only where there is one
     def test_built_site():
-        "In what Quarto made: every page as HTML and as markdown with its source link, the explorer, the search index, llms.txt and what that links to"
+        ("In what Quarto made: every page as HTML and as markdown with its source link, the explorer, the search "
+         "index, llms.txt and what that links to")
         built, cfg, bad = root/site, quarto_yml(), []
         for p in notebooks():
             page = built/nbpath2html(nb_id(p))
             if not page.is_file() or not Path(f'{page}.md').is_file(): bad.append(str(page))
             elif source_url(cfg, nb_id(p)) not in page.read_text(): bad.append(f'no source link: {page}')
-        bad += [o for o in llms_links((built/'llms.txt').read_text()) if not (built/o.removeprefix(settings['doc_url'] + '/')).is_file()]
+        bad += [o for o in llms_links((built/'llms.txt').read_text())
+                if not (built/o.removeprefix(settings['doc_url'] + '/')).is_file()]
         assert not bad
         text = (built/'index.html').read_text()
         assert 'data-src="explorer/"' in text and "from './explorer/explorer.js'" in text

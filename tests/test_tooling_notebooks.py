@@ -9,7 +9,8 @@ import derive
 import pytest
 from conftest import nb_id, notebooks, read_nb, root
 
-numbers = {name: number for number, name in derive.numbered()}
+order = {module: i for i, (_, module) in enumerate(derive.modules())}
+module_of = dict(derive.modules())
 each = pytest.mark.parametrize('path', notebooks(), ids=nb_id)
 
 
@@ -20,13 +21,13 @@ def test_runs(path, sh):
     assert 'Success.' in out, out
 
 
-def modules(folder): return {p.name: p.read_text() for p in (folder/'noisyseg').glob('*.py')}
+def modules(folder): return {p.relative_to(folder/'noisyseg').as_posix(): p.read_text() for p in (folder/'noisyseg').rglob('*.py')}
 
 
 def exported(project, sh):
     "What nbdev-export writes, from notebooks alone"
-    for p in (project/'noisyseg').glob('*.py'):
-        if p.name not in ('__init__.py', 'all.py'): p.unlink()
+    for p in (project/'noisyseg').rglob('*.py'):
+        if p.name != '__init__.py': p.unlink()
     sh('nbdev-export', cwd=project)
     return modules(project)
 
@@ -36,16 +37,18 @@ def diff(have, want): return sorted(k for k in have.keys() | want.keys() if have
 
 def test_code_equals_notebooks(project, sh):
     "`make export` would change nothing in noisyseg/"
-    assert not (d := diff(modules(root), exported(project, sh))), f'{d} differ from what the notebooks export: run `make export`'
+    assert not (d := diff(modules(root),
+                          exported(project, sh))), f'{d} differ from what the notebooks export: run `make export`'
 
 
 def test_code_equals_notebooks_can_fail(project, sh):
     "An edit of a module, and a module that no notebook exports, are both seen"
-    mod = next(p for p in sorted((project/'noisyseg').glob('*.py')) if p.name not in ('__init__.py', '_modidx.py', 'all.py'))
+    mod = next(p for p in sorted((project/'noisyseg').glob('*.py'))
+               if p.name not in ('__init__.py', '_modidx.py', 'all.py'))
     mod.write_text(mod.read_text() + '\nedited = True\n')
     (project/'noisyseg'/'stray.py').write_text('')
     have = modules(project)
-    assert diff(have, exported(project, sh)) == sorted([mod.name, 'stray.py'])
+    assert diff(have, exported(project, sh)) == ['perturb/laws.py', 'stray.py']
 
 
 def unclean(project, sh):
@@ -64,7 +67,7 @@ def test_notebooks_are_clean(project, sh):
 def test_notebooks_are_clean_can_fail(project, sh):
     "One execution count is seen"
     unclean(project, sh)
-    path = next(p for p in sorted((project/'nbs').glob('*.ipynb')) if '"execution_count": null' in p.read_text())
+    path = next(p for p in sorted((project/'nbs').rglob('*.ipynb')) if '"execution_count": null' in p.read_text())
     path.write_text(path.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
     assert unclean(project, sh) == [str(path.relative_to(project))]
 
@@ -79,11 +82,13 @@ def test_small(path):
 def test_shape(path):
     "Title and one-line description first; no saved error; numbered notebooks name their module"
     nb = read_nb(path)
-    assert re.match(r'# .+\n+> .+', nb.cells[0].source), 'the first cell should be "# Title" and "> what it is, in one line"'
+    assert re.match(r'# .+\n+> .+',
+                    nb.cells[0].source), 'the first cell should be "# Title" and "> what it is, in one line"'
     errors = [o.ename for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
     assert not errors
-    if m := re.match(r'\d\w*?_(\w+)$', path.stem):
-        assert re.findall(r'^#\|\s*default_exp (\S+)', '\n'.join(c.source for c in nb.cells), re.M) == [m[1]]
+    if m := re.match(r'\d+_(\w+)$', path.stem):
+        folder = path.parent.relative_to(root/'nbs').as_posix().replace('/', '.')
+        assert module_of[nb_id(path)] == f'{folder}.{m[1]}'
 
 
 def code(path):
@@ -94,21 +99,22 @@ def code(path):
 
 
 def imported(source):
-    "The noisyseg modules that Python source imports"
+    "The noisyseg modules that Python source imports, with the names that it takes from them"
     for o in ast.walk(ast.parse(source)):
-        if isinstance(o, ast.Import): yield from (a.name.split('.')[1] for a in o.names if a.name.startswith('noisyseg.'))
-        elif isinstance(o, ast.ImportFrom):
-            mod = ('noisyseg.' if o.level else '') + (o.module or '')
-            if mod.rstrip('.') == 'noisyseg': yield from (a.name for a in o.names if a.name != '__version__')
-            elif mod.startswith('noisyseg.'): yield mod.split('.')[1]
+        if isinstance(o, ast.Import):
+            yield from ((a.name.removeprefix('noisyseg.'), None) for a in o.names if a.name.startswith('noisyseg.'))
+        elif isinstance(o, ast.ImportFrom) and not o.level and re.match(r'noisyseg\b', o.module):
+            inside = o.module.removeprefix('noisyseg').lstrip('.')
+            for a in o.names:
+                whole = f'{inside}.{a.name}'.lstrip('.')
+                yield (whole, None) if whole in order else (inside, a.name)
 
 
-@pytest.mark.parametrize('number, name', derive.numbered(), ids=numbers)
-def test_imports_point_down(number, name):
-    "A numbered notebook imports from lower numbers only (or from the module that it is itself)"
-    path = root/'nbs'/f'{number}_{name}.ipynb'
-    wrong = {m for source in code(path) for m in imported(source) if numbers.get(m, 'none') > number}
-    assert not wrong, f'{path.name} imports {sorted(wrong)}'
+@pytest.mark.parametrize('path, module', derive.modules(), ids=order)
+def test_imports_point_down(path, module):
+    "A notebook imports from those before it only (or from the module that it is itself): subpackages build on one another in one direction"
+    wrong = {m for source in code(root/'nbs'/path) for m, _ in imported(source) if order.get(m, -1) > order[module]}
+    assert not wrong, f'{path} imports {sorted(wrong)}'
 
 
 def foreign(source):
@@ -116,15 +122,18 @@ def foreign(source):
     nodes = list(ast.walk(ast.parse(source)))
     used = {o.id for o in nodes if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Load)}
     known = {o.id for o in nodes if isinstance(o, ast.Name) and not isinstance(o.ctx, ast.Load)}
-    known |= {o.name for o in nodes if isinstance(o, (ast.FunctionDef, ast.ClassDef))} | {o.arg for o in nodes if isinstance(o, ast.arg)}
-    known |= {(a.asname or a.name).split('.')[0] for o in nodes if isinstance(o, (ast.Import, ast.ImportFrom)) for a in o.names}
+    known |= {o.name for o in nodes if isinstance(o, (ast.FunctionDef, ast.ClassDef))} | {o.arg for o in nodes
+            if isinstance(o, ast.arg)}
+    known |= {(a.asname or a.name).split('.')[0] for o in nodes if isinstance(o, (ast.Import, ast.ImportFrom))
+              for a in o.names}
     return used - known - set(dir(builtins))
 
 
-@pytest.mark.parametrize('number, name', derive.numbered(), ids=numbers)
-def test_imports_stand_alone(number, name):
-    "Building the site runs the cells that import something and the exported ones, and no others: so the first must not need the rest"
-    for source in code(root/'nbs'/f'{number}_{name}.ipynb'):
+@pytest.mark.parametrize('path', [o for o, _ in derive.modules()])
+def test_imports_stand_alone(path):
+    ("Building the site runs the cells that import something and the exported ones, and no others: so the first must "
+     "not need the rest")
+    for source in code(root/'nbs'/path):
         if re.search(r'^#\| *export', source, re.M) or 'nbdev_export()' in source: continue
         if not any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.walk(ast.parse(source))): continue
         assert not foreign(source), f'move the import out of:\n{source}'
@@ -137,20 +146,15 @@ def test_foreign():
 
 def test_imported():
     "The finder of imports finds them, in all their spellings"
-    source = 'import torch, noisyseg.a\nfrom noisyseg.b import x\nfrom noisyseg import c\nfrom .d import y\ndef f():\n  from . import e'
-    assert list(imported(source)) == ['a', 'b', 'c', 'd', 'e']
-    assert not list(imported('from noisyseg import __version__'))
+    source = 'import torch, noisyseg.nets.x\nfrom noisyseg.perturb.laws import Law as L\nfrom noisyseg.nets import deeplab\ndef f():\n  from noisyseg import __version__'
+    assert list(imported(source)) == [('nets.x', None), ('perturb.laws', 'Law'), ('nets.deeplab', None), ('', '__version__')]
 
 
-def test_all_modules():
-    "`from noisyseg.all import *` is every module with a notebook, in reading order"
-    assert (root/'noisyseg'/'all.py').read_text() == derive.all_py(), 'run `make export`'
-
-
-def test_all_at_a_prompt():
-    "It imports, and no module's name hides another's"
-    everything = importlib.import_module('noisyseg.all')
-    for name in numbers:
-        mod = importlib.import_module(f'noisyseg.{name}')
-        hidden = [k for k in mod.__all__ if getattr(everything, k) is not getattr(mod, k)]
-        assert not hidden, f'{hidden} of noisyseg.{name} are hidden by names of another module'
+def test_the_face():
+    "`from noisyseg import X` for the names that people type: each is public in its module, and importing noisyseg loads none of them"
+    import noisyseg
+    assert len(set(noisyseg.__all__)) == len(noisyseg.__all__) <= 50
+    for name in noisyseg.__all__:
+        module = importlib.import_module(f'noisyseg.{noisyseg._module_of[name]}')
+        assert getattr(noisyseg, name) is getattr(module, name) and name in module.__all__
+    with pytest.raises(AttributeError, match='nonsense'): noisyseg.nonsense

@@ -24,7 +24,7 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(root/'settings.ini')
 cfg = cfg['DEFAULT']
 toml = tomllib.loads((root/'pyproject.toml').read_text())
-own = sorted(p.stem for p in (root/'noisyseg').glob('*.py') if not p.stem.startswith('_'))
+own = sorted(p.relative_to(root/'noisyseg').with_suffix('').as_posix().replace('/', '.') for p in (root/'noisyseg').rglob('*.py') if not p.stem.startswith('_'))
 
 
 def canon(name): return re.sub(r'[-_.]+', '-', name).lower()
@@ -74,7 +74,7 @@ def dists(names):
 
 def test_requirements_fit_the_imports():
     "requirements = what noisyseg/*.py imports: nothing missing, nothing more"
-    used = dists(set().union(*(imports((root/'noisyseg'/f'{m}.py').read_text()) for m in own)))
+    used = dists(set().union(*(imports((root/'noisyseg'/f'{m.replace(".", "/")}.py').read_text()) for m in own)))
     optional = {canon(o.name) for k in cfg if k.endswith('_requirements') and k != 'dev_requirements' for o in lines(k)}
     assert {canon(o.name) for o in lines('requirements')} == used - optional
     assert 'nbdev' not in used
@@ -82,7 +82,8 @@ def test_requirements_fit_the_imports():
 
 def test_dev_requirements_fit_the_imports():
     "dev_requirements name what notebooks and tests import on top"
-    scripts = [p for folder in ('tests', '.ci') for p in (root/folder).glob('*.py') if p.name != 'bench_peers.py']   # its imports are optional
+    # its imports are optional
+    scripts = [p for folder in ('tests', '.ci') for p in (root/folder).glob('*.py') if p.name != 'bench_peers.py']
     used = set().union(*(imports(s) for p in notebooks() for s in code(p)), *(imports(p.read_text()) for p in scripts))
     used -= {p.stem for p in (root/'tests').glob('*.py')} | {p.stem for p in scripts}
     named = {canon(o.name) for k in ('requirements', 'dev_requirements') for o in lines(k)}
@@ -111,7 +112,8 @@ def test_constraints():
     pins = {canon(k): v for k, v in pins.items()}
     assert 'noisyseg' not in pins
     for o in lines('requirements') + lines('dev_requirements'): assert o.specifier.contains(pins[canon(o.name)]), o
-    assert not (d := closure(lines('requirements') + lines('dev_requirements')) - pins.keys()), f'not pinned: {sorted(d)}'
+    assert not (d := closure(lines('requirements') + lines('dev_requirements'))
+                - pins.keys()), f'not pinned: {sorted(d)}'
 
 
 def test_dependencies_are_coherent(sh): sh(sys.executable, '-m', 'pip', 'check')
@@ -119,7 +121,8 @@ def test_dependencies_are_coherent(sh): sh(sys.executable, '-m', 'pip', 'check')
 
 def test_no_registry_is_named():
     "Where packages come from is pip's own configuration, not this project's business"
-    hosts = ['py' + 'pi.org', 'python' + 'hosted', 'download.' + 'pytorch', 'conda.' + 'anaconda', 'npm' + 'js', 'index-' + 'url http']
+    hosts = ['py' + 'pi.org', 'python' + 'hosted', 'download.' + 'pytorch', 'conda.' + 'anaconda', 'npm' + 'js',
+             'index-' + 'url http']
     named = {(str(p.relative_to(root)), h) for p in project_files() for h in hosts if h.encode() in p.read_bytes()}
     assert not named
 
@@ -128,10 +131,12 @@ def test_no_registry_is_named():
 def built(tmp_path_factory):
     "Source archive, and the wheel built from that archive (not from the checkout): dict(sdist=..., wheel=...)"
     out, copy = tmp_path_factory.mktemp('dist'), copy_project(tmp_path_factory.mktemp('source')/'project')
-    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, copy], text=True, capture_output=True)
+    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, copy], text=True,
+                       capture_output=True)
     said = r.stdout + r.stderr
     assert r.returncode == 0, said
-    assert not re.search('overwritten in `pyproject.toml`|defined outside of `pyproject.toml`|DeprecationWarning', said), said
+    assert not re.search('overwritten in `pyproject.toml`|defined outside of `pyproject.toml`|DeprecationWarning',
+                         said), said
     return dict(wheel=next(out.glob('*.whl')), sdist=next(out.glob('*.tar.gz')))
 
 
@@ -161,12 +166,15 @@ def test_wheel_in_an_empty_environment(empty):
     meta = json.loads(meta)
     assert Path(where).parent.parent == empty[1]
     assert (meta['name'], meta['version'], meta['summary']) == (cfg['lib_name'], cfg['version'], cfg['description'])
-    assert meta['license_expression'] == cfg['license'] == 'Apache-2.0' and meta['requires_python'] == f'>={cfg["min_python"]}'
+    assert meta['license_expression'] == cfg['license'] == 'Apache-2.0' and meta[
+            'requires_python'] == f'>={cfg["min_python"]}'
     assert ','.join(meta['keywords']).split(',') == cfg['keywords'].split()
     assert meta['description'].strip() == (root/'README.md').read_text().strip()
     needs = [Requirement(o) for o in meta['requires_dist']]
-    assert {(o.name, o.specifier) for o in needs if not o.marker} == {(o.name, o.specifier) for o in lines('requirements')}
-    assert {o.name for o in needs if o.marker and o.marker.evaluate(dict(extra='dev'))} - {o.name for o in lines('requirements')} \
+    assert {(o.name, o.specifier) for o in needs if not o.marker} == {(o.name, o.specifier)
+            for o in lines('requirements')}
+    assert {o.name for o in needs if o.marker and o.marker.evaluate(dict(extra='dev'))} - {o.name
+            for o in lines('requirements')} \
         == {o.name for o in lines('dev_requirements')}
 
 
@@ -180,9 +188,12 @@ def test_wheel_with_its_requirements_only(empty):
         for top in {f.parts[0] for f in d.files if f.parts[0] not in ('..', '__pycache__')}:
             if not (site/top).exists(): (site/top).symlink_to(d.locate_file(top))
     assert 'nbdev' not in linked and 'torch' in linked
-    r = bare(python, f'import importlib, noisyseg\nfor o in {own!r}: importlib.import_module("noisyseg." + o)\nprint(noisyseg.__file__)')
+    r = bare(python,
+             f'import importlib, noisyseg\nfor o in {own!r}: importlib.import_module("noisyseg." + '
+             f'o)\nprint(noisyseg.__file__)')
     assert r.returncode == 0, r.stderr
-    assert bare(python, 'import nbdev').returncode and not bare(python, 'import torch').returncode, 'the linking is wrong'
+    assert bare(python, 'import nbdev').returncode and not bare(python,
+                                                                'import torch').returncode, 'the linking is wrong'
     assert Path(r.stdout.splitlines()[-1]).parent.parent == site
 
 
@@ -190,17 +201,17 @@ def test_wheel_holds_the_package(built):
     "The modules, the licence, the explorer's front end and its two small networks; no notebooks, tests or data"
     from zipfile import ZipFile
     names = ZipFile(built['wheel']).namelist()
-    assert {f'noisyseg/{m}.py' for m in own} <= set(names)
+    assert {f'noisyseg/{m.replace(".", "/")}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
     assert any(o.endswith('licenses/LICENSE') for o in names)
-    assert {'noisyseg/explorer.js', 'noisyseg/models/scenes_clean.safetensors', 'noisyseg/models/scenes_noise_trained.json'} <= set(names)
+    assert {'noisyseg/explorer.js', 'noisyseg/models/scenes_clean.safetensors',
+            'noisyseg/models/scenes_noise_trained.json'} <= set(names)
     assert Path(built['wheel']).stat().st_size < 2_000_000
 
 
 def public():
     "(module, name, object) for each public function and class"
     for m in own:
-        if m == 'all': continue
         try: mod = importlib.import_module(f'noisyseg.{m}')
         except Exception as e:               # a test that fails, not a file of tests that cannot be collected
             yield pytest.param(e, id=m)
@@ -223,7 +234,8 @@ def test_public_names_are_documented(o):
     "A docstring for each, and a comment beside each parameter (docments)"
     if isinstance(o, Exception): raise o
     assert (inspect.getdoc(o) or '').strip(), 'no docstring'
-    if inspect.isfunction(o): assert 'self' not in inspect.signature(o).parameters, 'a method in __all__: put `@patch` above it'
+    if inspect.isfunction(o):
+        assert 'self' not in inspect.signature(o).parameters, 'a method in __all__: put `@patch` above it'
     if inspect.isclass(o) and not {'__dataclass_fields__', '__init__'} & set(vars(o)): return
     own_init = inspect.isclass(o) and '__dataclass_fields__' not in vars(o)
     described = docments(vars(o)['__init__'] if own_init else o, full=True)

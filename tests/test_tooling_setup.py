@@ -1,4 +1,5 @@
-"Set-up (.ci/set-up) finds out what is wrong before it spends minutes, trusts nothing half-made, and does nothing twice."
+("Set-up (.ci/set-up) finds out what is wrong before it spends minutes, trusts nothing half-made, and does nothing "
+ "twice.")
 import subprocess
 
 import pytest
@@ -6,7 +7,8 @@ import pytest
 
 @pytest.fixture
 def set_up(project):
-    "Runs .ci/set-up in a copy of the project with a stand-in for Python: gives status, what was said, and what the stand-in was asked"
+    ("Runs .ci/set-up in a copy of the project with a stand-in for Python: gives status, what was said, and what the "
+     "stand-in was asked")
     def run(version='3.12', works='exit 0', venv='.venv'):
         asked, python = project/'asked', project/'python'
         asked.write_text('')
@@ -47,7 +49,8 @@ def test_half_a_set_up_is_made_again(set_up, project):
     status, _, asked = set_up(works='case "$*" in "-m venv .venv") exit 1;; esac')
     assert status and (venv/'.unfinished').exists() and not (venv/'.ready').exists()
     (venv/'half').write_text('')
-    make = f'case "$*" in "-m venv .venv") mkdir -p {venv}/bin; : > {venv}/pyvenv.cfg; cp {project}/python {venv}/bin/python;; esac'
+    make = (f'case "$*" in "-m venv .venv") mkdir -p {venv}/bin; : > {venv}/pyvenv.cfg; cp {project}/python '
+            f'{venv}/bin/python;; esac')
     (project/'bin'/'cp').symlink_to('/bin/cp')
     status, said, asked = set_up(works=make)
     assert not status, said

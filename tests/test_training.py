@@ -1,4 +1,4 @@
-"""Weight noise in two real processes: the same noise for all, or each its own, and the same clean weights at the end."""
+("""Weight noise in two real processes: the same noise for all, or each its own, and the same clean weights at the end.""")
 import os
 import socket
 import subprocess
@@ -46,10 +46,13 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return str(s.getsockname()[1])
 
-@pytest.mark.parametrize('how, seed, expected', [('shared', '7', 'same'), ('shared', 'None', 'same'), ('own', '7', 'different')])
+@pytest.mark.parametrize('how, seed, expected', [('shared', '7', 'same'), ('shared', 'None', 'same'),
+                                                 ('own', '7', 'different')])
 def test_two_processes(how, seed, expected):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': ''}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER), how, seed], env={**env, 'RANK': str(r)},
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(),
+           'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': ''}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER), how, seed],
+                           env={**env, 'RANK': str(r)},
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     outs = [p.communicate(timeout=300) for p in ps]
     assert [p.returncode for p in ps] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]

@@ -96,17 +96,22 @@ class Reference:
 
 
 def network(kind, n_classes, in_channels, **kw):
-    "Small, in double precision, with signals that survive the encoder and batch norms that do something, also in evaluation"
+    ("Small, in double precision, with signals that survive the encoder and batch norms that do something, also in "
+     "evaluation")
     torch.manual_seed(0)
-    encoder = resnet_encoder('resnet34', in_channels) if kind == 'resnet34' else PlainEncoder(in_channels, FILTERS, stem_stride=2 if kind == 'strided' else 1)
+    encoder = resnet_encoder('resnet34', in_channels) if kind == 'resnet34' else PlainEncoder(in_channels, FILTERS,
+            stem_stride=2 if kind == 'strided' else 1)
     m = UNet3Plus(encoder, n_classes, width=3, in_channels=in_channels, **kw).double()
     for conv in (o for o in encoder.modules() if isinstance(o, nn.Conv2d)): nn.init.kaiming_normal_(conv.weight)
     for bn in (o for o in m.modules() if isinstance(o, nn.BatchNorm2d)):
-        for t, low, high in (bn.weight, 0.5, 1.5), (bn.bias, -0.2, 0.2), (bn.running_mean, -0.3, 0.3), (bn.running_var, 0.5, 2): nn.init.uniform_(t, low, high)
+        for t, low, high in (bn.weight, 0.5, 1.5), (bn.bias, -0.2, 0.2), (bn.running_mean, -0.3, 0.3), (bn.running_var,
+                0.5, 2):
+            nn.init.uniform_(t, low, high)
     return m
 
 
-def images(*shape, seed=1): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+def images(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
 def close(got, want, what=''):
@@ -126,7 +131,8 @@ CASES = [  # encoder, size, classes, channels of the image, further arguments
 
 @pytest.mark.parametrize('upsample', ['before', 'after'])
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('kind, size, n_classes, in_channels, kw', CASES, ids=[f'{kind}-{h}x{w}' for kind, (h, w), *_ in CASES])
+@pytest.mark.parametrize('kind, size, n_classes, in_channels, kw', CASES,
+                         ids=[f'{kind}-{h}x{w}' for kind, (h, w), *_ in CASES])
 def test_reference(kind, size, n_classes, in_channels, kw, training, upsample):
     "The same logits from every head, the same gradients for every parameter and the image, the same running statistics"
     m = network(kind, n_classes, in_channels, upsample=upsample, **kw).train(training)
@@ -155,7 +161,8 @@ def test_reference_can_fail():
 @pytest.mark.parametrize('upsample', ['before', 'after'])
 @pytest.mark.parametrize('n_classes', [1, 4])
 def test_classification_guided(n_classes, upsample):
-    "Each head's probabilities times those of presence, image by image: neither neighbours nor their order and number change a result"
+    ("Each head's probabilities times those of presence, image by image: neither neighbours nor their order and number "
+     "change a result")
     m, x = network('strided', n_classes, 1, upsample=upsample, cgm=True).eval(), images(3, 1, 101, 131)
     x[1] *= 5                                            # a picture unlike the others
     ref = Reference(m, upsample)
@@ -175,7 +182,9 @@ def wide(upsample='before', width=48, **kw):
     torch.manual_seed(0)
     m = UNet3Plus(PlainEncoder(1, FILTERS), 3, width=width, in_channels=1, upsample=upsample, **kw)
     for bn in (o for o in m.modules() if isinstance(o, nn.BatchNorm2d)):
-        for t, low, high in (bn.weight, 0.5, 1.5), (bn.bias, -0.2, 0.2), (bn.running_mean, -0.3, 0.3), (bn.running_var, 0.5, 2): nn.init.uniform_(t, low, high)
+        for t, low, high in (bn.weight, 0.5, 1.5), (bn.bias, -0.2, 0.2), (bn.running_mean, -0.3, 0.3), (bn.running_var,
+                0.5, 2):
+            nn.init.uniform_(t, low, high)
     return m
 
 
@@ -243,12 +252,14 @@ def test_watched_layers_are_called(counted):
             got = m(x)
             h.remove()
             assert (got - want).abs().max() <= 1e-5*want.abs().max()
-        assert len(seen) == 3 and counted['winograd_conv'] == 2   # with a hook on the whole block its inside may be short
+        # with a hook on the whole block its inside may be short
+        assert len(seen) == 3 and counted['winograd_conv'] == 2
         with torch.autocast('cpu', dtype=torch.bfloat16): assert m(x).dtype == torch.bfloat16
         before = dict(counted)
         out = torch.func.functional_call(m, {k: v for k, v in m.named_parameters()}, (x,))
         assert (out - want).abs().max() <= 1e-5*want.abs().max() and counted != before
-        torch.func.vmap(lambda w: torch.func.functional_call(m, {'heads.0.weight': w}, (x,)))(torch.stack([m.heads[0].weight]*2))
+        torch.func.vmap(lambda w: torch.func.functional_call(m, {'heads.0.weight': w},
+                                                             (x,)))(torch.stack([m.heads[0].weight]*2))
 
 
 @pytest.mark.parametrize('decoder', ['fast', 'plain'])

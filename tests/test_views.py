@@ -1,4 +1,4 @@
-"""Labelled and unlabelled images together: views, CutMix, loaders, splits, folders. The lessons are in nbs/data/06_splits.ipynb and nbs/data/08_semi_supervised.ipynb."""
+("""Labelled and unlabelled images together: views, CutMix, loaders, splits, folders. The lessons are in nbs/data/06_splits.ipynb and nbs/data/08_semi_supervised.ipynb.""")
 import math
 import pickle
 import random
@@ -16,7 +16,8 @@ from noisyseg.data.loaders import MaskDataset, augmenter
 from noisyseg.data.files import colorize
 from noisyseg.data.procedural import scene, scene_classes, scene_palette
 from noisyseg.data.splits import _choose, check_apart, pair_some, read_list, read_split, split_labelled
-from noisyseg.data.semi_supervised import (SemiDL, SemiDataset, ViewDataset, cutmix, cutmix_boxes, partners, semi_dataloaders, semi_folder, semi_scenes,
+from noisyseg.data.semi_supervised import (SemiDL, SemiDataset, ViewDataset, cutmix, cutmix_boxes, partners,
+                                           semi_dataloaders, semi_folder, semi_scenes,
     strong_view)
 
 def identity(o): return o
@@ -27,7 +28,8 @@ def write(file, pixels, **kwargs):
     return file
 
 def views(images, size=(40,56), **kwargs):
-    return ViewDataset(images, identity, size, augmenter(size, (0.5,1.5), 0.5, 0, 0), **dict(largest=1.5, seed=1) | kwargs)
+    return ViewDataset(images, identity, size, augmenter(size, (0.5,1.5), 0.5, 0, 0), **dict(largest=1.5, seed=1)
+                       | kwargs)
 
 def prints(b): return [t.as_subclass(Tensor).double().sum().item() for t in b]
 def passes(dl, n=1): return [[prints(b) for b in dl] for _ in range(n)]
@@ -72,7 +74,8 @@ def test_an_item_depends_on_seed_pass_and_index_alone():
         states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
         got = pickle.loads(pickle.dumps(views(images, cache=bool(noise)))).item(2, 5)
         assert all(torch.equal(a, b) for a,b in zip(want, got))
-        assert torch.equal(states[0], torch.get_rng_state()) and states[1:]==(np.random.get_state()[1].tolist(), random.getstate())
+        assert torch.equal(states[0], torch.get_rng_state()) and states[1:]==(np.random.get_state()[1].tolist(),
+                random.getstate())
     for other in (views(images, seed=2).item(2, 5), views(images).item(2, 6), views(images).item(1, 5)):
         assert not torch.equal(want[0], other[0])
 
@@ -115,7 +118,8 @@ def test_boxes_of_odd_images(size):
     share = cutmix_boxes(60, size, torch.Generator().manual_seed(0), p=1).float().mean((1,2))
     assert (share>0).all() and (share<=0.4).all()
 
-@pytest.mark.parametrize('bad', [dict(p=1.5), dict(area=(0.4,0.2)), dict(area=(0,2)), dict(aspect=(0,1)), dict(aspect=(2,1))])
+@pytest.mark.parametrize('bad', [dict(p=1.5), dict(area=(0.4,0.2)), dict(area=(0,2)), dict(aspect=(0,1)),
+                                 dict(aspect=(2,1))])
 def test_boxes_that_make_no_sense(bad):
     with pytest.raises(ValueError, match=next(iter(bad))): cutmix_boxes(2, 16, **bad)
 
@@ -131,7 +135,8 @@ def test_a_partner_is_another_image():
 
 def test_all_that_belongs_to_a_pixel_goes_along():
     n, g = 4, torch.Generator().manual_seed(0)
-    x, labels, sure, inside = torch.rand(n,3,20,30), torch.randint(5, (n,20,30)), torch.rand(n,20,30), torch.rand(n,20,30)>0.3
+    x, labels, sure, inside = torch.rand(n,3,20,30), torch.randint(5, (n,20,30)), torch.rand(n,20,30), torch.rand(n,20,
+            30)>0.3
     boxes, p = cutmix_boxes(n, (20,30), g, p=1), partners(n, g)
     for t in (x, labels, sure, inside):
         got, want = cutmix(t, t[p], boxes), t.clone()
@@ -178,7 +183,8 @@ class Shards:
 @pytest.mark.parametrize('n', [2, 3])
 @pytest.mark.parametrize('kind', ['semi', 'mask'])
 def test_distributed(n, kind, monkeypatch):
-    loader = (lambda: make().train) if kind=='semi' else (lambda: scenes(18, 4, size=32, bs=2, seed=0, device='cpu').train)
+    loader = (lambda: make().train) if kind=='semi' else (lambda: scenes(18, 4, size=32, bs=2, seed=0,
+            device='cpu').train)
     alone = passes(loader(), 2)
     shards = [passes(dl, 2) for dl in Shards(loader, n, monkeypatch).dls]
     assert len({len(s[1]) for s in shards})==1
@@ -192,9 +198,11 @@ def test_distributed(n, kind, monkeypatch):
 def dataset(n_labelled, n_unlabelled, bs, bs_unlabelled):
     pairs = [scene(i, 16) for i in range(max(n_labelled, n_unlabelled))]
     labelled = MaskDataset(pairs[:n_labelled], identity, scene_classes, scene_palette, 255, (16,16), seed=1)
-    return SemiDataset(labelled, ViewDataset([x for x,_ in pairs[:n_unlabelled]], identity, (16,16), seed=2), bs, bs_unlabelled)
+    return SemiDataset(labelled, ViewDataset([x for x,_ in pairs[:n_unlabelled]], identity, (16,16), seed=2), bs,
+                       bs_unlabelled)
 
-@pytest.mark.parametrize('n_l, n_u, bs, bs_u, steps', [(5,40,2,4,10), (40,9,4,4,10), (3,20,8,4,5), (1,2,1,2,1), (1,7,4,7,1), (21,21,4,4,5), (3,3,4,3,1)])
+@pytest.mark.parametrize('n_l, n_u, bs, bs_u, steps', [(5,40,2,4,10), (40,9,4,4,10), (3,20,8,4,5), (1,2,1,2,1),
+                                                       (1,7,4,7,1), (21,21,4,4,5), (3,3,4,3,1)])
 def test_rounds(n_l, n_u, bs, bs_u, steps):
     ds = dataset(n_l, n_u, bs, bs_u)
     assert len(ds)==steps
@@ -212,12 +220,15 @@ def test_rounds(n_l, n_u, bs, bs_u, steps):
     with pytest.raises(IndexError): ds.batch(steps)
 
 def test_too_few_unlabelled():
-    with pytest.raises(ValueError, match='3 unlabelled images for batches of bs_unlabelled=4'): semi_scenes(4, 3, 4, size=32)
+    with pytest.raises(ValueError, match='3 unlabelled images for batches of bs_unlabelled=4'):
+        semi_scenes(4, 3, 4, size=32)
 
-@pytest.mark.parametrize('bad', [dict(bs=0), dict(bs_unlabelled=0), dict(size=3), dict(zoom=(2,1)), dict(num_workers=-1), dict(seed=-1), dict(stats=3),
+@pytest.mark.parametrize('bad', [dict(bs=0), dict(bs_unlabelled=0), dict(size=3), dict(zoom=(2,1)),
+                                 dict(num_workers=-1), dict(seed=-1), dict(stats=3),
     dict(n_valid=0)])
 def test_nonsense_is_named(bad):
-    with pytest.raises((ValueError, TypeError), match=next(iter(bad))): semi_scenes(4, 8, **dict(n_valid=4, size=32, device='cpu') | bad)
+    with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
+        semi_scenes(4, 8, **dict(n_valid=4, size=32, device='cpu') | bad)
 
 def test_batches_are_normalised_and_typed():
     dls = make(num_workers=0)
@@ -225,7 +236,8 @@ def test_batches_are_normalised_and_typed():
         x, y, weak, s1, s2, inside = b
         assert y.dtype==torch.int64 and inside.dtype==torch.bool and set(y.unique().tolist())<={*range(7), 255}
         assert all(t.dtype==torch.float32 and -3<t.min() and t.max()<3 for t in (x, weak, s1, s2))
-    assert dls.n_inp==1 and dls.n_classes==7 and dls.vocab==scene_classes and dls.ignore_index==255 and len(dls.stats)==2
+    assert dls.n_inp==1 and dls.n_classes==7 and dls.vocab==scene_classes and dls.ignore_index==255 and len(
+            dls.stats)==2
     assert [t.shape for t in dls.valid.one_batch()]==[(2,3,32,32), (2,32,32)]
     assert len(check_dataset(dls, progress=False))==14
 
@@ -246,7 +258,8 @@ def test_fastai_trains_exports_and_renews(tmp_path):
 def test_labelled_images_have_no_colour_jitter_unless_asked():
     plain = [np.full((32,32,3), 100, np.uint8)]*4
     pairs = [(x, np.zeros((32,32), np.uint8)) for x in plain]
-    build = partial(semi_dataloaders, pairs, plain, pairs, identity, ['a'], [(0,0,0)], size=32, bs=2, read_unlabelled=identity, zoom=(1,1), device='cpu')
+    build = partial(semi_dataloaders, pairs, plain, pairs, identity, ['a'], [(0,0,0)], size=32, bs=2,
+                    read_unlabelled=identity, zoom=(1,1), device='cpu')
     assert build().train.one_batch()[0].std((0,2,3)).max()<1e-6
     assert build(jitter=0.5).train.one_batch()[0].std((0,2,3)).max()>1e-3
     assert build().train.one_batch()[-1].all()
@@ -255,7 +268,8 @@ def test_labelled_images_have_no_colour_jitter_unless_asked():
 
 def test_split_is_balanced_and_repeatable():
     rng = np.random.default_rng(0)
-    masks = [np.where(rng.random((8,8))<0.5, rng.choice(6, p=[.5,.3,.1,.05,.03,.02]), 0).astype(np.uint8) for _ in range(300)]
+    masks = [np.where(rng.random((8,8))<0.5, rng.choice(6, p=[.5,.3,.1,.05,.03,.02]), 0).astype(np.uint8)
+             for _ in range(300)]
     items = [(None, m) for m in masks]
     split = partial(split_labelled, items, read=identity, vocab=list('abcdef'), verbose=False)
     for seed in range(5):
@@ -267,7 +281,8 @@ def test_split_is_balanced_and_repeatable():
 
 def test_split_where_classes_run_out():
     shown = np.zeros((6,3), bool)
-    shown[0,1] = True                                         # one image of class 1, none of class 2, the rest show nothing at all
+    # one image of class 1, none of class 2, the rest show nothing at all
+    shown[0,1] = True
     assert _choose(shown, 3, np.random.default_rng(0)).tolist()[0] is True
     assert _choose(shown, 5, np.random.default_rng(0)).sum()==5
 
@@ -275,18 +290,21 @@ def test_split_says_what_it_chose(capsys):
     dls = scenes(20, 4, size=32, bs=2, device='cpu')
     few, rest = split_labelled(dls, 5)
     out = capsys.readouterr().out
-    assert '5 of 20 images are labelled (seed 0)' in out and all(c in out for c in scene_classes) and len(out.splitlines())==9
+    assert '5 of 20 images are labelled (seed 0)' in out and all(c in out
+                                                                 for c in scene_classes) and len(out.splitlines())==9
     with pytest.raises(TypeError, match='expected DataLoaders'): split_labelled('folder', 5)
     with pytest.raises(ValueError, match='n=20 of 20 images'): split_labelled(dls.train_ds, 20)
     with pytest.raises(TypeError, match='n=2.5'): split_labelled(dls, 2.5)
 
 def write_split(folder, labelled, unlabelled, valid=()):
     folder.mkdir(parents=True, exist_ok=True)
-    for file,ids in ((folder/'labeled.txt', labelled), (folder/'unlabeled.txt', unlabelled), (folder.parent/'val.txt', valid)):
+    for file,ids in ((folder/'labeled.txt', labelled), (folder/'unlabeled.txt', unlabelled),
+                     (folder.parent/'val.txt', valid)):
         if ids: file.write_text('\n'.join(f'i/{i}.jpg m/{i}.png' for i in ids) + '\n\n')
     return folder
 
-@pytest.mark.parametrize('name, n, total, fine', [('92',92,200,True), ('92',91,200,False), ('1_8',13,100,True), ('1_8',12,100,False), ('mine',7,30,True)])
+@pytest.mark.parametrize('name, n, total, fine', [('92',92,200,True), ('92',91,200,False), ('1_8',13,100,True),
+                                                  ('1_8',12,100,False), ('mine',7,30,True)])
 def test_split_keeps_its_name(tmp_path, name, n, total, fine):
     folder = write_split(tmp_path/name, range(n), range(n, total))
     if fine: assert [len(o) for o in read_split(folder)]==[n, total-n]
@@ -294,12 +312,14 @@ def test_split_keeps_its_name(tmp_path, name, n, total, fine):
         with pytest.raises(ValueError, match='its name promises'): read_split(folder)
 
 def test_split_faults(tmp_path):
-    cases = {'labelled and unlabelled at once: i/1.jpg; keep': ([0,1], [1,2,3]), 'line 2: i/0.jpg is there a second time': ([0,0], [1,2]),
+    cases = {'labelled and unlabelled at once: i/1.jpg; keep': ([0,1], [1,2,3]),
+             'line 2: i/0.jpg is there a second time': ([0,0], [1,2]),
         'labelled and for validation': ([0,1], [2,3], [1,9]), 'unlabelled and for validation': ([0,1], [2,3], [3,9])}
     for k,(message,lists) in enumerate(cases.items()):
         with pytest.raises(ValueError, match=message): read_split(write_split(tmp_path/str(k)/'x', *lists))
     with pytest.raises(FileNotFoundError, match='not there'): read_split(tmp_path/'none')
-    with pytest.raises(FileNotFoundError, match='4 of 4 files'): read_split(write_split(tmp_path/'z'/'y', [0,1], [2]), root=tmp_path)
+    with pytest.raises(FileNotFoundError, match='4 of 4 files'):
+        read_split(write_split(tmp_path/'z'/'y', [0,1], [2]), root=tmp_path)
     (tmp_path/'odd.txt').write_text('a.jpg a.png extra')
     with pytest.raises(ValueError, match='odd.txt, line 1'): read_list(tmp_path/'odd.txt')
     for i in range(3): write(tmp_path/'i'/f'{i}.jpg', scene(i,16)[0]); write(tmp_path/'m'/f'{i}.png', scene(i,16)[1])
@@ -324,7 +344,9 @@ def mine(tmp_path):
         if i<8: write(tmp_path/'masks'/f'{i:02}.png', mask)
     return tmp_path
 
-def load(root, **kwargs): return semi_folder(root/'images', root/'masks', **dict(classes=scene_classes, size=32, bs=2, seed=0, device='cpu') | kwargs)
+def load(root, **kwargs):
+    return semi_folder(root/'images', root/'masks', **dict(classes=scene_classes, size=32, bs=2, seed=0, device='cpu')
+                       | kwargs)
 
 def test_one_folder_some_masks(mine):
     dls = load(mine, valid=['01','02.png'])
@@ -336,10 +358,14 @@ def test_one_folder_some_masks(mine):
     for b in dls.valid: assert 255 in b[1]                     # so do those of the validation set
 
 def test_three_folders(mine):
-    for f in sorted((mine/'images').iterdir())[8:]: (mine/'pile'/'deep').mkdir(parents=True, exist_ok=True); f.rename(mine/'pile'/'deep'/f.name)
+    for f in sorted((mine/'images').iterdir())[8:]:
+        (mine/'pile'/'deep').mkdir(parents=True, exist_ok=True)
+        f.rename(mine/'pile'/'deep'/f.name)
     Image.fromarray(scene(50, 40)[0]).convert('L').save(mine/'pile'/'grey.png')
     Image.fromarray(scene(51, 40)[0]).convert('RGBA').save(mine/'pile'/'alpha.png')
-    for i in (60, 61): write(mine/'test'/'i'/f'{i}.png', scene(i,40)[0]); write(mine/'test'/'m'/f'{i}.png', scene(i,40)[1])
+    for i in (60, 61):
+        write(mine/'test'/'i'/f'{i}.png', scene(i,40)[0])
+        write(mine/'test'/'m'/f'{i}.png', scene(i,40)[1])
     dls = load(mine, unlabelled=mine/'pile', valid=(mine/'test'/'i', mine/'test'/'m'))
     assert [len(dls.train_ds.labelled), len(dls.train_ds.unlabelled), len(dls.valid_ds)]==[8, 14, 2]
     passes(dls.train)
@@ -364,10 +390,13 @@ def spoil(root, how):
         write(root/'images'/'99.png', np.array(Image.open(root/'images'/'02.png')))
         return '99.png, which has the content of .*02.png'
     if how=='no masks': [f.unlink() for f in (root/'masks').iterdir()]; return 'no masks here'
-    if how=='other names': [f.rename(f.with_name('x'+f.name)) for f in (root/'masks').iterdir()]; return 'this mask has no image'
+    if how=='other names':
+        [f.rename(f.with_name('x'+f.name)) for f in (root/'masks').iterdir()]
+        return 'this mask has no image'
     if how=='twins': write(root/'images'/'03.png', scene(3,40)[0]); return 'have one name'
 
-@pytest.mark.parametrize('how', ['label', 'size', 'lost image', 'web page', 'half a mask', 'half an image', 'copy', 'no masks', 'other names', 'twins'])
+@pytest.mark.parametrize('how', ['label', 'size', 'lost image', 'web page', 'half a mask', 'half an image', 'copy',
+                                 'no masks', 'other names', 'twins'])
 def test_faults_name_the_file(mine, how):
     with pytest.raises(ValueError, match=spoil(mine, how)): load(mine, valid=['01'])
 
@@ -376,14 +405,16 @@ def test_unlabelled_may_not_be_labelled(mine):
     with pytest.raises(ValueError, match=r'labelled and unlabelled at once: .*00.png \(and 6 more\)'):
         semi_folder(few, mine/'masks', scene_classes, mine/'images', 32, 2, valid=['01'])
     with pytest.raises(ValueError, match='for validation and unlabelled at once: .*01.jpg; keep'):
-        semi_folder(few, mine/'masks', scene_classes, [few[1], *sorted((mine/'images').iterdir())[8:]], 32, 2, valid=['01'])
+        semi_folder(few, mine/'masks', scene_classes, [few[1], *sorted((mine/'images').iterdir())[8:]], 32, 2,
+                    valid=['01'])
     with pytest.raises(ValueError, match='08.png: this image has no mask'): load(mine, unlabelled=mine/'images')
 
 def test_all_have_masks(mine):
     few = sorted((mine/'images').iterdir())[:8]
     with pytest.raises(ValueError, match='all 8 images have masks: pass unlabelled='): pair_some(few, mine/'masks')
 
-@pytest.mark.parametrize('bad', [dict(valid=0), dict(valid=['77']), dict(classes='abc'), dict(classes=['a','a']), dict(ignore_index=3), dict(bs=0)])
+@pytest.mark.parametrize('bad', [dict(valid=0), dict(valid=['77']), dict(classes='abc'), dict(classes=['a','a']),
+                                 dict(ignore_index=3), dict(bs=0)])
 def test_folder_nonsense(mine, bad):
     with pytest.raises((ValueError, TypeError), match=next(iter(bad))): load(mine, **bad)
 

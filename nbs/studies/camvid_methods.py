@@ -28,7 +28,8 @@ from noisyseg.train.methods.sam import SAMCallback
 from noisyseg.train.learner import WeightNoise, load_model, read_card, save_model, segmentation_learner
 from noisyseg.nets.unet3plus import unet3plus_small
 
-SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4), 'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
+SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4),
+         'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
 LR = 4e-3
 N, SIGMA, PARTS = 0.1, 0.1, 4          # MaxGaussian; DAMP and its sub-batches
 STRENGTHS = {'weight noise': (0.05, 0.1), 'relative attack': (0.1,), 'absolute attack': (0.02,), 'fewer bits': (4,)}
@@ -55,24 +56,30 @@ def train(a):
             dls = camvid(size=size, bs=a.bs, seed=seed, cache=True)
             loss = DeepSupervisionLoss(HybridLoss(msssim=0, ignore_index=dls.ignore_index))
             clock = Clock()
-            learn = segmentation_learner(dls, unet3plus_small, None, loss, arch_args=dict(upsample='after', deep_supervision=False), metrics=[],
+            learn = segmentation_learner(dls, unet3plus_small, None, loss,
+                                         arch_args=dict(upsample='after', deep_supervision=False), metrics=[],
                                          cbs=[*ways(seed)[way], NoPeeking(), clock])
             with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, LR)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(learn, path, dataset='CamVid, 11 classes, train (367 images)', way=way, seed=seed, seconds=clock.seconds, hardware=machine(),
+            save_model(learn, path, dataset='CamVid, 11 classes, train (367 images)', way=way, seed=seed,
+                       seconds=clock.seconds, hardware=machine(),
                        date=time.strftime('%Y-%m-%d'), settings=dict(size=size, epochs=a.epochs, bs=a.bs, lr_max=LR))
 
 def card(a):
-    models = {(way, seed): load_model(f, device=default_device()) for way in ways(0) for seed in a.seeds if (f := file(a, way, seed)).exists()}
+    models = {(way, seed): load_model(f, device=default_device()) for way in ways(0) for seed in a.seeds
+              if (f := file(a, way, seed)).exists()}
     cost = {way: sum(read_card(file(a, way, a.seeds[0]))['seconds']) for way in dict.fromkeys(w for w, _ in models)}
     valid = camvid(size=SIZES[a.size]['size'], bs=8, seed=0, augment=False).valid
     x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
     some = slice(None, None, SIZES[a.size]['every'])
-    df = robustness_card(models, list(zip(x[some].split(8), y[some].split(8))), STRENGTHS, severities=(1, 3, 5), draws=10, baseline='standard', cost=cost,
-                         stats=valid.stats, ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/a.size/'camvid-methods-card',
+    df = robustness_card(models, list(zip(x[some].split(8), y[some].split(8))), STRENGTHS, severities=(1, 3, 5),
+                         draws=10, baseline='standard', cost=cost,
+                         stats=valid.stats, ignore_index=valid.ignore_index, class_names=valid.vocab,
+                         store=a.models/a.size/'camvid-methods-card',
                          progress=sys.stdout.isatty(), on=OnRay(threads=a.threads) if a.on == 'ray' else a.on)
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
-    keep(out(a, 'camvid_methods.csv'), df, a, data=f'CamVid, validation, {len(y[some])} of {len(y)} images', train_seeds=sorted({s for _, s in models}))
+    keep(out(a, 'camvid_methods.csv'), df, a, data=f'CamVid, validation, {len(y[some])} of {len(y)} images',
+         train_seeds=sorted({s for _, s in models}))
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 
 if __name__ == '__main__':

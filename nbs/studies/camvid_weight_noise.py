@@ -38,9 +38,11 @@ TRAIN_AT = (0., 0.05, 0.10)                                  # n of the training
 LEVELS, DRAWS = (0., 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15), 10
 ALPHA = 2.                                                   # published default
 ABSOLUTE = HERE/'camvid_absolute_noise.csv'
-STRENGTHS = (0., 0.005, 0.01, 0.015, 0.02, 0.03)             # 7 to 42 % of the convolutions' root mean square, 0.072 in all six networks
+# 7 to 42 % of the convolutions' root mean square, 0.072 in all six networks
+STRENGTHS = (0., 0.005, 0.01, 0.015, 0.02, 0.03)
 LAYERS = HERE/'camvid_layer_sensitivity.csv'
-LAYERS_OF, LAYERS_AT, SHARE = (0., 0.10), 0.10, 0.2          # n of the training, n of the noise; stages of at most a fifth of the weight tensors
+# n of the training, n of the noise; stages of at most a fifth of the weight tensors
+LAYERS_OF, LAYERS_AT, SHARE = (0., 0.10), 0.10, 0.2
 
 def name(n, seed): return f'{"clean" if n == 0 else f"n={n:g}"} seed {seed}'
 def file(n, seed): return MODELS/f'n{round(100 * n):02d}_seed{seed}.safetensors'
@@ -52,7 +54,8 @@ class NoPeeking(Callback):
 class EpochLog(Callback):
     "A line for each epoch, for a log file."
     order = 90
-    def after_train(self): print(f'  epoch {self.epoch + 1}/{self.n_epoch}: training loss {self.learn.smooth_loss:.4f}', flush=True)
+    def after_train(self):
+        print(f'  epoch {self.epoch + 1}/{self.n_epoch}: training loss {self.learn.smooth_loss:.4f}', flush=True)
 
 def train(n, seed, epochs):
     if file(n, seed).exists(): return print(f'{name(n, seed)}: there already')
@@ -61,11 +64,15 @@ def train(n, seed, epochs):
     start, dls = time.time(), camvid(size=SIZE, bs=BS, seed=seed)
     law = MaxGaussian(n, alpha=ALPHA) if n else None
     loss = DeepSupervisionLoss(HybridLoss(msssim=0, ignore_index=dls.ignore_index))
-    learn = segmentation_learner(dls, unet3plus_small, law, loss, arch_args=dict(upsample='after', deep_supervision=False),
+    learn = segmentation_learner(dls, unet3plus_small, law, loss,
+                                 arch_args=dict(upsample='after', deep_supervision=False),
                                  noise_args=dict(seed=seed) if law else None, metrics=[], cbs=[NoPeeking(), EpochLog()])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, LR)
-    save_model(learn, file(n, seed), half=True, dataset='CamVid, 11 classes, train (367 images)', size=SIZE, batch_size=BS, epochs=epochs, lr_max=LR, seed=seed,
-               train_level=n, loss='focal + IoU', hardware=f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)', seconds=round(time.time() - start))
+    save_model(learn, file(n, seed), half=True, dataset='CamVid, 11 classes, train (367 images)', size=SIZE,
+               batch_size=BS, epochs=epochs, lr_max=LR, seed=seed,
+               train_level=n, loss='focal + IoU',
+               hardware=f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)',
+               seconds=round(time.time() - start))
 
 def label(n): return f'n = {n:.0%}'.replace('%', ' %') if n else 'clean'
 
@@ -88,15 +95,19 @@ def absolute():
     made = json.loads(companion(ABSOLUTE).read_text()).get('made by') if companion(ABSOLUTE).exists() else None
     df = noise_sweep(trained(), validation(), AbsoluteGaussian(), STRENGTHS, draws=DRAWS, seed=0, store=ABSOLUTE)
     grid = json.loads(companion(ABSOLUTE).read_text())
-    write_atomic(companion(ABSOLUTE), json.dumps({**grid, 'made by': made or made_by()}, indent=1, ensure_ascii=False) + '\n')
+    write_atomic(companion(ABSOLUTE), json.dumps({**grid, 'made by': made or made_by()}, indent=1, ensure_ascii=False)
+                 + '\n')
     print(sweep_table(df).to_string())
 
 def layers():
     "Of each network's rows, those of mIoU and pixel accuracy."
-    law, valid, nets = MaxGaussian(LAYERS_AT, alpha=ALPHA), validation(), {k: m for k, m in trained().items() if k[0] in map(label, LAYERS_OF)}
-    grid = dict(law=law_text(law), level=LAYERS_AT, where='conv_and_norm', seed=0, draws=DRAWS, classes=list(valid.vocab), ignore_index=valid.ignore_index,
+    law, valid, nets = MaxGaussian(LAYERS_AT, alpha=ALPHA), validation(), {k: m for k, m in trained().items()
+            if k[0] in map(label, LAYERS_OF)}
+    grid = dict(law=law_text(law), level=LAYERS_AT, where='conv_and_norm', seed=0, draws=DRAWS,
+                classes=list(valid.vocab), ignore_index=valid.ignore_index,
                 data=Batches(valid).fingerprint(),
-                models={f'{name} (training seed {seed})': {'weights': digest(*m.state_dict().values())} for (name, seed), m in nets.items()},
+                models={f'{name} (training seed {seed})': {'weights': digest(*m.state_dict().values())}
+                        for (name, seed), m in nets.items()},
                 versions={'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()})
     found = []
     for (name, seed), m in sorted(nets.items(), key=lambda item: item[0][1]):

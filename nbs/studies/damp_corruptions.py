@@ -16,7 +16,8 @@ from noise_aware import HERE, arguments, keep, out, test_batches, train, trained
 from noisyseg.data.corruptions import ALL_19
 from noisyseg.show.card import WEIGHTS, card_table, robustness_card
 
-STRENGTHS = {'weight noise': (0.05, 0.1, 0.2), 'relative attack': (0.1, 0.2, 0.5), 'absolute attack': (0.01, 0.02, 0.05), 'fewer bits': (4, 3, 2)}
+STRENGTHS = {'weight noise': (0.05, 0.1, 0.2), 'relative attack': (0.1, 0.2, 0.5),
+             'absolute attack': (0.01, 0.02, 0.05), 'fewer bits': (4, 3, 2)}
 
 def costs(a):
     "Training cost from the interleaved measurement, as multiples of standard training's; none without it."
@@ -26,22 +27,28 @@ def costs(a):
 
 def card(a):
     models, (batches, test) = trained(a), test_batches(a, a.n_card)
-    df = robustness_card(models, batches, STRENGTHS, ALL_19, draws=10, baseline='standard', cost=costs(a), table='cifar', stats=test.stats,
+    df = robustness_card(models, batches, STRENGTHS, ALL_19, draws=10, baseline='standard', cost=costs(a),
+                         table='cifar', stats=test.stats,
                          class_names=test.vocab, store=a.models/a.size/'card', progress=sys.stdout.isatty())
     df = df[df['metric'] == 'accuracy'].drop(columns='class')
-    info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches), train_seeds=sorted({s for _, s in models}))
+    info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches),
+                train_seeds=sorted({s for _, s in models}))
     keep(out(a, 'damp_corruptions.csv'), df, a, **info)
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 
 def segmentation(a):
-    "The networks of the CamVid study (UNet3+, clean and noise-trained) under corruptions; their weight noise was measured there."
+    ("The networks of the CamVid study (UNet3+, clean and noise-trained) under corruptions; their weight noise was "
+     "measured there.")
     valid = camvid_weight_noise.validation()
     x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
     batches, none = list(zip(x[::2].split(8), y[::2].split(8))), {k: () for k in WEIGHTS}
-    df = robustness_card(camvid_weight_noise.trained(), batches, none, severities=(1, 3, 5), baseline='clean', stats=valid.stats,
-                         ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card', progress=sys.stdout.isatty())
+    df = robustness_card(camvid_weight_noise.trained(), batches, none, severities=(1, 3, 5), baseline='clean',
+                         stats=valid.stats,
+                         ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card',
+                         progress=sys.stdout.isatty())
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
-    keep(HERE/'camvid_robustness_card.csv', df, argparse.Namespace(threads=a.threads), data='CamVid, validation, every other image, 120×160',
+    keep(HERE/'camvid_robustness_card.csv', df, argparse.Namespace(threads=a.threads),
+         data='CamVid, validation, every other image, 120×160',
          test_images=sum(len(y) for _, y in batches))
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 

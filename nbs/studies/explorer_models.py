@@ -34,14 +34,17 @@ def train(name):
     with learn.no_bar(): learn.fit_one_cycle(EPOCHS, LR)
     FOLDER.mkdir(exist_ok=True)
     hardware = f'{platform.machine()}, {torch.get_num_threads()} CPU thread(s)'
-    save_model(learn, FOLDER/f'scenes_{name.replace("-", "_")}.safetensors', half=True, dataset=f'{N_TRAIN} procedural scenes', size=SIZE, batch_size=16,
-               epochs=EPOCHS, lr_max=LR, seed=SEED, loss='focal + IoU', hardware=hardware, seconds=round(time.time() - start))
+    save_model(learn, FOLDER/f'scenes_{name.replace("-", "_")}.safetensors', half=True,
+               dataset=f'{N_TRAIN} procedural scenes', size=SIZE, batch_size=16,
+               epochs=EPOCHS, lr_max=LR, seed=SEED, loss='focal + IoU', hardware=hardware,
+               seconds=round(time.time() - start))
 
 def gallery():
     "The first held-out scenes, as they come, under three draws."
     explorer = NoiseExplorer(law=MaxGaussian(0.15))
     layers = [name for name in explorer.info['layers'] if name.endswith('conv.weight')]
-    print(explorer.to_site(FOLDER.parents[1]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2), layers=[layers[0], layers[-1]]), 'bytes')
+    print(explorer.to_site(FOLDER.parents[1]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2),
+                           layers=[layers[0], layers[-1]]), 'bytes')
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -40,7 +40,8 @@ from noisyseg.nets.unet3plus import unet3plus_slim
 from noisyseg.data.semi_supervised import semi_camvid, semi_dataloaders
 
 SIZES = {'small': dict(size=(96, 128), epochs=5, bs=4), 'full': dict(size=(240, 320), epochs=100, bs=8)}
-LABELLED, LR, LONG = 20, 4e-3, 5         # images with masks; one-cycle's highest learning rate; epochs of 'supervised, long' per epoch of the others
+# images with masks; one-cycle's highest learning rate; epochs of 'supervised, long' per epoch of the others
+LABELLED, LR, LONG = 20, 4e-3, 5
 THRESHOLD, BURN_IN = 0.8, 0.             # chosen by `pilot`
 PILOT_SEED, PILOT_IMAGES = 100, 60       # a split that no seed of the study uses; training images that score the pilot
 ARMS = {                                 # what each adds to the one before it, or to UniMatch
@@ -55,7 +56,8 @@ ARMS = {                                 # what each adds to the one before it, 
 }
 
 def encoder_file(a): return a.models/'encoder-cifar10.safetensors'
-def file(a, arm, seed): return a.models/a.size/f'mlpmatch-{arm.replace(", ", "-").replace(" + ", "-").replace(" ", "-")}-{seed}.safetensors'
+def file(a, arm, seed):
+    return a.models/a.size/f'mlpmatch-{arm.replace(", ", "-").replace(" + ", "-").replace(" ", "-")}-{seed}.safetensors'
 
 class Classifier(nn.Module):
     "The encoder under a linear layer; CIFAR's images at twice their size, so that its last map is not a single pixel."
@@ -67,7 +69,9 @@ class Classifier(nn.Module):
 
 class EpochLines(Callback):
     order = 99
-    def after_epoch(self): print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:] if isinstance(v, float)), flush=True)
+    def after_epoch(self):
+        print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:] if isinstance(v, float)),
+              flush=True)
 
 def pretrain(a):
     if encoder_file(a).exists(): return
@@ -77,8 +81,10 @@ def pretrain(a):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.pretrain_epochs, 5e-3)
     a.models.mkdir(parents=True, exist_ok=True)
     held_out = f'{learn.recorder.values[-1][-1]:.3f}'
-    about = dict(data=dls.about, epochs=str(a.pretrain_epochs), accuracy_on_1000_held_out_training_images=held_out, hardware=machine())
-    write_atomic(encoder_file(a), save({k: v.cpu().contiguous() for k, v in learn.model.encoder.state_dict().items()}, metadata=about))
+    about = dict(data=dls.about, epochs=str(a.pretrain_epochs), accuracy_on_1000_held_out_training_images=held_out,
+                 hardware=machine())
+    write_atomic(encoder_file(a), save({k: v.cpu().contiguous() for k, v in learn.model.encoder.state_dict().items()},
+                                       metadata=about))
 
 def network(a):
     "UNet3+ (small), or DeepLabV3+ with a ResNet-50 (full); UNet3+'s encoder has seen CIFAR-10."
@@ -90,9 +96,11 @@ def network(a):
 def learner(a, dls, arm, seed, **changes):
     set_seed(seed)
     settings = dict(threshold=THRESHOLD, burn_in=BURN_IN) | ARMS[arm] | changes
-    return semi_learner(dls, network(a), metrics=[], columns=False, seed=seed, cbs=[NoPeeking(), EpochLines()], **settings)
+    return semi_learner(dls, network(a), metrics=[], columns=False, seed=seed, cbs=[NoPeeking(), EpochLines()],
+                        **settings)
 
-def loaders(a, seed): return semi_camvid(LABELLED, size=SIZES[a.size]['size'], bs=a.bs, split_seed=seed, seed=seed, verbose=False)
+def loaders(a, seed):
+    return semi_camvid(LABELLED, size=SIZES[a.size]['size'], bs=a.bs, split_seed=seed, seed=seed, verbose=False)
 
 def fit(learn, epochs):
     start = time.process_time()
@@ -100,23 +108,27 @@ def fit(learn, epochs):
     return time.process_time() - start
 
 def pilot(a):
-    "τ and burn-in by UniMatch, whose terms all arms share; masks are those of other training images, never of the validation set."
+    ("τ and burn-in by UniMatch, whose terms all arms share; masks are those of other training images, never of the "
+     "validation set.")
     plain = camvid(size=SIZES[a.size]['size'], augment=False, seed=0)
     labelled, rest = split_labelled(plain, LABELLED, PILOT_SEED, verbose=False)
     judged = rest[::len(rest)//PILOT_IMAGES][:PILOT_IMAGES]
     others = [image for image, mask in rest if (image, mask) not in judged]
     rows = []
     for threshold, burn_in in ((0.6, 0.), (0.8, 0.), (0.95, 0.), (0.8, 0.3)):
-        dls = semi_dataloaders(labelled, others, judged, plain.train_ds.read, plain.vocab, plain.palette, plain.ignore_index, size=SIZES[a.size]['size'],
+        dls = semi_dataloaders(labelled, others, judged, plain.train_ds.read, plain.vocab, plain.palette,
+                               plain.ignore_index, size=SIZES[a.size]['size'],
                                bs=a.bs, seed=PILOT_SEED, cache=True)
         learn = learner(a, dls, 'UniMatch', PILOT_SEED, threshold=threshold, burn_in=burn_in)
         seconds = fit(learn, a.epochs)
         frame = learn.mlp_match.frame()
         found = scores(learn.model.eval(), list(dls.valid), dls.vocab, dls.ignore_index, 'the network')
         miou = next(s[2] for s in found if s[0] == 'mIoU')
-        rows.append(dict(threshold=threshold, burn_in=burn_in, mIoU=miou, confident=frame.confident.tail(50).mean(), seconds=seconds))
+        rows.append(dict(threshold=threshold, burn_in=burn_in, mIoU=miou, confident=frame.confident.tail(50).mean(),
+                         seconds=seconds))
         print(rows[-1], flush=True)
-    keep(out(a, 'mlpmatch_pilot.csv'), pd.DataFrame(rows), a, data=f'CamVid, {PILOT_IMAGES} training images without a part in the training', seed=PILOT_SEED)
+    keep(out(a, 'mlpmatch_pilot.csv'), pd.DataFrame(rows), a,
+         data=f'CamVid, {PILOT_IMAGES} training images without a part in the training', seed=PILOT_SEED)
 
 def train(a):
     for seed in a.seeds:
@@ -130,7 +142,8 @@ def train(a):
             frame = learn.mlp_match.frame()
             by_epoch = frame.drop(columns='off').groupby('epoch').mean().round(5).reset_index().to_dict('records')
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(learn, path, half=True, dataset=f'CamVid, {LABELLED} labelled of 367', arm=arm, seed=seed, steps=len(frame), seconds=seconds,
+            save_model(learn, path, half=True, dataset=f'CamVid, {LABELLED} labelled of 367', arm=arm, seed=seed,
+                       steps=len(frame), seconds=seconds,
                        log=by_epoch, hardware=machine(), date=time.strftime('%Y-%m-%d'),
                        settings=dict(size=SIZES[a.size]['size'], epochs=a.epochs, bs=a.bs, lr_max=LR))
 
@@ -145,26 +158,31 @@ def score(a):
             of = dict(model=arm, train_seed=seed, steps=card['steps'], seconds=card['seconds'])
             rows += [of | dict(zip(('metric', 'class', 'value', 'n_pixels'), found_)) for found_ in found]
     df = pd.DataFrame(rows)
-    keep(out(a, 'mlpmatch.csv'), df, a, data=f'CamVid, validation, {len(valid.dataset)} images at {SIZES[a.size]["size"]}', labelled=LABELLED,
+    keep(out(a, 'mlpmatch.csv'), df, a,
+         data=f'CamVid, validation, {len(valid.dataset)} images at {SIZES[a.size]["size"]}', labelled=LABELLED,
          threshold=THRESHOLD, burn_in=BURN_IN)
-    print(df[df.metric == 'mIoU'].pivot(index='model', columns='train_seed', values='value').reindex(ARMS).mul(100).round(1).to_string())
+    print(df[df.metric == 'mIoU'].pivot(index='model', columns='train_seed',
+                                        values='value').reindex(ARMS).mul(100).round(1).to_string())
 
 def cost(a):
     dls = loaders(a, 0)
-    methods = {arm: MatchStep(**settings, threshold=THRESHOLD, ignore_index=dls.ignore_index, seed=0) for arm, settings in ARMS.items() if 'long' not in arm}
+    methods = {arm: MatchStep(**settings, threshold=THRESHOLD, ignore_index=dls.ignore_index, seed=0) for arm,
+               settings in ARMS.items() if 'long' not in arm}
     df = step_cost(network(a), next(iter(dls.train)), methods, n=9)
     keep(out(a, 'mlpmatch_cost.csv'), df, a, batch=f'{a.bs} labelled and {a.bs} unlabelled images')
     print(df.round(3).to_string())
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(what := dict(pretrain=pretrain, pilot=pilot, train=train, score=score, cost=cost)))
+    p.add_argument('what', nargs='+', choices=(what := dict(pretrain=pretrain, pilot=pilot, train=train, score=score,
+                                                            cost=cost)))
     p.add_argument('--size', choices=SIZES, default='small')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--arms', nargs='+', choices=ARMS, help='None: all')
     p.add_argument('--epochs', type=int, help='passes over the unlabelled images, instead of what the size says')
     p.add_argument('--pretrain-epochs', type=int, default=4)
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-mlpmatch', help='folder of checkpoints')
+    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-mlpmatch',
+                   help='folder of checkpoints')
     p.add_argument('--threads', type=int, default=os.cpu_count())
     a = p.parse_args()
     a.epochs, a.bs = a.epochs or SIZES[a.size]['epochs'], SIZES[a.size]['bs']

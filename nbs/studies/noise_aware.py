@@ -43,12 +43,14 @@ SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_cor
     'small': dict(epochs=6, subset=5000, width=8, bs=64, n_valid=500, n_test=500, n_card=250),
     'full': dict(epochs=200, subset=None, width=16, bs=128, n_valid=5000, n_test=None, n_card=None)}
 LR, MOMENTUM, WD = 0.1, 0.9, 5e-4         # of a batch of 128; a smaller batch has a smaller learning rate
-NOISE = 0.03            # of both naive ways; about a quarter of the convolutions' standard deviation before training, see the notebook
+# of both naive ways; about a quarter of the convolutions' standard deviation before training, see the notebook
+NOISE = 0.03
 N_MAX, SIGMA, PER_DRAW = 0.1, 0.1, 16   # MaxGaussian; DAMP and its images in a sub-batch (128 in 8 parts, as published)
 RELATIVE, ABSOLUTE, BITS = (0, 0.1, 0.2, 0.3, 0.5), (0, 0.01, 0.02, 0.05, 0.1), (2, 3, 4, 6, 8)
 
 def multi_step(epochs):
-    "The published stairs, 0 by 0.02 every 10 of 200 epochs, in the same course over fewer: as many stairs as there are epochs, at most 20."
+    ("The published stairs, 0 by 0.02 every 10 of 200 epochs, in the same course over fewer: as many stairs as there "
+     "are epochs, at most 20.")
     stairs = min(20, epochs)
     return multi_step_rho(step=0.4 / stairs, every=epochs // stairs)
 
@@ -66,7 +68,8 @@ def ways(a, seed):
     }
 
 class Clock(Callback):
-    "Seconds of each training epoch, without validation: of processor time on a CPU, since the machine may do other things too; on a GPU of wall time."
+    ("Seconds of each training epoch, without validation: of processor time on a CPU, since the machine may do other "
+     "things too; on a GPU of wall time.")
     order = 99
     def now(self):
         if not torch.cuda.is_available(): return time.process_time()
@@ -75,18 +78,23 @@ class Clock(Callback):
     def before_fit(self): self.seconds = []
     def before_train(self): self.start = self.now()
     def after_train(self): self.seconds.append(self.now() - self.start)
-    def after_epoch(self): print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:] if isinstance(v, float)), flush=True)
+    def after_epoch(self):
+        print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:] if isinstance(v, float)),
+              flush=True)
 
 def learner(a, dls, way, seed):
     set_seed(seed)
     dls.train.epoch = -1                                # the same batches, augmented alike, for all ways
     opt = partial(SGD, mom=MOMENTUM, wd=WD, decouple_wd=False)
-    return Learner(dls, resnet20(width=a.width), CrossEntropyLossFlat(), opt_func=opt, metrics=accuracy, cbs=[*ways(a, seed)[way], Clock()])
+    return Learner(dls, resnet20(width=a.width), CrossEntropyLossFlat(), opt_func=opt, metrics=accuracy,
+                   cbs=[*ways(a, seed)[way], Clock()])
 
 def fit(learn, a):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, LR * a.bs / 128, moms=(MOMENTUM,) * 3)
 
-def machine(): return f'{platform.machine()}, ' + (torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU thread(s)')
+def machine():
+    return f'{platform.machine()}, ' + (torch.cuda.get_device_name() if torch.cuda.is_available()
+                                        else f'{torch.get_num_threads()} CPU thread(s)')
 def file(a, way, seed): return a.models/a.size/f'{way.replace(", ", "-").replace(" ", "-")}-{seed}.safetensors'
 def data(a, seed=0, **kw): return cifar10(subset=a.subset, n_valid=a.n_valid, bs=a.bs, seed=seed, **kw)
 
@@ -99,20 +107,25 @@ def train(a):
             dls = dls or data(a, seed)
             fit(learn := learner(a, dls, way, seed), a)
             names = learn.recorder.metric_names[1:-1]
-            epochs = [dict(zip(names, map(float, v))) | {'seconds': s} for v, s in zip(learn.recorder.values, learn.clock.seconds)]
+            epochs = [dict(zip(names, map(float, v))) | {'seconds': s} for v,
+                      s in zip(learn.recorder.values, learn.clock.seconds)]
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(learn, path, dataset=dls.about, way=way, seed=seed, history=epochs, hardware=machine(), date=time.strftime('%Y-%m-%d'),
-                       settings={k: getattr(a, k) for k in ('size', 'epochs', 'subset', 'width', 'bs')} | dict(lr=LR * a.bs / 128, momentum=MOMENTUM, wd=WD))
+            save_model(learn, path, dataset=dls.about, way=way, seed=seed, history=epochs, hardware=machine(),
+                       date=time.strftime('%Y-%m-%d'),
+                       settings={k: getattr(a, k) for k in ('size', 'epochs', 'subset', 'width', 'bs')}
+                       | dict(lr=LR * a.bs / 128, momentum=MOMENTUM, wd=WD))
 
 def trained(a):
     "The networks that there are of these seeds, by way and training seed."
-    return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in a.seeds if (f := file(a, way, seed)).exists()}
+    return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in a.seeds
+            if (f := file(a, way, seed)).exists()}
 
 def companion(path, a, **info):
     "What made a results file, beside it; where the checkpoints lay is nobody's business."
     argv = [w for before, w in zip(sys.argv, sys.argv[1:]) if '--models' not in (before, w)]
     versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}
-    made = dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *argv]), hardware=machine(), date=time.strftime('%Y-%m-%d'),
+    made = dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *argv]), hardware=machine(),
+                date=time.strftime('%Y-%m-%d'),
                 versions=versions, settings={k: v for k, v in vars(a).items() if k not in ('what', 'models')}, **info)
     write_atomic(path.with_name(path.name + '.json'), json.dumps(made, indent=1, ensure_ascii=False) + '\n')
 
@@ -139,12 +152,14 @@ def training_table(a):
 
 def sweep(a):
     models, (batches, test) = trained(a), test_batches(a, a.n_test)
-    info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches), train_seeds=sorted({s for _, s in models}))
+    info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches),
+                train_seeds=sorted({s for _, s in models}))
     keep(out(a, 'noise_aware_training.csv'), training_table(a), a, **info)
     bits = quantization_sweep(models, batches, BITS, 'channel', class_names=test.vocab, progress=sys.stdout.isatty())
     keep(out(a, 'noise_aware_bits.csv'), bits[bits['metric'] == 'accuracy'], a, **info)
     store = a.models/a.size/'attacks.csv'
-    attacks = attack_sweep(models, batches, RELATIVE, ABSOLUTE, draws=10, class_names=test.vocab, store=store, progress=sys.stdout.isatty())
+    attacks = attack_sweep(models, batches, RELATIVE, ABSOLUTE, draws=10, class_names=test.vocab, store=store,
+                           progress=sys.stdout.isatty())
     attacks = attacks[attacks['metric'] == 'accuracy']
     keep(out(a, 'noise_aware_attacks.csv'), attacks, a, **info)
     print(attack_table(attacks).to_string())
@@ -155,7 +170,8 @@ def cost(a):
     for k in range(6):                                  # the first round warms up, and does not count
         for way in ways(a, 0):
             learn = learner(a, dls, way, 0)
-            if way == 'multi-step SAM': learn.sam.rho = 0.2   # in the first epochs its rho is 0, and there it costs what standard training does
+            # in the first epochs its rho is 0, and there it costs what standard training does
+            if way == 'multi-step SAM': learn.sam.rho = 0.2
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
             if k: rows.append(dict(model=way, round=k, seconds=learn.clock.seconds[0], batches=10, batch_size=a.bs))
     keep(out(a, 'noise_aware_cost.csv'), df := pd.DataFrame(rows), a)
@@ -168,7 +184,8 @@ def arguments(what):
     p.add_argument('what', nargs='+', choices=what)
     p.add_argument('--size', choices=SIZES, default='small')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    for k in ('epochs', 'subset', 'width', 'bs', 'n-valid', 'n-test', 'n-card'): p.add_argument(f'--{k}', type=int, help='instead of what the size says')
+    for k in ('epochs', 'subset', 'width', 'bs', 'n-valid', 'n-test', 'n-card'):
+        p.add_argument(f'--{k}', type=int, help='instead of what the size says')
     p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-cifar', help='folder of checkpoints')
     p.add_argument('--threads', type=int, default=os.cpu_count())
     a = p.parse_args()

@@ -23,9 +23,11 @@ def _inside(name, path):
     "A member's name as parts of a path below the folder"
     parts = PurePosixPath(name.replace('\\', '/')).parts
     if not name or '\0' in name or name[0] in '/\\' or '..' in parts or name[1:2]==':':
-        raise BadArchive(f"{path} holds a file called {name!r}, which leads out of its folder. Is it from where you think?")
+        raise BadArchive(f"{path} holds a file called {name!r}, which leads out of its folder. Is it from where you "
+                         f"think?")
     return tuple(p for p in parts if p!='.')
 
+# %% ../../nbs/data/04_archives.ipynb #b83efc5b
 class _Counted:
     "A stream that may give so many bytes and no more"
     def __init__(self, stream, room, complaint): self.stream, self.room, self.complaint = stream, room, complaint
@@ -35,15 +37,18 @@ class _Counted:
         if self.room<0: raise BadArchive(self.complaint)
         return block
 
+# %% ../../nbs/data/04_archives.ipynb #e97fc01e
 def _tar_members(path, count):
     with open(path, 'rb') as f: magic = f.read(6)
-    compressed = next((o for start,o in ((b'\x1f\x8b', gzip.open), (b'BZh', bz2.open), (b'\xfd7zXZ', lzma.open)) if magic.startswith(start)), open)
+    compressed = next((o for start,o in ((b'\x1f\x8b', gzip.open), (b'BZh', bz2.open), (b'\xfd7zXZ', lzma.open))
+                       if magic.startswith(start)), open)
     with compressed(path, 'rb') as f, tarfile.open(fileobj=(stream := count(f)), mode='r|') as archive:
         for m in archive:
             if not (m.isfile() or m.isdir()): raise BadArchive(f"{path} holds {m.name!r}, which is a link or a device")
             yield m.name, None if m.isdir() else archive.extractfile(m)
         while stream.read(2**20): pass   # to the end, where the checksum is
 
+# %% ../../nbs/data/04_archives.ipynb #0efd8969
 def _zip_members(path, count):
     with zipfile.ZipFile(path) as archive:
         for m in archive.infolist():
@@ -63,41 +68,52 @@ def extract(
     max_ratio:float=200 # so many times the archive's own size
 ) -> Path: # the folder
     "Extract an archive: below the folder, within limits, and all of it or nothing"
-    path, folder, inside = Path(path), Path(folder), PurePosixPath(inside).parts
+    path = Path(path)
+    folder = Path(folder)
+    inside = PurePosixPath(inside).parts
     if not path.is_file(): raise FileNotFoundError(f"there is no archive {path}")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())): raise FileExistsError(f"{folder} is there already: extract into a new folder")
-    stream = _Counted(None, min(max_gb*2**30, max(max_ratio*path.stat().st_size, 2**20)), f"more than {max_gb:g} GB, or more than {max_ratio:g} times its "
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: extract into a new folder")
+    stream = _Counted(None, min(max_gb*2**30, max(max_ratio*path.stat().st_size, 2**20)),
+                      f"more than {max_gb:g} GB, or more than {max_ratio:g} times its "
                       f"own size, comes out of {path}. If that is right, raise max_gb= or max_ratio=")
     def count(f): stream.stream = f; return stream
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.part', dir=folder.parent))
     try:
         for n,(name,source) in enumerate((_zip_members if zipfile.is_zipfile(path) else _tar_members)(path, count)):
-            if n>=max_files: raise BadArchive(f"{path} holds more than {max_files:,} files. If that is right, raise max_files=")
+            if n>=max_files:
+                raise BadArchive(f"{path} holds more than {max_files:,} files. If that is right, raise max_files=")
             if (parts := _inside(name, path))[:len(inside)]==inside: _write(part.joinpath(*parts[len(inside):]), source)
         part.chmod(0o755)
         if folder.exists(): folder.rmdir()
         os.rename(part, folder)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError, NotImplementedError, RuntimeError) as e:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError,
+            NotImplementedError, RuntimeError) as e:
         raise _damaged(path, e) from e
     except OSError as e: # the disk's errors have a number; a broken stream's have none
-        if e.errno in (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG): raise _damaged(path, e) from e
+        if e.errno in (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise _damaged(path, e) from e
         raise
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
+# %% ../../nbs/data/04_archives.ipynb #06b8f213
 def _write(file, source):
     (file if source is None else file.parent).mkdir(parents=True, exist_ok=True)
     if source is not None:
         with open(file, 'xb') as f:
             while block := source.read(2**20): f.write(block)
 
-def _damaged(path, e): return BadArchive(f"{path} cannot be extracted: {e!r}. If its download broke off, delete it and fetch it again")
+def _damaged(path, e):
+    return BadArchive(f"{path} cannot be extracted: {e!r}. If its download broke off, delete it and fetch it again")
 
 # %% ../../nbs/data/04_archives.ipynb #2e8de485
 def _digest_of(path, kind):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
+# %% ../../nbs/data/04_archives.ipynb #a8640add
 def fetch(
     url:str, # http or https
     path, # the file; its folder is made
@@ -105,10 +121,13 @@ def fetch(
     md5:str=None, # the same, for sets that are published with an MD5
     max_gb:float=20 # so much is loaded at most
 ) -> Path: # the file
-    "Download a file with a progress bar, and keep it only if its digest is right; one that is there already and right is taken"
+    ("Download a file with a progress bar, and keep it only if its digest is right; one that is there already and "
+     "right is taken")
     path, (kind, digest) = Path(path), ('sha256', sha256) if sha256 else ('md5', md5)
-    if not isinstance(digest, str): raise ValueError(f"{url}: give the digest that the file must have, as sha256= or md5=")
-    if urlsplit(url).scheme not in ('http', 'https'): raise ValueError(f"{url}: expected an address that begins with https:// or http://")
+    if not isinstance(digest, str):
+        raise ValueError(f"{url}: give the digest that the file must have, as sha256= or md5=")
+    if urlsplit(url).scheme not in ('http', 'https'):
+        raise ValueError(f"{url}: expected an address that begins with https:// or http://")
     if path.is_file() and _digest_of(path, kind)==digest: return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
@@ -116,14 +135,17 @@ def fetch(
         with urlopen(Request(url, headers={'User-Agent': 'noisyseg'}), timeout=60) as r, open(part, 'wb') as f:
             stream = _Counted(r, max_gb*2**30, f"{url}: more than {max_gb:g} GB")
             total = int(r.headers.get('Content-Length') or 0)
-            for block in progress_bar(iter(lambda: stream.read(2**20), b''), total=max(1, -(-total//2**20))): f.write(block)
+            for block in progress_bar(iter(lambda: stream.read(2**20), b''), total=max(1, -(-total//2**20))):
+                f.write(block)
         if (got := _digest_of(part, kind))!=digest:
-            raise BadArchive(f"{url} gave another file than the one that is meant: its {kind} is {got}, expected {digest}. "
+            raise BadArchive(f"{url} gave another file than the one that is meant: its {kind} is {got}, expected "
+                             f"{digest}. "
                              "Was the download cut, or the file replaced?")
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
     return path
 
+# %% ../../nbs/data/04_archives.ipynb #5d47f76f
 def fetch_and_extract(
     url:str, # http or https
     folder, # where the files go; it must not be there yet, or be empty

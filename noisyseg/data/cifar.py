@@ -38,30 +38,41 @@ def _members(path):
     try:
         with zipfile.ZipFile(path) as z: infos = [i for i in z.infolist() if not i.is_dir()]
     except (zipfile.BadZipFile, OSError) as e:
-        raise ValueError(f"{path} cannot be read as a zip archive: {e}. If its download broke off, delete it and fetch it again") from e
-    if big := [i.filename for i in infos if i.file_size>2**20]: raise ValueError(f"{path}: {big[0]!r} has over a megabyte; expected images of 32x32 pixels")
+        raise ValueError(f"{path} cannot be read as a zip archive: {e}. If its download broke off, delete it and fetch "
+                         f"it again") from e
+    if big := [i.filename for i in infos if i.file_size>2**20]:
+        raise ValueError(f"{path}: {big[0]!r} has over a megabyte; expected images of 32x32 pixels")
     found = [(i.filename, i.CRC) for i in infos]
-    if odd := [n for n,_ in found if n.count('/')!=1]: raise ValueError(f"{path} holds {odd[0]!r}; expected files such as cat/0017.jpg")
+    if odd := [n for n,_ in found if n.count('/')!=1]:
+        raise ValueError(f"{path} holds {odd[0]!r}; expected files such as cat/0017.jpg")
     if not found: raise ValueError(f"{path} holds no images; expected files such as cat/0017.jpg")
     return [(n.split('/')[0], n, crc) for n,crc in found]
 
+# %% ../../nbs/data/07_cifar.ipynb #a2527101
 def _decode(z, path, name):
     "One image of an open archive, uint8 (32, 32, 3)"
     try:
         with Image.open(io.BytesIO(z.read(name))) as im: x = np.asarray(im.convert('RGB'))
-    except Exception as e: raise ValueError(f"{path}: {name} cannot be read: {e}. Is the archive damaged? Fetch it again") from e
+    except Exception as e:
+        raise ValueError(f"{path}: {name} cannot be read: {e}. Is the archive damaged? Fetch it again") from e
     if x.shape!=(32,32,3): raise ValueError(f"{path}: {name} has {x.shape[1]}x{x.shape[0]} pixels; expected 32x32")
     return x
 
 # %% ../../nbs/data/07_cifar.ipynb #4727ddcc
 class ZippedImages:
-    "Images of 32 by 32 pixels in zip archives, as `class/name.jpg`, sorted by class and name; `images[numbers]` are their bytes"
+    ("Images of 32 by 32 pixels in zip archives, as `class/name.jpg`, sorted by class and name; `images[numbers]` are "
+     "their bytes")
     def __init__(self,
         *paths:Path, # the archives
-        few:int=6000, # up to so many images of an archive are decoded when asked for; beyond, all of it, which is then kept in a file
+        # up to so many images of an archive are decoded when asked for; beyond, all of it, which is then kept in a
+        # file
+        few:int=6000,
         cache=None # folder for those files; None: `decoded` beside fastai's downloads
     ):
-        self.paths, self.few, self.cache, self._held = [Path(p) for p in paths], few, cache, {}
+        self.paths = [Path(p) for p in paths]
+        self.few = few
+        self.cache = cache
+        self._held = {}
         members = [_members(p) for p in self.paths]
         self._keys = [hashlib.blake2b(repr(sorted(m)).encode(), digest_size=8).hexdigest() for m in members]
         names = [[n for _,n,_ in sorted(m)] for m in members]
@@ -73,7 +84,8 @@ class ZippedImages:
 
     def __len__(self): return len(self.labels)
     def __getitem__(self, numbers):
-        out, where = np.empty((len(numbers),32,32,3), np.uint8), np.array([self._where[i] for i in numbers]).reshape(-1, 2)
+        out = np.empty((len(numbers),32,32,3), np.uint8)
+        where = np.array([self._where[i] for i in numbers]).reshape(-1, 2)
         for k in range(len(self.paths)):
             mine = np.flatnonzero(where[:,0]==k)
             if len(mine): out[mine] = self._take(k, where[mine,1])
@@ -92,7 +104,8 @@ class ZippedImages:
                 rows = progress_bar(rows)
             return np.stack([_decode(z, self.paths[k], self._names[k][i]) for i in rows])
 
-    def _file(self, k): return Path(self.cache or fastai_path('data')/'decoded')/f'{self.paths[k].stem}-{self._keys[k]}.npy'
+    def _file(self, k):
+        return Path(self.cache or fastai_path('data')/'decoded')/f'{self.paths[k].stem}-{self._keys[k]}.npy'
 
     def _load(self, k):
         "All bytes of archive `k`: from the file of an earlier time, or decoded now and kept in one"
@@ -126,6 +139,7 @@ def crop_and_flip(
     padded = F.pad(x, (pad,)*4)
     return padded[at(b, -1,1,1,1), at(c, 1,-1,1,1), rows[:,None,:,None], cols[:,None,None,:]]
 
+# %% ../../nbs/data/07_cifar.ipynb #51f254fb
 class ImageSet:
     "Some of the images of a set, with their labels; `batch` gives any of them at once"
     def __init__(self,
@@ -138,26 +152,35 @@ class ImageSet:
         seed:int=0, # of order and augmentation
         about:str='' # what the images are
     ):
-        self.images, self.numbers, self.vocab, self.stats = images, np.asarray(numbers, int), list(vocab), stats
-        self.augment, self.seed, self.about, self.n_classes = augment, seed, about, len(vocab)
+        self.images = images
+        self.numbers = np.asarray(numbers, int)
+        self.vocab = list(vocab)
+        self.stats = stats
+        self.augment = augment
+        self.seed = seed
+        self.about = about
+        self.n_classes = len(vocab)
         self.labels = torch.as_tensor(np.asarray(labels)[self.numbers])
         self._x, self._ways = None, (None, None)
 
     def __len__(self): return len(self.numbers)
     def __getitem__(self, i): return tuple(t[0] for t in self.batch([range(len(self))[i]]))
-    def new_empty(self): return ImageSet(self.images[[]], self.labels[:0], [], self.vocab, self.stats, about=self.about) # what fastai exports
+    # what fastai exports
+    def new_empty(self): return ImageSet(self.images[[]], self.labels[:0], [], self.vocab, self.stats, about=self.about)
 
     @property
     def x(self) -> Tensor:
         "All images, uint8 (n, 3, height, width); decoded when they are first needed"
-        if self._x is None: self._x = torch.from_numpy(np.asarray(self.images[self.numbers])).permute(0,3,1,2).contiguous()
+        if self._x is None:
+            self._x = torch.from_numpy(np.asarray(self.images[self.numbers])).permute(0,3,1,2).contiguous()
         return self._x
 
     def _ways_of(self, epoch):
         "The shift and the flip of every image in an epoch"
         if self._ways[0]!=epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._ways = epoch, (torch.from_numpy(rng.integers(0, 9, (len(self), 2))), torch.from_numpy(rng.random(len(self))<0.5))
+            self._ways = epoch, (torch.from_numpy(rng.integers(0, 9, (len(self), 2))),
+                                 torch.from_numpy(rng.random(len(self))<0.5))
         return self._ways[1]
 
     def batch(self,
@@ -186,11 +209,13 @@ class ImageDL(EpochDL):
             ax.set_title(self.dataset.vocab[c], fontsize=8)
             ax.set_axis_off()
 
+# %% ../../nbs/data/07_cifar.ipynb #9bc9d818
 def _dataloaders(train, valid, test, bs, device):
     after = lambda s: [IntToFloatTensor(), Normalize.from_stats(*s.stats, cuda=False)]
     dl = lambda s, **kwargs: ImageDL(s, bs=bs, num_workers=0, after_batch=after(s), **kwargs)
     # a last batch of one image would break batch norm in training, so a short one is left out
-    dls = DataLoaders(dl(train, shuffle=True, drop_last=len(train)>=bs), dl(valid), dl(test), device=device or default_device())
+    dls = DataLoaders(dl(train, shuffle=True, drop_last=len(train)>=bs), dl(valid), dl(test), device=device
+                      or default_device())
     dls.test = dls[2]
     return dls
 
@@ -199,21 +224,28 @@ cifar10_stats = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and s
 
 def _per_class(name, n, classes):
     "`n` shared out equally"
-    if whole(name, n, classes)%classes: raise ValueError(f"{name}={n}: expected a multiple of {classes}, for equally many of each class")
+    if whole(name, n, classes)%classes:
+        raise ValueError(f"{name}={n}: expected a multiple of {classes}, for equally many of each class")
     return n//classes
 
+# %% ../../nbs/data/07_cifar.ipynb #8da148e8
 def _split(labels, n_valid, subset, classes, seed):
     "(training numbers, validation numbers), equally many of each class"
-    n_valid, rng, train, valid = _per_class('n_valid', n_valid, classes), np.random.default_rng(seed), [], []
+    n_valid = _per_class('n_valid', n_valid, classes)
+    rng = np.random.default_rng(seed)
+    train = []
+    valid = []
     n_train = None if subset is None else _per_class('subset', subset, classes)
     for c in range(classes):
         mine = rng.permutation(np.flatnonzero(labels==c))
         left = len(mine) - n_valid
         if left<(n_train or 1):
-            raise ValueError(f"subset={subset}, n_valid={n_valid*classes}: class {c} has {len(mine)} images; that leaves {max(left, 0)} to train on")
+            raise ValueError(f"subset={subset}, n_valid={n_valid*classes}: class {c} has {len(mine)} images; that "
+                             f"leaves {max(left, 0)} to train on")
         valid, train = [*valid, mine[:n_valid]], [*train, mine[n_valid:][:n_train]]
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(valid))
 
+# %% ../../nbs/data/07_cifar.ipynb #2bca602b
 def _original(root, train):
     "(images, labels, class names) of torchvision's copy, sorted by class"
     try: ds = CIFAR10(root, train=train, download=False)
@@ -227,7 +259,9 @@ def _zipped(root, train):
 
 # %% ../../nbs/data/07_cifar.ipynb #7ad80acd
 def cifar10(
-    path=None, # folder with the three archives or with torchvision's `cifar-10-batches-py`; None: `cifar10` among the local sets, else a download (170 MB)
+    # folder with the three archives or with torchvision's `cifar-10-batches-py`; None: `cifar10` among the local
+    # sets, else a download (170 MB)
+    path=None,
     subset:int|None=None, # train on so many images, equally many of each class; None: all
     n_valid:int=5000, # images held out of the training set, to choose by
     bs:int=128, # batch size
@@ -238,17 +272,23 @@ def cifar10(
     download:bool=True, # may it be downloaded?
     device=None # None: fastai's default device
 ) -> DataLoaders: # of (images (bs, 3, 32, 32) normalised, labels (bs,)): training, validation, and `dls.test`
-    "CIFAR-10 (Krizhevsky 2009). The zipped form was JPEG-encoded again and is a little harder than the original: `dls.about` says which it is"
+    ("CIFAR-10 (Krizhevsky 2009). The zipped form was JPEG-encoded again and is a little harder than the original: "
+     "`dls.about` says which it is")
     if not isinstance(augment, bool): raise TypeError(f"augment={augment!r}: expected True or False")
-    stats, bs, split_seed = _mean_std(stats), whole('bs', bs, 1), whole('split_seed', split_seed, 0)
+    stats = _mean_std(stats)
+    bs = whole('bs', bs, 1)
+    split_seed = whole('split_seed', split_seed, 0)
     seed = int(torch.randint(2**31, (1,))) if seed is None else whole('seed', seed, 0)
     parts = ('train-1.zip','train-2.zip','test.zip')
     def fetch(folder): return fetch_and_extract(CIFAR10.url, folder, md5=CIFAR10.tgz_md5)
     root = _find(path, ['cifar10'], [*parts, 'cifar-10-batches-py'], fetch, download)
     zipped = any((root/p).exists() for p in parts)
     about = 'CIFAR-10, JPEG-encoded again: a little harder than the original' if zipped else 'CIFAR-10, the original'
-    (images, labels, vocab), (test, test_labels, test_vocab) = ((_zipped if zipped else _original)(root, train) for train in (True, False))
-    if test_vocab!=vocab: raise ValueError(f"{root}: the classes of the test set, {', '.join(test_vocab)}, are not those of training, {', '.join(vocab)}")
+    (images, labels, vocab), (test, test_labels, test_vocab) = ((_zipped if zipped else _original)(root, train)
+                                                                for train in (True, False))
+    if test_vocab!=vocab:
+        raise ValueError(f"{root}: the classes of the test set, {', '.join(test_vocab)}, are not those of training, "
+                         f"{', '.join(vocab)}")
     train, valid = _split(labels, n_valid, subset, len(vocab), split_seed)
     common = dict(vocab=vocab, stats=stats, seed=seed, about=about)
     sets = (ImageSet(images, labels, train, augment=augment, **common), ImageSet(images, labels, valid, **common),
@@ -264,6 +304,7 @@ def _grating(rng, label, size, noise):
     colours = rng.uniform(-1, 1, 3)*30*wave[...,None] + rng.uniform(90, 166, 3)
     return (colours + rng.normal(0, noise, (size,size,3))).clip(0, 255).astype(np.uint8)
 
+# %% ../../nbs/data/07_cifar.ipynb #77d9a38f
 def gratings(
     n_train:int=2000, # training images
     n_valid:int=1000, # validation images
@@ -276,10 +317,13 @@ def gratings(
 ) -> DataLoaders: # of (images (bs, 3, size, size) normalised, labels (bs,)): training, validation, and `dls.test`
     "Procedural pictures in ten classes, for machines without CIFAR: stripes in five directions, narrow and wide"
     counts = [whole(*o, 1) for o in (('n_train', n_train), ('n_valid', n_valid), ('n_test', n_test))]
-    size, bs, seed = whole('size', size, 8), whole('bs', bs, 1), whole('seed', seed, 0)
+    size = whole('size', size, 8)
+    bs = whole('bs', bs, 1)
+    seed = whole('seed', seed, 0)
     vocab = [f'{d} {w}' for w in ('narrow','wide') for d in ('0°','36°','72°','108°','144°')]
     def draw(split, n):
         labels = np.arange(n)%10
-        images = np.stack([_grating(np.random.default_rng([seed, split, i]), l, size, noise) for i,l in enumerate(labels)])
+        images = np.stack([_grating(np.random.default_rng([seed, split, i]), l, size, noise) for i,
+                           l in enumerate(labels)])
         return ImageSet(images, labels, range(n), vocab, cifar10_stats, seed=seed, about='procedural gratings')
     return _dataloaders(*(draw(i, n) for i,n in enumerate(counts)), bs, device)

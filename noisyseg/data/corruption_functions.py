@@ -24,18 +24,23 @@ from scipy import ndimage
 FAMILIES = ('noise', 'blur', 'weather', 'digital')
 CORRUPTIONS = {}  # name -> CorruptionKind, family by family
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #e0692d78
 @dataclass(frozen=True)
 class CorruptionKind:
     "What is known about one corruption."
     name: str  # such as 'gaussian_noise'
     family: str  # 'noise', 'blur', 'weather' or 'digital'
-    apply: Callable  # (image (3, H, W) in [0, 1], setting, CPU generator) -> image of any range; (image, mask) -> (image, mask) if geometric
+    # (image (3, H, W) in [0, 1], setting, CPU generator) -> image of any range; (image, mask) -> (image, mask) if
+    # geometric
+    apply: Callable
     imagenet: tuple  # settings for severities 1 to 5 of ImageNet-C
     cifar: tuple  # and of CIFAR-10-C
     in_standard_15: bool = True  # of the 15 that mCE is the mean of
     geometric: bool = False  # it moves things, and the mask with them
-    fast: bool = True  # under 10 ms on one core at 128 x 128, good for a slider; the next notebook measures it, and all are
+    # under 10 ms on one core at 128 x 128, good for a slider; the next notebook measures it, and all are
+    fast: bool = True
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #0c303770
 def _corruption(family, imagenet, cifar, **kw):
     "Register the function below, called `_name`, as the corruption `name`."
     def register(f):
@@ -45,6 +50,7 @@ def _corruption(family, imagenet, cifar, **kw):
     return register
 
 def _normal(shape, g, mean=0., std=1.): return mean + std * torch.randn(shape, generator=g)
+
 def _uniform(g, low, high, *shape): return low + (high - low) * torch.rand(shape, generator=g)
 
 # %% ../../nbs/data/10_corruption_functions.ipynb #12fdfc8e
@@ -77,6 +83,7 @@ def _smooth(x, sigma, edge='nearest', truncate=4.):
     rows, columns = (_smoothing(n, float(sigma), edge, truncate).to(x) for n in x.shape[-2:])
     return rows @ x @ columns.T
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #447cb60d
 @_corruption('blur', (1, 2, 3, 4, 6), (.4, .6, .7, .8, 1), in_standard_15=False)
 def _gaussian_blur(x, sigma, g): return _smooth(x, sigma)
 
@@ -91,6 +98,7 @@ def _disc(radius, soft):
     k = k[:, None] * k / k.sum()**2
     return F.conv2d(F.pad(disc[None, None] / disc.sum(), [n] * 4, mode='reflect'), k[None, None])
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #7344e396
 @_corruption('blur', ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)))
 def _defocus_blur(x, lens, g):
     k = _disc(*lens).to(x)
@@ -106,7 +114,8 @@ def _glass_sources(h, w, reach, passes, g):
         dy, dx = torch.randint(-reach, reach, (2, len(inner)), generator=g)
         take = torch.arange(h * w)
         take[inner] = inner + dy * w + dx
-        # a later pixel was there first, and holds what it took itself; an earlier one, or one at the rim, still has its own
+        # a later pixel was there first, and holds what it took itself; an earlier one, or one at the rim, still has
+        # its own
         moved = torch.zeros(h * w, dtype=torch.bool)
         moved[inner] = True
         chain = moved[take] & (take > torch.arange(h * w))
@@ -115,7 +124,9 @@ def _glass_sources(h, w, reach, passes, g):
         source = source[take[step]]
     return source.view(h, w)
 
-def _to_bytes(x): return (x.clamp(0, 1) * 255 + 1e-3).floor()  # 8 bits, cut off as published; the 0.001 is for values that were k/255
+# %% ../../nbs/data/10_corruption_functions.ipynb #6183f983
+# 8 bits, cut off as published; the 0.001 is for values that were k/255
+def _to_bytes(x): return (x.clamp(0, 1) * 255 + 1e-3).floor()
 
 @_corruption('blur', ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
              ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)))
@@ -139,14 +150,17 @@ def _motion(x, radius, sigma, degrees):
 @_corruption('blur', ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)))
 def _motion_blur(x, c, g): return _motion(x, *c, _uniform(g, -45, 45).item())
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #aadae59e
 def _zoomed(x, zoom):
     "The middle of `x`, enlarged to its size"
     crop = [math.ceil(n / zoom) for n in x.shape[-2:]]
     (t, l), (h, w) = ((n - c) // 2 for n, c in zip(x.shape[-2:], crop)), crop
-    y = F.interpolate(x[None, :, t:t + h, l:l + w], size=[round(c * zoom) for c in crop], mode='bilinear', align_corners=True)[0]
+    y = F.interpolate(x[None, :, t:t + h, l:l + w], size=[round(c * zoom) for c in crop], mode='bilinear',
+                      align_corners=True)[0]
     t, l = ((n - m) // 2 for n, m in zip(y.shape[-2:], x.shape[-2:]))
     return y[:, t:t + x.shape[-2], l:l + x.shape[-1]]
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #22acdf8b
 @_corruption('blur', [(1, 1 + z, s) for z, s in ((.11, .01), (.16, .01), (.21, .02), (.26, .02), (.31, .03))],
              [(1, 1 + z, .01) for z in (.06, .11, .16, .21, .26)])
 def _zoom_blur(x, c, g):
@@ -156,6 +170,7 @@ def _zoom_blur(x, c, g):
 # %% ../../nbs/data/10_corruption_functions.ipynb #e921a6b0
 def _grey(x): return torch.tensor([.299, .587, .114]).to(x) @ x.flatten(1)
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #24474fd6
 @_corruption('weather',
              ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
               (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
@@ -179,16 +194,20 @@ def _plasma(n, decay, g):
         middle = (a + right + below + right.roll(-1, 0)) / 4 + rough()
         top = (a + right + middle + middle.roll(1, 0)) / 4 + rough()
         left = (a + below + middle + middle.roll(1, 1)) / 4 + rough()
-        a = torch.stack([torch.stack([a, top], -1).flatten(1), torch.stack([left, middle], -1).flatten(1)], 1).flatten(0, 1)
+        a = torch.stack([torch.stack([a, top], -1).flatten(1), torch.stack([left, middle], -1).flatten(1)],
+                        1).flatten(0, 1)
         step /= decay**2
     return (a - a.min()) / (a.max() - a.min())
 
 # %% ../../nbs/data/10_corruption_functions.ipynb #ca17b266
 def _ice(h, w, length, g):
     "Crystals of ice, (3, h, w); `length` of the side branches in pixels"
-    n, ice, best = 1 << (max(h, w) - 1).bit_length(), 0., -1.
+    n = 1 << (max(h, w) - 1).bit_length()
+    ice = 0.
+    best = -1.
     for a in _uniform(g, 0, 360, 5).tolist():
-        patch, grain = _plasma(n, 1.6, g)[None, :h, :w], torch.rand(2, 1, h, w, generator=g)
+        patch = _plasma(n, 1.6, g)[None, :h, :w]
+        grain = torch.rand(2, 1, h, w, generator=g)
         needles = _motion((grain[0] > 0.993) * grain[1], 2 * length, length, a) * 2 * length
         buds = needles.clamp(max=1) * (grain[1] > 0.4)
         feathers = needles + 3 * sum(_motion(buds, length, length / 2, a + side) for side in (-60, 60))
@@ -198,12 +217,14 @@ def _ice(h, w, length, g):
     level = (.51, .80, .80, .62, .44)[torch.randint(5, (), generator=g)]
     return level + torch.tensor([-.07, .01, .06]).view(3, 1, 1) + 0.09 * ice
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #1eaeb0e2
 @_corruption('weather', ((1, .4, 12), (.8, .6, 12), (.7, .7, 12), (.65, .7, 12), (.6, .75, 12)),
              ((1, .2, 3), (1, .3, 3), (.9, .4, 3), (.85, .4, 3), (.75, .45, 3)))
 def _frost(x, c, g): return c[0] * x + c[1] * _ice(*x.shape[1:], c[2], g).to(x)
 
 # %% ../../nbs/data/10_corruption_functions.ipynb #781f2c1a
-@_corruption('weather', ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)))
+@_corruption('weather', ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+             ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)))
 def _fog(x, c, g):
     thick, decay = c
     h, w = x.shape[1:]
@@ -214,15 +235,19 @@ def _fog(x, c, g):
 def _edges(a, low=50, high=150):
     "Canny's edges of an image of bytes, (h, w) -> bool"
     dx, dy = (ndimage.sobel(a, axis, float, mode='nearest') for axis in (1, 0))
-    size, ax, ay = np.abs(dx) + np.abs(dy), np.abs(dx), np.abs(dy)
+    size = np.abs(dx) + np.abs(dy)
+    ax = np.abs(dx)
+    ay = np.abs(dy)
     p = np.pad(size, 1)
     side = lambda y, x: p[1 + y:1 + y + len(a), 1 + x:1 + x + len(a[0])]
     across = (size > side(0, -1)) & (size >= side(0, 1)), (size > side(-1, 0)) & (size >= side(1, 0))
-    falls = np.where(dx * dy < 0, (size > side(-1, 1)) & (size > side(1, -1)), (size > side(-1, -1)) & (size > side(1, 1)))
+    falls = np.where(dx * dy < 0, (size > side(-1, 1)) & (size > side(1, -1)), (size > side(-1, -1))
+                     & (size > side(1, 1)))
     steepest = np.select([ay < 0.4142 * ax, ay > 2.4142 * ax], across, falls) & (size > low)
     label, _ = ndimage.label(steepest, np.ones((3, 3)))
     return steepest & np.isin(label, label[size > high])
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #adecaf2f
 def _water(drops):
     "Shading of drops (bytes, (h, w)), from 0 to 1: by the distance to their edges, equalised and embossed"
     edge = _edges(drops)
@@ -235,8 +260,11 @@ def _water(drops):
     m = drops * ndimage.uniform_filter(lit, 3, mode='mirror')
     return torch.from_numpy(m / max(m.max(), 1e-6)).float()
 
-@_corruption('weather', ((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0), (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
-             ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1)),
+# %% ../../nbs/data/10_corruption_functions.ipynb #94067220
+@_corruption('weather', ((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
+                         (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+             ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1),
+              (.65, .1, .5, .68, .6, 1)),
              in_standard_15=False)
 def _spatter(x, c, g):
     mean, std, sigma, least, strength, mud = c
@@ -260,7 +288,9 @@ def _contrast(x, share, g):
     mean = x.mean((1, 2), keepdim=True)
     return (x - mean) * share + mean
 
-@_corruption('digital', ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)), in_standard_15=False)
+# %% ../../nbs/data/10_corruption_functions.ipynb #e5edc2e8
+@_corruption('digital', ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
+             ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)), in_standard_15=False)
 def _saturate(x, c, g):
     v, low = x.amax(0, keepdim=True), x.amin(0, keepdim=True)
     s = (v - low) / v.clamp(min=1e-6)
@@ -270,9 +300,12 @@ def _saturate(x, c, g):
 
 # %% ../../nbs/data/10_corruption_functions.ipynb #bc5cc1a8
 def _pillow(x): return Image.fromarray(_to_bytes(x).byte().permute(1, 2, 0).cpu().numpy())
+
 def _unpillow(im, x): return (torch.from_numpy(np.array(im)).permute(2, 0, 1) / 255).to(x)
 
-@_corruption('digital', [tuple(244 / 224 * v for v in c) for c in ((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02))],
+# %% ../../nbs/data/10_corruption_functions.ipynb #fd00001a
+@_corruption('digital', [tuple(244 / 224 * v for v in c) for c in ((2, .7, .1), (2, .08, .2), (.05, .01, .02),
+        (.07, .01, .02), (.12, .01, .02))],
              ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03)), geometric=True)
 def _elastic_transform(x, c, g, mask=None):
     h, w = x.shape[1:]
@@ -280,17 +313,20 @@ def _elastic_transform(x, c, g, mask=None):
     middle, arm = torch.tensor([w // 2, h // 2]), min(h, w) // 3
     old = middle + arm * torch.tensor([[1., 1], [1, -1], [-1, -1]])
     new = old + _uniform(g, -jitter, jitter, 3, 2)
-    back = torch.linalg.solve(torch.cat([new, torch.ones(3, 1)], 1), old)          # (3, 2): from where a pixel's content comes
+    # (3, 2): from where a pixel's content comes
+    back = torch.linalg.solve(torch.cat([new, torch.ones(3, 1)], 1), old)
     grid = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing='xy'), -1).float()
     shift = alpha * _smooth(_uniform(g, -1, 1, 2, h, w), sigma, 'reflect', 3.).permute(1, 2, 0)
     affine = lambda p: p @ back[:2] + back[2]
     out = _sample(_sample(x, affine(grid)), grid + shift)
     return out if mask is None else (out, _sample(mask[None].to(x), affine(grid + shift), 'nearest')[0].to(mask.dtype))
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #2a0637a0
 def _sample(x, at, mode='bilinear'):
     "`x` at the positions `at`, (h, w, 2) in pixels (column, row); mirrored beyond the rim"
     size = torch.tensor([x.shape[2] - 1, x.shape[1] - 1])
-    return F.grid_sample(x[None], (2 * at / size - 1)[None].to(x), mode=mode, padding_mode='reflection', align_corners=True)[0]
+    return F.grid_sample(x[None], (2 * at / size - 1)[None].to(x), mode=mode, padding_mode='reflection',
+                         align_corners=True)[0]
 
 # %% ../../nbs/data/10_corruption_functions.ipynb #05832c03
 @_corruption('digital', (.6, .5, .4, .3, .25), (.95, .9, .85, .75, .65))

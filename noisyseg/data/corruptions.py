@@ -30,19 +30,24 @@ ALL_19 = (*STANDARD_15, *(n for n, k in CORRUPTIONS.items() if not k.in_standard
 def _checked_images(x, stats):
     "`x` as float images in [0, 1] in steps of 1/255, (batch, 3, H, W)"
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
-        raise TypeError(f"x: expected images as a float tensor in [0, 1] or as bytes, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(f"x: expected images as a float tensor in [0, 1] or as bytes, got "
+                        f"{getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim not in (3, 4) or x.shape[-3] != 3 or min(x.shape[-2:]) < 32:
-        raise ValueError(f"x: expected (3, height, width) or (batch, 3, height, width) of 32 pixels or more, got {tuple(x.shape)}")
+        raise ValueError(f"x: expected (3, height, width) or (batch, 3, height, width) of 32 pixels or more, got "
+                         f"{tuple(x.shape)}")
     out = x.detach().as_subclass(Tensor)
     out = out.float() / 255 if x.dtype == torch.uint8 else out.float()
     if stats is not None and x.dtype != torch.uint8:
         mean, std = (torch.tensor(s).to(out).view(3, 1, 1) for s in stats)
         out = out * std + mean
     if len(x) and not (out.min() >= -1e-3 and out.max() <= 1.001):
-        raise ValueError(f"x: expected values in [0, 1], got {out.min():.3g} to {out.max():.3g}. For normalised images pass stats=(mean, std); "
+        raise ValueError(f"x: expected values in [0, 1], got {out.min():.3g} to {out.max():.3g}. For normalised images "
+                         f"pass stats=(mean, std); "
                          "if you did, they are other ones")
-    return (out.clamp(0, 1) * 255).round().div(255).view(-1, *x.shape[-3:])  # bytes exactly, however they were normalised
+    # bytes exactly, however they were normalised
+    return (out.clamp(0, 1) * 255).round().div(255).view(-1, *x.shape[-3:])
 
+# %% ../../nbs/data/11_corruptions.ipynb #1c0b0a52
 def _as_given(out, x, stats):
     "Images in [0, 1] in the shape, type and normalisation of `x`"
     if x.dtype == torch.uint8: out = _to_bytes(out)
@@ -53,10 +58,12 @@ def _as_given(out, x, stats):
 
 # %% ../../nbs/data/11_corruptions.ipynb #50b91b18
 def _whole(name, value, low, high):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)): raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if not low <= value <= high: raise ValueError(f"{name}: expected {low} to {high}, got {value}")
     return int(value)
 
+# %% ../../nbs/data/11_corruptions.ipynb #fe22c3f7
 @dataclass(frozen=True)
 class Corruption:
     "One corruption at one severity (Hendrycks and Dietterich, arXiv 1903.12261), to be called on images."
@@ -67,13 +74,16 @@ class Corruption:
     stats: tuple = None  # (mean, std) per channel that images are normalised with; None: they are in [0, 1]
 
     def __post_init__(self):
-        if self.name not in CORRUPTIONS: raise ValueError(f"name: expected one of {', '.join(ALL_19)}, got {self.name!r}")
+        if self.name not in CORRUPTIONS:
+            raise ValueError(f"name: expected one of {', '.join(ALL_19)}, got {self.name!r}")
         _whole('severity', self.severity, 0, 5); _whole('seed', self.seed, 0, 2**63)
-        if self.table not in ('imagenet', 'cifar'): raise ValueError(f"table: expected 'imagenet' or 'cifar', got {self.table!r}")
+        if self.table not in ('imagenet', 'cifar'):
+            raise ValueError(f"table: expected 'imagenet' or 'cifar', got {self.table!r}")
         if self.stats is not None:
             try: stats = tuple(tuple(float(v) for v in s) for s in self.stats)
             except TypeError: stats = ()
-            if [len(s) for s in stats] != [3, 3]: raise ValueError(f"stats: expected (mean, std), three numbers each, got {self.stats!r}")
+            if [len(s) for s in stats] != [3, 3]:
+                raise ValueError(f"stats: expected (mean, std), three numbers each, got {self.stats!r}")
             object.__setattr__(self, 'stats', stats)
 
     @property
@@ -82,7 +92,8 @@ class Corruption:
     @property
     def setting(self): return getattr(self.kind, self.table)[self.severity - 1] if self.severity else None
 
-    def __str__(self): return f'{self.name}, severity {self.severity}' + (' (CIFAR settings)' if self.table == 'cifar' else '')
+    def __str__(self):
+        return f'{self.name}, severity {self.severity}' + (' (CIFAR settings)' if self.table == 'cifar' else '')
 
     def __call__(self,
         x: Tensor,  # images, (batch, 3, H, W) or (3, H, W): float in [0, 1] or normalised with `stats`, or bytes
@@ -92,22 +103,26 @@ class Corruption:
         "Corrupt images, and move their masks where things move."
         images, index = _checked_images(x, self.stats), _whole('index', index, 0, 2**63)
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x[..., 0, :, :].shape):
-            raise ValueError(f"mask: expected labels of shape {tuple(x[..., 0, :, :].shape)}, got {tuple(getattr(mask, 'shape', ()))}")
+            raise ValueError(f"mask: expected labels of shape {tuple(x[..., 0, :, :].shape)}, got "
+                             f"{tuple(getattr(mask, 'shape', ()))}")
         if self.severity == 0: return x if mask is None else (x, mask)
         labels = [None] * len(images) if mask is None else mask.detach().as_subclass(Tensor).view(-1, *mask.shape[-2:])
         pairs = [self._one(im, m, _generator(self.seed, index + i)) for i, (im, m) in enumerate(zip(images, labels))]
         out = torch.stack([im for im, _ in pairs]) if pairs else images
         out = _as_given(_to_bytes(out) / 255, x, self.stats)
         if mask is None: return out
-        return out, (torch.stack([m for _, m in pairs]).view(mask.shape).as_subclass(type(mask)) if self.kind.geometric and pairs else mask)
+        return out, (torch.stack([m for _, m in pairs]).view(mask.shape).as_subclass(type(mask)) if self.kind.geometric
+                     and pairs else mask)
 
     def _one(self, image, mask, g):
         if self.kind.geometric and mask is not None: return self.kind.apply(image, self.setting, g, mask)
         return self.kind.apply(image, self.setting, g), mask
 
+# %% ../../nbs/data/11_corruptions.ipynb #64da9077
 def _generator(seed, index):
     "The generator of image `index`; on the CPU, so that one seed is one corruption on every device"
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1,
+            np.uint64)[0] >> np.uint64(1)))
 
 # %% ../../nbs/data/11_corruptions.ipynb #5683008b
 def corrupt(
@@ -128,12 +143,16 @@ def corrupt(
 class CorruptedBatches:
     "The batches of a loader, corrupted; the same ones on each pass."
     def __init__(self,
-        dl,  # batches (images, masks) or (images, labels): a DataLoader that does not shuffle, DataLoaders (their valid part), a list
+        # batches (images, masks) or (images, labels): a DataLoader that does not shuffle, DataLoaders (their valid
+        # part), a list
+        dl,
         corruption: Corruption,  # which, how severe, and the seed
     ):
-        if not isinstance(corruption, Corruption): raise TypeError(f"corruption: expected one such as Corruption('fog', 3), got {corruption!r}")
+        if not isinstance(corruption, Corruption):
+            raise TypeError(f"corruption: expected one such as Corruption('fog', 3), got {corruption!r}")
         self.dl = dl.valid if isinstance(dl, DataLoaders) else dl
-        # what others ask a loader for, its order included: a shuffled set would give an image another number on each pass
+        # what others ask a loader for, its order included: a shuffled set would give an image another number on each
+        # pass
         for a in ('vocab', 'palette', 'ignore_index', 'n_classes', 'stats', 'shuffle', 'sampler'):
             if hasattr(self.dl, a): setattr(self, a, getattr(self.dl, a))
         if corruption.stats is None and getattr(self, 'stats', None) is not None:
@@ -148,6 +167,7 @@ class CorruptedBatches:
             yield *_pair(self.corruption, x, y, n), *rest
             n += len(x)
 
+# %% ../../nbs/data/11_corruptions.ipynb #36eab3b4
 def _pair(corruption, x, y, index):
     "Images and targets corrupted: masks may move, labels of whole images do not"
     if isinstance(y, Tensor) and y.shape == x[..., 0, :, :].shape: return corruption(x, y, index)
@@ -168,12 +188,14 @@ class CorruptedDataset(torch.utils.data.Dataset):
         x, y, *rest = self.dataset[i]
         return *_pair(self.corruption, x, y, i), *rest
 
+# %% ../../nbs/data/11_corruptions.ipynb #77e4c74a
 class CorruptBatch(ItemTransform):
     "A fastai batch transform that corrupts images after they were normalised, each with a corruption of its own."
     order = 100  # fastai's Normalize has 99
     def __init__(self,
         corruption: Corruption,  # which, how severe, and the seed; with the `stats` of the loaders
-        split_idx: int = None,  # 0: in training only, for `batch_tfms` of a DataBlock; None: in whichever loader it is added to
+        # 0: in training only, for `batch_tfms` of a DataBlock; None: in whichever loader it is added to
+        split_idx: int = None,
     ):
         super().__init__(split_idx=split_idx)
         self.corruption, self.seen = corruption, 0

@@ -45,22 +45,29 @@ def scenes(
     device=None # None: fastai's default device
 ) -> DataLoaders: # 7 classes, no ignored label
     "Procedural scenes: discs, boxes, triangles, rings, stars and crescents on a cluttered ground"
-    n_train, n_valid, seed = whole('n_train', n_train, 1), whole('n_valid', n_valid, 1), whole('seed', seed, 0)
+    n_train = whole('n_train', n_train, 1)
+    n_valid = whole('n_valid', n_valid, 1)
+    seed = whole('seed', seed, 0)
     draw = lambda split, n: [scene(np.random.default_rng([seed, split, i]), size, classes) for i in range(n)]
     if augment is True: augment = augmenter((size,size), zoom=(1,1))
-    return mask_dataloaders(draw(0, n_train), draw(1, n_valid), noop, scene_classes, scene_palette, None, size=size, bs=bs,
+    return mask_dataloaders(draw(0, n_train), draw(1, n_valid), noop, scene_classes, scene_palette, None, size=size,
+                            bs=bs,
         augment=augment, seed=seed, num_workers=num_workers, device=device)
 
 # %% ../../nbs/data/05_datasets.ipynb #d145e9dc
 camvid_classes = 'sky building pole road pavement tree sign fence car pedestrian bicyclist'.split()
-camvid_palette = [(155,212,255), (113,49,36), (240,228,140), (58,63,84), (232,221,205), (69,170,109), (255,172,37), (153,106,196),
+camvid_palette = [(155,212,255), (113,49,36), (240,228,140), (58,63,84), (232,221,205), (69,170,109), (255,172,37),
+                  (153,106,196),
     (4,49,168), (215,48,21), (182,122,161)]
-_camvid_sha256 = '11db05fc3ee727fb17de7499380b20258a41beeb1002a2aee2c2244a472a4a45' # of fastai's archive, as FastAI.jl publishes it
+# of fastai's archive, as FastAI.jl publishes it
+_camvid_sha256 = '11db05fc3ee727fb17de7499380b20258a41beeb1002a2aee2c2244a472a4a45'
 
 # %% ../../nbs/data/05_datasets.ipynb #b953cc31
 camvid_groups = dict(
-    sky='Sky', building='Archway Bridge Building Tunnel Wall', pole='Column_Pole TrafficCone', road='Road LaneMkgsDriv LaneMkgsNonDriv',
-    pavement='Sidewalk ParkingBlock RoadShoulder', tree='Tree VegetationMisc', sign='SignSymbol Misc_Text TrafficLight', fence='Fence',
+    sky='Sky', building='Archway Bridge Building Tunnel Wall', pole='Column_Pole TrafficCone',
+    road='Road LaneMkgsDriv LaneMkgsNonDriv',
+    pavement='Sidewalk ParkingBlock RoadShoulder', tree='Tree VegetationMisc',
+    sign='SignSymbol Misc_Text TrafficLight', fence='Fence',
     car='Car SUVPickupTruck Truck_Bus Train OtherMoving', pedestrian='Pedestrian Child CartLuggagePram Animal',
     bicyclist='Bicyclist MotorcycleScooter', void='Void')
 
@@ -70,6 +77,7 @@ def _camvid_split(name):
     if sequence=='Seq05VD' or sequence=='0001TP' and frame>'008520': return 'test'
     return 'val' if sequence=='0016E5' and '07959'<=frame<='08159' else 'train'
 
+# %% ../../nbs/data/05_datasets.ipynb #b26d3036
 def _camvid32(root):
     "(training pairs, validation pairs, label table) of fastai's copy"
     codes = (root/'codes.txt').read_text().split()
@@ -100,9 +108,11 @@ def _find(
     if download:
         try: return fetch(fastai_path('data')/names[0])
         except Exception as e: why = f'the download failed: {e}'
-    raise MissingData(f"{names[0]} is not on this machine ({why}). Put it into a folder {names[0]!r} inside the one that "
+    raise MissingData(f"{names[0]} is not on this machine ({why}). Put it into a folder {names[0]!r} inside the one "
+                      f"that "
                       "NOISYSEG_DATA names, or pass its path, or use scenes(), which needs no files")
 
+# %% ../../nbs/data/05_datasets.ipynb #8922f5fd
 @delegates(mask_dataloaders, but=['ignore_index'])
 def camvid(
     path=None, # folder of CamVid; None: `camvid` among the local sets, else a download of fastai's copy (600 MB)
@@ -123,11 +133,13 @@ def camvid(
         train, valid = (pair_files(root/s/'images', root/s/'labels') for s in ('train','val'))
         table = label_table(11, 11)
     check_sizes([*train, *valid])
-    return mask_dataloaders(train, valid, partial(read_pair, table=table), camvid_classes, camvid_palette, 11, size=size, bs=bs,
+    return mask_dataloaders(train, valid, partial(read_pair, table=table), camvid_classes, camvid_palette, 11,
+                            size=size, bs=bs,
         augment=augment, seed=seed, num_workers=num_workers, cache=cache, **kwargs)
 
 # %% ../../nbs/data/05_datasets.ipynb #dc405f46
-voc_classes = ('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
+voc_classes = ('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike '
+               'person '
                'pottedplant sheep sofa train tvmonitor').split()
 
 def _voc_colour(i):
@@ -139,6 +151,7 @@ voc_palette = [_voc_colour(i) for i in range(21)]
 def _one_of(name, value, allowed):
     if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
 
+# %% ../../nbs/data/05_datasets.ipynb #85e5dddc
 def _splits(make, root, split, valid_split):
     "(image, mask) files of both splits of a torchvision dataset; nothing that is trained on is validated on"
     train, valid = [], []
@@ -148,7 +161,8 @@ def _splits(make, root, split, valid_split):
         pairs += [(Path(i), Path(m)) for i,m in zip(ds.images, ds.masks)]
     kept = [p for p in valid if p not in set(train)]
     if not kept: raise ValueError(f"every image of {valid_split=} is in {split=}: nothing is left to validate on")
-    if len(kept)<len(valid): warn(f"{len(valid)-len(kept)} images of {valid_split=} are in {split=}: left out of validation")
+    if len(kept)<len(valid):
+        warn(f"{len(valid)-len(kept)} images of {valid_split=} are in {split=}: left out of validation")
     check_sizes(train + kept)
     return train, kept
 
@@ -168,10 +182,13 @@ def voc(
     for name,value in (('split', split), ('valid_split', valid_split)): _one_of(name, value, ('train','trainval','val'))
     _one_of('year', str(year), [str(y) for y in range(2007, 2013)])
     make, known = partial(VOCSegmentation, year=str(year)), DATASET_YEAR_DICT[str(year)]
-    root = _find(path, ['voc', 'VOC', '.'], ['VOCdevkit', 'TrainVal'], partial(fetch_and_extract, known['url'], md5=known['md5']), download)
+    root = _find(path, ['voc', 'VOC', '.'], ['VOCdevkit', 'TrainVal'],
+                 partial(fetch_and_extract, known['url'], md5=known['md5']), download)
     read = partial(read_pair, table=label_table(21, 255))
-    return mask_dataloaders(*_splits(make, root, split, valid_split), read, voc_classes, voc_palette, 255, size=size, bs=bs, **kwargs)
+    return mask_dataloaders(*_splits(make, root, split, valid_split), read, voc_classes, voc_palette, 255, size=size,
+                            bs=bs, **kwargs)
 
+# %% ../../nbs/data/05_datasets.ipynb #d853e24a
 @delegates(mask_dataloaders, but=['ignore_index'])
 def sbd(
     path=None, # folder that holds `img` and `cls`; None: `sbd` among the local sets, else a download (1.4 GB)
@@ -183,12 +200,14 @@ def sbd(
     **kwargs
 ) -> DataLoaders: # 21 classes; SBD marks no void, 255 occurs in margins only
     "Semantic Boundaries Dataset (Hariharan et al. 2011), as class masks"
-    for name,value in (('split', split), ('valid_split', valid_split)): _one_of(name, value, ('train','val','train_noval'))
+    for name,value in (('split', split), ('valid_split', valid_split)):
+        _one_of(name, value, ('train','val','train_noval'))
     make = partial(SBDataset, mode='segmentation')
     fetch = partial(fetch_and_extract, SBDataset.url, inside='benchmark_RELEASE/dataset', md5=SBDataset.md5)
     root = _find(path, ['sbd', 'SBD'], ['img'], fetch, download)
     read = partial(read_pair, table=label_table(21, 255))
-    return mask_dataloaders(*_splits(make, root, split, valid_split), read, voc_classes, voc_palette, 255, size=size, bs=bs, **kwargs)
+    return mask_dataloaders(*_splits(make, root, split, valid_split), read, voc_classes, voc_palette, 255, size=size,
+                            bs=bs, **kwargs)
 
 # %% ../../nbs/data/05_datasets.ipynb #4d4c30d7
 @delegates(mask_dataloaders, but=['ignore_index'])
@@ -208,27 +227,35 @@ def custom_masks(
 ) -> DataLoaders:
     "Anyone's images and masks"
     classes = _class_names(classes)
-    if whole('ignore_index', ignore_index, len(classes))>255: raise ValueError(f"{ignore_index=}: expected {len(classes)} to 255")
+    if whole('ignore_index', ignore_index, len(classes))>255:
+        raise ValueError(f"{ignore_index=}: expected {len(classes)} to 255")
     pairs = pair_files(images, masks, suffix)
     check_sizes(pairs)
     if colours is None: read = partial(read_pair, table=label_table(len(classes), ignore_index))
     else: read = partial(read_pair, read=read_colour_mask, colours=_by_colour(colours, classes, ignore_index))
-    return mask_dataloaders(*_hold_out(pairs, valid, valid_seed), read, classes, palette or distinct_palette(len(classes)), ignore_index,
+    return mask_dataloaders(*_hold_out(pairs, valid, valid_seed), read, classes, palette
+                            or distinct_palette(len(classes)), ignore_index,
         size=size, bs=bs, **kwargs)
 
+# %% ../../nbs/data/05_datasets.ipynb #02d78dda
 def _class_names(classes):
-    if isinstance(classes, str) or not isinstance(classes, Iterable): raise TypeError(f"classes={classes!r}: expected a list of names")
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise TypeError(f"classes={classes!r}: expected a list of names")
     classes = list(classes)
-    if not 0<len(set(classes))==len(classes)<256: raise ValueError(f"classes={classes}: expected 1 to 255 different names")
+    if not 0<len(set(classes))==len(classes)<256:
+        raise ValueError(f"classes={classes}: expected 1 to 255 different names")
     return classes
 
+# %% ../../nbs/data/05_datasets.ipynb #1819a1b8
 def _by_colour(colours, classes, ignore_index):
     "{(r,g,b): label}"
     labels = {c: classes.index(v) if v in classes else v for c,v in colours.items()}
     for c,v in labels.items():
-        if v!=ignore_index and v not in range(len(classes)): raise ValueError(f"colours has {c}: {v!r}; expected one of {classes}")
+        if v!=ignore_index and v not in range(len(classes)):
+            raise ValueError(f"colours has {c}: {v!r}; expected one of {classes}")
     return labels
 
+# %% ../../nbs/data/05_datasets.ipynb #49feeeb4
 def _hold_out(pairs, valid, seed):
     "(training pairs, validation pairs)"
     if isinstance(valid, (int,float)):
@@ -241,9 +268,11 @@ def _hold_out(pairs, valid, seed):
         if unknown := [v for v in wanted if v not in at]:
             raise ValueError(f"valid names {unknown[0]!r}, which is none of the {len(pairs)} images")
         held = {at[v] for v in wanted}
-    if len(held)==len(pairs): raise ValueError(f"all {len(pairs)} images are held out for validation: nothing is left to train on")
+    if len(held)==len(pairs):
+        raise ValueError(f"all {len(pairs)} images are held out for validation: nothing is left to train on")
     return [p for i,p in enumerate(pairs) if i not in held], [p for i,p in enumerate(pairs) if i in held]
 
+# %% ../../nbs/data/05_datasets.ipynb #220b6178
 CustomMasks = custom_masks
 
 # %% ../../nbs/data/05_datasets.ipynb #2e6fd0b0

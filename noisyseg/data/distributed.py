@@ -22,7 +22,8 @@ from .loaders import EpochDL
 class ShardDL(DataLoader):
     "One process's piece of each batch of an `EpochDL` (where batches come ready-made: of each few batches)"
     _default = 'dl'
-    epoch, start = (property(lambda self, k=k: getattr(self.dl, k), lambda self, v, k=k: setattr(self.dl, k, v)) for k in ('epoch', 'start'))
+    epoch, start = (property(lambda self, k=k: getattr(self.dl, k), lambda self, v, k=k: setattr(self.dl, k, v))
+                    for k in ('epoch', 'start'))
     def __init__(self,
         dl:EpochDL, # what one process alone would load
         rank:int|None=None, # number of this process, from 0; None: as the environment says
@@ -30,17 +31,24 @@ class ShardDL(DataLoader):
         device=None # of the batches; None: that of `dl`
     ):
         fake = dl.fake_l
-        super().__init__(dl.dataset, dl.bs, fake.num_workers, dl.pin_memory, fake.timeout, indexed=dl.indexed, n=dl.n, device=device or dl.device,
+        super().__init__(dl.dataset, dl.bs, fake.num_workers, dl.pin_memory, fake.timeout, indexed=dl.indexed, n=dl.n,
+                         device=device or dl.device,
             persistent_workers=fake.persistent_workers, pin_memory_device=fake.pin_memory_device)
-        self.dl, self.rank, self.world_size = dl, rank_distrib() if rank is None else rank, world_size or max(1, num_distrib())
+        self.dl = dl
+        self.rank = rank_distrib() if rank is None else rank
+        self.world_size = world_size or max(1, num_distrib())
         if device is not None: dl.to(device)   # its transforms too
         self._plan(dl.n)
-        if self.n and not len(self): raise ValueError(f"{self.n} {'items' if self.bs else 'batches'} can't be shared by {self.world_size} processes: "
+        if self.n and not len(self):
+            raise ValueError(f"{self.n} {'items' if self.bs else 'batches'} can't be shared by {self.world_size} "
+                             f"processes: "
                                                       "expected at least one each")
 
     def _plan(self, n):
         "`n_whole` batches of full size come to this process, and `n_last` items of the `n_left` after them"
-        self.n, bs, w = n, self.bs or 1, self.world_size
+        self.n = n
+        bs = self.bs or 1
+        w = self.world_size
         self.n_whole, self.n_left = divmod(n, bs*w)
         if self.bs and not (self.dl.shuffle or self.dl.drop_last): self.n_last = -(-self.n_left//w)   # validation
         else: self.n_last = 0 if self.dl.drop_last and self.n_whole else self.n_left//w
@@ -49,7 +57,9 @@ class ShardDL(DataLoader):
 
     def get_idxs(self):
         skip, self.dl.start = self.dl.start, 0
-        idxs, bs, w = list(self.dl.get_idxs()), self.bs or 1, self.world_size
+        idxs = list(self.dl.get_idxs())
+        bs = self.bs or 1
+        w = self.world_size
         self._plan(len(idxs))
         self.i = skip*bs
         left = idxs[self.n_whole*w*bs:]*w   # repeats come last
@@ -59,26 +69,34 @@ class ShardDL(DataLoader):
 # %% ../../nbs/data/09_distributed.ipynb #3c162e54
 @patch
 def randomize(self:ShardDL): self.dl.randomize()
+
 @patch
 def before_iter(self:ShardDL): self.dl.before_iter()
+
 @patch
 def after_iter(self:ShardDL): self.dl.after_iter()
+
 @patch
 def create_batches(self:ShardDL, samps):
     items = (i for i in map(self.dl.do_item, samps) if i is not None)
     return map(self.dl.do_batch, chunked(items, self.bs) if self.bs else items)
+
+# %% ../../nbs/data/09_distributed.ipynb #89f0fcd4
 @patch
 def after_batch(self:ShardDL, b):
     n, place = find_bs(b), self.i - self.n_whole*(self.bs or 1)   # place in the last piece, if this is it
     self.n_new = n if place<0 else max(0, min(n, self.n_left - self.rank*self.n_last))
     self.i += n if self.bs else 1
     return self.dl.after_batch(b)
+
 @patch
 def new(self:ShardDL, *args, **kwargs): return ShardDL(self.dl.new(*args, **kwargs), self.rank, self.world_size)
 
+# %% ../../nbs/data/09_distributed.ipynb #f91614d8
 @patch
 def to_detach(self:ShardDL, b, cpu=True, gather=True):
-    "For fastai, which gathers predictions in this way: those of all processes in the loader's own order, without repeats"
+    ("For fastai, which gathers predictions in this way: those of all processes in the loader's own order, without "
+     "repeats")
     b = gathered(b, cpu, gather)
     last = gather and num_distrib()>1 and self.i>self.n_whole*self.bs
     return apply(lambda t: t[:self.n_left] if t.ndim else t, b) if last else b
@@ -90,6 +108,8 @@ if find_spec('accelerate'):   # without it fastai.distributed can't be imported
     @patch
     def _wrap_dl(self:DistributedTrainer, dl):
         if self.accelerator.distributed_type.value=='NO':
-            raise RuntimeError(f"Accelerate did not connect the {num_distrib()} processes: where there is no GPU say distrib_ctx(sync_bn=False, cpu=True)")
+            raise RuntimeError(f"Accelerate did not connect the {num_distrib()} processes: where there is no GPU say "
+                               f"distrib_ctx(sync_bn=False, cpu=True)")
         if isinstance(dl, (ShardDL, DistributedDL)): return dl
-        return (ShardDL if isinstance(dl, EpochDL) else DistributedDL)(dl, device=next(self.learn.model.parameters()).device)
+        return (ShardDL if isinstance(dl, EpochDL) else DistributedDL)(dl,
+                device=next(self.learn.model.parameters()).device)

@@ -24,12 +24,14 @@ from fastai.data.transforms import get_image_files
 class MissingData(FileNotFoundError, ValueError):
     "A file or folder of a dataset is not there; the message names it and says what to do"
 
+# %% ../../nbs/data/02_files.ipynb #1a895902
 def data_root() -> Path|None: # folder of local datasets, or None
     "`NOISYSEG_DATA` where that is set, else the nearest `shared/data` at or above the working folder or this package"
     named = os.environ.get('NOISYSEG_DATA')
     if named:
         root = Path(named).expanduser()
-        if not root.is_dir(): raise MissingData(f"NOISYSEG_DATA is {named!r}, which is not a folder: correct it, or unset it")
+        if not root.is_dir():
+            raise MissingData(f"NOISYSEG_DATA is {named!r}, which is not a folder: correct it, or unset it")
         return root
     for start in (Path.cwd(), Path(globals().get('__file__', '.')).resolve().parent):
         for folder in (start, *start.parents):
@@ -46,6 +48,7 @@ def _open(path, kind, use):
         raise ValueError(f"{path} cannot be read as an {kind if kind=='image' else 'image (the '+kind+')'}: {e}. "
                          "If it is a part of a download that broke off, delete it and fetch it again") from e
 
+# %% ../../nbs/data/02_files.ipynb #b6816ea0
 def read_image(
     path:str|Path # an image of 8 bits a channel: JPEG, PNG, ...
 ) -> np.ndarray: # uint8, (height, width, 3)
@@ -73,17 +76,21 @@ def label_table(
     codes:dict|None=None # {stored value: label}, where files use other numbers than ours
 ) -> np.ndarray: # int16, (256,): label of each stored value, -1 where it must not occur
     "What each value stored in a mask means"
-    if whole('n_classes', n_classes, 1)>255: raise ValueError(f"{n_classes=}: a mask of bytes holds at most 255 classes")
+    if whole('n_classes', n_classes, 1)>255:
+        raise ValueError(f"{n_classes=}: a mask of bytes holds at most 255 classes")
     if ignore_index is not None and whole('ignore_index', ignore_index, n_classes)>255:
         raise ValueError(f"{ignore_index=}: expected at most 255")
     table = np.full(256, -1, np.int16)
-    if codes is None: codes = {i:i for i in range(n_classes)}|({} if ignore_index is None else {ignore_index:ignore_index})
+    if codes is None:
+        codes = {i:i for i in range(n_classes)}|({} if ignore_index is None else {ignore_index:ignore_index})
     for value,label in codes.items():
         if not (0<=value<256 and (0<=label<n_classes or label==ignore_index)):
-            raise ValueError(f"codes has {value}: {label}; stored values are 0-255, labels 0-{n_classes-1} or {ignore_index=}")
+            raise ValueError(f"codes has {value}: {label}; stored values are 0-255, labels 0-{n_classes-1} or "
+                             f"{ignore_index=}")
         table[value] = label
     return table
 
+# %% ../../nbs/data/02_files.ipynb #f6bb0323
 def _raw_mask(path):
     "Stored values, (height, width)"
     if Path(path).suffix == '.mat':
@@ -93,10 +100,12 @@ def _raw_mask(path):
         except Exception as e: raise ValueError(f"{path} is not a mask of the Semantic Boundaries Dataset ({e!r}): "
             "expected a MATLAB file with GTcls.Segmentation. If it was half downloaded, delete it and fetch it again") from e
     mode, y = _open(path, 'mask', lambda im: (im.mode, np.array(im)))
-    if mode not in ('L','P','1'): raise ValueError(f"{path}: a mask of mode {mode!r}; expected one 8-bit class number a pixel "
+    if mode not in ('L','P','1'):
+        raise ValueError(f"{path}: a mask of mode {mode!r}; expected one 8-bit class number a pixel "
         "(modes 'L' or 'P'). For masks in colours pass colours={(r,g,b): class}")
     return y.astype(np.uint8)
 
+# %% ../../nbs/data/02_files.ipynb #bd0d6416
 def read_mask(
     path:str|Path, # an 8-bit PNG of class numbers, or a .mat of SBD
     table:np.ndarray # what each stored value means, from `label_table`
@@ -107,10 +116,12 @@ def read_mask(
     if (y<0).any():
         bad = raw[y<0]
         ok = np.flatnonzero(table>=0)
-        raise ValueError(f"{path}: label {bad[0]} on {(raw==bad[0]).sum()} pixels is out of range; allowed are {_ranges(ok)}. "
+        raise ValueError(f"{path}: label {bad[0]} on {(raw==bad[0]).sum()} pixels is out of range; allowed are "
+                         f"{_ranges(ok)}. "
                          "Is it a mask of another set, or one that was resized with interpolation?")
     return y.astype(np.uint8)
 
+# %% ../../nbs/data/02_files.ipynb #9c8c2a64
 def _ranges(values):
     "[0,1,2,255] -> '0-2, 255'"
     runs = np.split(values, np.flatnonzero(np.diff(values)!=1)+1)
@@ -129,7 +140,8 @@ def read_colour_mask(
     found = order[np.searchsorted(keys[order], code).clip(max=len(keys)-1)]
     if (bad := keys[found]!=code).any():
         colour = tuple(int(c) for c in rgb[bad][0])
-        raise ValueError(f"{path}: colour {colour} on {(rgb==colour).all(-1).sum()} pixels is none of the {len(keys)} in colours. "
+        raise ValueError(f"{path}: colour {colour} on {(rgb==colour).all(-1).sum()} pixels is none of the {len(keys)} "
+                         f"in colours. "
                          "Was the mask saved as a JPEG, or resized with interpolation?")
     return np.array(list(colours.values()), np.uint8)[found]
 
@@ -161,6 +173,7 @@ def _by_name(files, kind):
         found[name] = f
     return found
 
+# %% ../../nbs/data/02_files.ipynb #1df899a4
 def pair_files(
     images, # a folder of images, or a list of files
     masks, # a folder of masks, or a list of files
@@ -169,12 +182,15 @@ def pair_files(
     "Images and masks of the same name, all of them or an error"
     xs, ys = _by_name(images, 'image'), _by_name(masks, 'mask')
     for name,f in xs.items():
-        if name+suffix not in ys: raise MissingData(f"{f}: this image has no mask; expected {name+suffix}.png among the masks")
+        if name+suffix not in ys:
+            raise MissingData(f"{f}: this image has no mask; expected {name+suffix}.png among the masks")
     wanted = {name+suffix for name in xs}
     for name,f in ys.items():
-        if name not in wanted: raise MissingData(f"{f}: this mask has no image; expected a file named {name.removesuffix(suffix)!r}")
+        if name not in wanted:
+            raise MissingData(f"{f}: this mask has no image; expected a file named {name.removesuffix(suffix)!r}")
     return L((f, ys[name+suffix]) for name,f in xs.items())
 
+# %% ../../nbs/data/02_files.ipynb #25fafce6
 def check_sizes(
     pairs # (image, mask) files
 ):
@@ -194,10 +210,12 @@ def colorize(
 ) -> np.ndarray: # uint8, (..., height, width, 3)
     "The mask in colours"
     mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-    if mask.dtype.kind not in 'iub': raise TypeError(f"a mask of {mask.dtype}: expected whole numbers; for logits take argmax(1) first")
+    if mask.dtype.kind not in 'iub':
+        raise TypeError(f"a mask of {mask.dtype}: expected whole numbers; for logits take argmax(1) first")
     if mask.size and mask.min()<0: raise ValueError(f"label {mask.min()}: labels are 0 or more")
     colours = np.array([*palette, void], np.uint8)
-    if colours.ndim!=2 or colours.shape[1]!=3: raise ValueError(f"palette: expected RGB triples, one per class, got shape {colours.shape}")
+    if colours.ndim!=2 or colours.shape[1]!=3:
+        raise ValueError(f"palette: expected RGB triples, one per class, got shape {colours.shape}")
     return colours[np.minimum(mask.astype(np.int64), len(palette))]
 
 # %% ../../nbs/data/02_files.ipynb #30cd1bd6
@@ -206,7 +224,8 @@ def distinct_palette(
 ) -> list: # n RGB triples
     "Colours that differ"
     whole('n', n, 1)
-    okabe_ito = [(40,40,46), (230,159,0), (86,180,233), (0,158,115), (240,228,66), (213,94,0), (204,121,167), (0,114,178)]
+    okabe_ito = [(40,40,46), (230,159,0), (86,180,233), (0,158,115), (240,228,66), (213,94,0), (204,121,167),
+                 (0,114,178)]
     golden = lambda i: tuple(int(255*c) for c in hsv_to_rgb(0.618*i % 1, 0.6, (0.9, 0.65, 0.4)[i % 3]))
     return (okabe_ito + [golden(i) for i in range(n)])[:n]
 
@@ -216,15 +235,19 @@ def denormalize(
     stats:tuple # (mean, std) per channel that normalised them: `dls.stats`
 ) -> Tensor: # images in [0,1], of the same shape
     "Undo the normalisation, for the eye"
-    if not isinstance(x, Tensor): raise TypeError(f"x is a {type(x).__name__}; expected a tensor (batch, channels, height, width)")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor (batch, channels, height, width)")
     mean, std = (torch.as_tensor(s, dtype=torch.float32, device=x.device).view(-1,1,1) for s in stats)
     if x.ndim not in (3,4) or len(mean) not in (1, x.shape[-3]):
-        raise ValueError(f"images of shape {tuple(x.shape)} with stats of {len(mean)} channels: expected (batch, channels, height, width)")
+        raise ValueError(f"images of shape {tuple(x.shape)} with stats of {len(mean)} channels: expected (batch, "
+                         f"channels, height, width)")
     return (x.detach().as_subclass(Tensor).float()*std + mean).clamp(0, 1)
 
 # %% ../../nbs/data/02_files.ipynb #1474daa9
 def to_rgb(
-    x:Tensor, # images, (batch, channels, height, width); of more than 3 channels the first 3 are shown, of 1 or 2 the first in grey
+    # images, (batch, channels, height, width); of more than 3 channels the first 3 are shown, of 1 or 2 the first in
+    # grey
+    x:Tensor,
     stats:tuple=None # (mean, std) per channel that normalised them: `dls.stats`
 ) -> np.ndarray: # uint8 (batch, height, width, 3)
     "Images as bytes, for the eye"

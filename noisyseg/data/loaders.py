@@ -31,9 +31,11 @@ def height_width(
 ) -> tuple: # (height, width), each 8 or more
     "`size` as a pair"
     if isinstance(size, (int, np.integer)) and not isinstance(size, bool): size = size,size
-    if not isinstance(size, (tuple,list)) or len(size)!=2: raise TypeError(f"size={size!r}: expected a number, or (height, width)")
+    if not isinstance(size, (tuple,list)) or len(size)!=2:
+        raise TypeError(f"size={size!r}: expected a number, or (height, width)")
     return tuple(whole('size', s, 8) for s in size)
 
+# %% ../../nbs/data/03_loaders.ipynb #52aaaeb5
 def _scaled(x, y, scale):
     "Image (smoothed) and mask (not) times `scale`"
     hw = [max(1, round(s*scale)) for s in y.shape]
@@ -41,6 +43,7 @@ def _scaled(x, y, scale):
     nearest = v2.InterpolationMode.NEAREST_EXACT
     return v2.functional.resize(x, hw, antialias=True), v2.functional.resize(y[None], hw, interpolation=nearest)[0]
 
+# %% ../../nbs/data/03_loaders.ipynb #387a022f
 def fit(
     x:Tensor, # image, (3, height, width), bytes
     y:Tensor, # mask, (height, width), bytes
@@ -51,7 +54,8 @@ def fit(
     x, y = _scaled(x, y, min(s/n for s,n in zip(size, y.shape)))
     dh, dw = (s-n for s,n in zip(size, y.shape))
     if dh==dw==0: return x, y
-    if void is None: raise ValueError(f"an image of {tuple(y.shape)} leaves a margin in {tuple(size)}: give an ignore_index for it")
+    if void is None:
+        raise ValueError(f"an image of {tuple(y.shape)} leaves a margin in {tuple(size)}: give an ignore_index for it")
     sides = [dw//2, dh//2, dw-dw//2, dh-dh//2]
     return v2.functional.pad(x, sides, fill=124), v2.functional.pad(y[None], sides, fill=void)[0]
 
@@ -67,11 +71,13 @@ def augmenter(
     size, zoom = height_width(size), _from_to(zoom)
     colour = [v2.RandomHorizontalFlip(flip), v2.ColorJitter(jitter, jitter, jitter)]
     if zoom==(1,1): return v2.Compose(colour)
-    if void is None: raise ValueError(f"{zoom=} shows what lies outside the image: give an ignore_index for it, or zoom=(1,1)")
+    if void is None:
+        raise ValueError(f"{zoom=} shows what lies outside the image: give an ignore_index for it, or zoom=(1,1)")
     outside = {tv_tensors.Image: 124, tv_tensors.Mask: void}
     crop = v2.RandomCrop(size, pad_if_needed=True, fill=outside)
     return v2.Compose([v2.ScaleJitter(size, scale_range=zoom), crop, *colour])
 
+# %% ../../nbs/data/03_loaders.ipynb #03240e52
 def _from_to(zoom):
     if not (isinstance(zoom, (tuple,list)) and len(zoom)==2 and 0<zoom[0]<=zoom[1]):
         raise ValueError(f"zoom={zoom!r}: expected (smallest, largest), both above 0")
@@ -94,7 +100,9 @@ class MaskDataset:
         stats:tuple=imagenet_stats # (mean, std) per channel, for normalisation
     ):
         store_attr()
-        self.items, self.n_classes, self._kept = list(items), len(vocab), {}
+        self.items = list(items)
+        self.n_classes = len(vocab)
+        self._kept = {}
 
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.item(i)
@@ -123,7 +131,8 @@ class MaskDataset:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(seed))
                 x, y = self.augment(tv_tensors.Image(x), tv_tensors.Mask(y))
-            if tuple(y.shape)!=tuple(self.size): raise ValueError(f"augment made a mask of {tuple(y.shape)}; expected {self.size}")
+            if tuple(y.shape)!=tuple(self.size):
+                raise ValueError(f"augment made a mask of {tuple(y.shape)}; expected {self.size}")
         return TensorImage(x.as_subclass(Tensor)), TensorMask(y.as_subclass(Tensor))
 
 # %% ../../nbs/data/03_loaders.ipynb #efb6b48d
@@ -136,7 +145,8 @@ def show_masks(
 ): # a matplotlib figure
     "Images above their masks, with a legend"
     if images.ndim!=4 or masks.shape!=images[:,0].shape:
-        raise ValueError(f"images {tuple(images.shape)} and masks {tuple(masks.shape)}: expected (n, 3, h, w) and (n, h, w)")
+        raise ValueError(f"images {tuple(images.shape)} and masks {tuple(masks.shape)}: expected (n, 3, h, w) and (n, "
+                         f"h, w)")
     rows = [images.permute(0,2,3,1).numpy(), colorize(masks, palette)]
     if predictions is not None: rows.append(colorize(predictions, palette))
     n, (h,w) = len(images), images.shape[-2:]
@@ -151,19 +161,24 @@ def show_masks(
 
 # %% ../../nbs/data/03_loaders.ipynb #2861000b
 class EpochDL(TfmdDL):
-    "fastai's `TfmdDL`, but `epoch` counts passes and, with the dataset's seed, fixes the order; `start` is the next pass's first batch, once"
+    ("fastai's `TfmdDL`, but `epoch` counts passes and, with the dataset's seed, fixes the order; `start` is the next "
+     "pass's first batch, once")
     epoch, start = -1, 0
     def before_iter(self):
         self.epoch += 1
         super().before_iter()
     def get_idxs(self):
-        idxs, skip, self.start = super().get_idxs(), self.start*(self.bs or 1), 0
+        idxs = super().get_idxs()
+        skip = self.start*(self.bs or 1)
+        self.start = 0
         if not skip: return idxs
-        n = max(1, num_distrib())                                # each process of a distributed run has a part, and skips in it
+        # each process of a distributed run has a part, and skips in it
+        n = max(1, num_distrib())
         part = math.ceil(len(idxs)/n)
         return [i for r in range(n) for i in (idxs + idxs)[r*part+skip : (r+1)*part]]
     def shuffle_fn(self, idxs): return random.Random(f'{self.dataset.seed} {self.epoch}').sample(idxs, len(idxs))
 
+# %% ../../nbs/data/03_loaders.ipynb #4394f7d9
 class MaskDL(EpochDL):
     "Batches of a `MaskDataset`; epoch and seed fix the augmentation, too"
     def create_item(self, s): return self.dataset.item(s or 0, max(self.epoch, 0))
@@ -200,14 +215,18 @@ def mask_dataloaders(
     device=None # None: fastai's default device
 ) -> DataLoaders: # of (images (bs, 3, height, width) normalised, masks (bs, height, width) int64)
     "Training and validation loaders of images and masks"
-    size, bs, num_workers = height_width(size), whole('bs', bs, 1), whole('num_workers', num_workers, 0)
+    size = height_width(size)
+    bs = whole('bs', bs, 1)
+    num_workers = whole('num_workers', num_workers, 0)
     zoom, stats = _from_to(zoom), _mean_std(stats)
-    if not (isinstance(augment, bool) or callable(augment)): raise TypeError(f"augment={augment!r}: expected True, False or a function")
+    if not (isinstance(augment, bool) or callable(augment)):
+        raise TypeError(f"augment={augment!r}: expected True, False or a function")
     if not (len(train) and len(valid)):
         raise ValueError(f"{len(train)} images to train on, {len(valid)} to validate on: expected some of each")
     seed = int(torch.randint(2**31, (1,))) if seed is None else whole('seed', seed, 0)
     if augment is True: augment = augmenter(size, zoom, void=ignore_index)
-    common = dict(read=read, vocab=list(vocab), palette=list(palette), ignore_index=ignore_index, size=size, seed=seed, cache=cache,
+    common = dict(read=read, vocab=list(vocab), palette=list(palette), ignore_index=ignore_index, size=size, seed=seed,
+                  cache=cache,
         stats=stats)
     sets = MaskDataset(train, augment=augment or None, largest=zoom[1], **common), MaskDataset(valid, **common)
     if cache and num_workers: # what a worker keeps is lost with the worker, so all is read before they start
@@ -216,8 +235,10 @@ def mask_dataloaders(
     # a last batch of one image would break batch norm in training, so a short one is left out
     after = lambda: [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
     dl = lambda s, **kwargs: MaskDL(s, bs=bs, num_workers=num_workers, after_batch=after(), **kwargs)
-    return DataLoaders(dl(sets[0], shuffle=True, drop_last=len(sets[0])>=bs), dl(sets[1]), device=device or default_device())
+    return DataLoaders(dl(sets[0], shuffle=True, drop_last=len(sets[0])>=bs), dl(sets[1]), device=device
+                       or default_device())
 
+# %% ../../nbs/data/03_loaders.ipynb #867f76ba
 def _mean_std(stats):
     if not (isinstance(stats, (tuple,list)) and [len(s) for s in stats]==[3,3] and min(stats[1])>0):
         raise ValueError(f"stats={stats!r}: expected (mean, std), three numbers each, for images in [0,1]")

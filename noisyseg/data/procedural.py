@@ -20,6 +20,7 @@ def _tips(u, v, n, dent):
     x, y = dent*math.cos(half) - 1, dent*math.sin(half)           # the edge runs from the tip (1, 0) to the dent
     return ((r*np.cos(t) - 1)*y - r*np.sin(t)*x) / math.hypot(x, y)
 
+# %% ../../nbs/data/01_procedural.ipynb #9df0f93b
 outlines = dict(
     disc     = lambda u,v: np.hypot(u, v) - 0.9,
     box      = lambda u,v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
@@ -28,6 +29,7 @@ outlines = dict(
     star     = lambda u,v: _tips(u, v, 5, 0.5),
     crescent = lambda u,v: np.maximum(np.hypot(u, v) - 1, 0.85 - np.hypot(u - 0.55, v)))
 
+# %% ../../nbs/data/01_procedural.ipynb #a749445f
 textures = dict(
     disc     = lambda u,v: np.cos(9*u) + np.cos(9*v) - 0.7,       # dots
     box      = lambda u,v: np.sin(6*u)*np.sin(6*v),               # checks
@@ -35,7 +37,6 @@ textures = dict(
     ring     = lambda u,v: np.sin(10*np.arctan2(v, u)),           # spokes
     star     = lambda u,v: np.cos(12*np.hypot(u, v)),             # ripples
     crescent = lambda u,v: np.sin(8*v + 3*np.sin(7*u)))           # waves
-
 scene_classes = ['background', *outlines]
 # Okabe and Ito's colours, which eyes of all kinds can tell apart
 scene_palette = [(40,40,46), (230,159,0), (86,180,233), (0,158,115), (240,228,66), (213,94,0), (204,121,167)]
@@ -53,6 +54,7 @@ def _spread(size, n):
     d = np.abs(np.linspace(0, n-1, size)[:,None] - np.arange(n))
     return np.where(d<1, 0.5 + 0.5*np.cos(np.pi*d.clip(max=1)), 0).astype(np.float32)
 
+# %% ../../nbs/data/01_procedural.ipynb #d630ec1e
 def _ground(rng, size):
     "Two muted colours mixed in clouds, coarse to fine"
     a, b = (_colour(rng, (0.05,0.4), (0.35,0.9)) for _ in range(2))
@@ -68,13 +70,16 @@ def _skin(rng, u, v, texture):
     if rng.random()<0.5: a, b = b, a
     return b + (a-b)*(0.5 + 2.5*texture(u, v)).clip(0, 1)[...,None]
 
+# %% ../../nbs/data/01_procedural.ipynb #eea4498b
 def _paint(rng, image, mask, at, outline, texture, label, radius, light):
     "One object at (x, y), at a random angle, onto `image` and `mask`"
     size, reach = len(image), int(1.5*radius) + 2            # beyond the outline for the shadow
     (cx, cy), angle = at, rng.uniform(0, 2*math.pi)
     ys, xs = (slice(max(0, int(c)-reach), min(size, int(c)+reach+1)) for c in (cy, cx))
     x, y = ((np.arange(s.start, s.stop, dtype=np.float32)-float(c))/float(radius) for s,c in ((xs,cx), (ys,cy)))
-    y, cos, sin = y[:,None], math.cos(angle), math.sin(angle)
+    y = y[:,None]
+    cos = math.cos(angle)
+    sin = math.sin(angle)
     turn = lambda x,y: (cos*x + sin*y, cos*y - sin*x)
     u, v = turn(x, y)
     d, shadow = outline(u, v), outline(*turn(x + 0.22*light[0], y + 0.22*light[1]))
@@ -84,6 +89,7 @@ def _paint(rng, image, mask, at, outline, texture, label, radius, light):
     image[ys,xs] += cover[...,None]*(_skin(rng, u, v, texture)*lit[...,None] - image[ys,xs])
     mask[ys,xs][cover>0.5] = label
 
+# %% ../../nbs/data/01_procedural.ipynb #86dfafa2
 def _place(rng, size, taken):
     "The one of three random places that is farthest from those that are taken: some objects overlap, few disappear"
     at = rng.uniform(0, size, (3,2))
@@ -111,12 +117,15 @@ def scene(
     for _ in range(rng.integers(5, 9)):
         name = classes[rng.integers(len(classes))]
         places.append(_place(rng, size, places))
-        _paint(rng, image, mask, places[-1], outlines[name], textures[name], scene_classes.index(name), size*rng.uniform(0.14, 0.25), light)
+        _paint(rng, image, mask, places[-1], outlines[name], textures[name], scene_classes.index(name),
+               size*rng.uniform(0.14, 0.25), light)
     image = image*255 + rng.standard_normal(image.shape, np.float32)*rng.uniform(2, 9)
     return image.clip(0, 255).astype(np.uint8), mask
 
+# %% ../../nbs/data/01_procedural.ipynb #8c182866
 def _check(size, classes):
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)): raise TypeError(f"size={size!r}: expected a whole number")
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+        raise TypeError(f"size={size!r}: expected a whole number")
     if size<16: raise ValueError(f"size={size}: expected at least 16 pixels")
     if isinstance(classes, str) or not len(classes) or not set(classes)<=set(outlines):
         raise ValueError(f"classes={classes!r}: expected some of {list(outlines)}")

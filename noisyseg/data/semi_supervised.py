@@ -42,7 +42,8 @@ def strong_view(
 ): # a function of an image (3, height, width) of bytes
     "Colour jitter, greyscale and blur: what UniMatch (arXiv 2208.09910) adds to a weak view"
     blur = v2.GaussianBlur(2*math.ceil(3*sigma[1]) + 1, sigma)
-    return v2.Compose([v2.RandomApply([v2.ColorJitter(*jitter)], p_jitter), v2.RandomGrayscale(p_grey), v2.RandomApply([blur], p_blur)])
+    return v2.Compose([v2.RandomApply([v2.ColorJitter(*jitter)], p_jitter), v2.RandomGrayscale(p_grey),
+                       v2.RandomApply([blur], p_blur)])
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #995997c8
 def _with_inside(read, item):
@@ -50,17 +51,21 @@ def _with_inside(read, item):
     x = read(item)
     return x, np.ones(x.shape[:2], np.uint8)
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #a41fde00
 class ViewDataset(MaskDataset):
-    "Images without masks: item `i` of pass `epoch` is (weak, strong 1, strong 2, inside), and depends on (seed, epoch, i) alone"
+    ("Images without masks: item `i` of pass `epoch` is (weak, strong 1, strong 2, inside), and depends on (seed, "
+     "epoch, i) alone")
     def __init__(self,
         items, # whatever `read` takes, one entry per image
         read=read_image, # item -> image (height, width, 3), an array of bytes
         size:tuple=(96,96), # (height, width) of what comes out
-        weak=None, # geometry: function of an (image, mask) pair of tv_tensors that labels what lies outside as 0, or None
+        # geometry: function of an (image, mask) pair of tv_tensors that labels what lies outside as 0, or None
+        weak=None,
         strong=None, # colour: function of an image; None: `strong_view()`
         **kwargs # largest, seed, cache, stats: see `MaskDataset`
     ):
-        super().__init__(items, partial(_with_inside, read), ['outside','inside'], [(0,0,0), (255,255,255)], 0, size, weak, **kwargs)
+        super().__init__(items, partial(_with_inside, read), ['outside','inside'], [(0,0,0), (255,255,255)], 0, size,
+                         weak, **kwargs)
         self.strong = strong or strong_view()
 
     def item(self, i, epoch=0):
@@ -85,23 +90,32 @@ def cutmix_boxes(
     "Boxes for CutMix (arXiv 1905.04899), drawn as in UniMatch (arXiv 2208.09910)"
     h, w = height_width(size)
     if not (0<=p<=1 and 0<area[0]<=area[1]<=1 and 0<aspect[0]<=aspect[1]):
-        raise ValueError(f"{p=}, {area=}, {aspect=}: expected a probability, shares of the image and shapes, each from the smaller to the larger")
+        raise ValueError(f"{p=}, {area=}, {aspect=}: expected a probability, shares of the image and shapes, each from "
+                         f"the smaller to the larger")
     boxes = torch.zeros(whole('n', n, 0), h, w, dtype=torch.bool)
     for box in boxes:
-        if float(_rand(1, generator))<p: _draw_box(box, float(_rand(1, generator))*(area[1]-area[0]) + area[0], aspect, generator)
+        if float(_rand(1, generator))<p:
+            _draw_box(box, float(_rand(1, generator))*(area[1]-area[0]) + area[0], aspect, generator)
     return boxes
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #790aa972
 def _rand(k, generator):
-    return torch.rand(k, generator=generator, dtype=torch.float64, device='cpu' if generator is None else generator.device)
+    return torch.rand(k, generator=generator, dtype=torch.float64, device='cpu' if generator is None
+                      else generator.device)
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #ba49807a
 def _draw_box(box, share, aspect, generator):
     "Mark a box of this share in `box`: shape and place are drawn until it lies within the image"
     (h, w), pixels = box.shape, share*box.numel()
-    low, high = (min(max(a, pixels/w**2), h**2/pixels) for a in aspect)            # other shapes are longer than the image
+    # other shapes are longer than the image
+    low, high = (min(max(a, pixels/w**2), h**2/pixels) for a in aspect)
     while True:
         shape, y, x = _rand(3, generator).tolist()
         ratio = low + shape*(high-low)
-        bh, bw, top, left = max(1, int(math.sqrt(pixels*ratio))), max(1, int(math.sqrt(pixels/ratio))), int(y*h), int(x*w)
+        bh = max(1, int(math.sqrt(pixels*ratio)))
+        bw = max(1, int(math.sqrt(pixels/ratio)))
+        top = int(y*h)
+        left = int(x*w)
         if top+bh<=h and left+bw<=w: break
     box[top:top+bh, left:left+bw] = True
 
@@ -111,11 +125,13 @@ def partners(
     generator:torch.Generator|None=None # None: torch's global one
 ) -> Tensor: # int64, (n,): the image that each image is pasted from, never itself
     "A partner for each image of a batch: the batch rolled by a drawn shift"
-    if whole('n', n, 1)<2: raise ValueError("CutMix pastes from another image, and a batch of one has no other: use batches of two or more")
+    if whole('n', n, 1)<2:
+        raise ValueError("CutMix pastes from another image, and a batch of one has no other: use batches of two or more")
     device = generator.device if generator is not None else 'cpu'
     shift = int(torch.randint(1, n, (1,), generator=generator, device=device))
     return (torch.arange(n) + shift) % n
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #d0de0ef9
 def cutmix(
     a:Tensor, # (n, height, width) or (n, channels, height, width): images, labels, confidences, masks
     b:Tensor, # the same of the partners
@@ -123,7 +139,8 @@ def cutmix(
 ) -> Tensor: # `b` in the boxes and `a` elsewhere
     "Paste: CutMix of images and, with the same boxes, of everything that belongs to them"
     if a.shape!=b.shape or a.ndim not in (3,4) or boxes.shape!=(len(a), *a.shape[-2:]):
-        raise ValueError(f"a {tuple(a.shape)}, b {tuple(b.shape)}, boxes {tuple(boxes.shape)}: expected a and b alike, boxes (n, height, width)")
+        raise ValueError(f"a {tuple(a.shape)}, b {tuple(b.shape)}, boxes {tuple(boxes.shape)}: expected a and b alike, "
+                         f"boxes (n, height, width)")
     boxes = boxes.to(a.device)
     return torch.where(boxes[:,None] if a.ndim==4 else boxes, b, a)
 
@@ -131,6 +148,7 @@ def cutmix(
 @lru_cache(8)
 def _order(seed, turn, n): return random.Random(f'{seed} {turn}').sample(range(n), n)
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #209deab0
 class SemiDataset(GetAttr):
     "Batches of labelled and unlabelled images; batch `k` of pass `epoch` depends on (seed, epoch, k) alone"
     _default, n_inp = 'labelled', 1
@@ -154,7 +172,9 @@ class SemiDataset(GetAttr):
 
     def indices(self, k, epoch=0):
         "((round, index) of each labelled image of batch `k`, the same of each unlabelled image)"
-        step, l, u = epoch*len(self) + k, self.labelled, self.unlabelled
+        step = epoch*len(self) + k
+        l = self.labelled
+        u = self.unlabelled
         at = [divmod(step*self.bs + j, len(l)) for j in range(self.bs)]
         turn, part = divmod(step, len(u)//self.bs_unlabelled)
         chosen = _order(u.seed, turn, len(u))[part*self.bs_unlabelled:(part+1)*self.bs_unlabelled]
@@ -163,18 +183,22 @@ class SemiDataset(GetAttr):
     def batch(self, k, epoch=0):
         "(x, y, weak, strong 1, strong 2, inside)"
         labelled, unlabelled = self.indices(range(len(self))[k], epoch)
-        return (*fa_collate([self.labelled.item(i, t) for t,i in labelled]), *fa_collate([self.unlabelled.item(i, t) for t,i in unlabelled]))
+        return (*fa_collate([self.labelled.item(i, t) for t,i in labelled]),
+                *fa_collate([self.unlabelled.item(i, t) for t,i in unlabelled]))
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #13c886f8
 class SemiDL(MaskDL):
     "Batches of a `SemiDataset`, made whole by whoever loads them"
-    _n_inp, _types = 1, {tuple: [TensorImage, TensorMask, TensorImage, TensorImage, TensorImage, Tensor]}
+    _n_inp = 1
+    _types = {tuple: [TensorImage, TensorMask, TensorImage, TensorImage, TensorImage, Tensor]}
     def __init__(self,
         dataset, # a `SemiDataset`
         bs=None, # stays None: the dataset makes the batches
         **kwargs
     ):
-        if bs is not None: raise ValueError(f"{bs=}: the dataset makes the batches; pass bs and bs_unlabelled to it, or to semi_dataloaders")
+        if bs is not None:
+            raise ValueError(f"{bs=}: the dataset makes the batches; pass bs and bs_unlabelled to it, or to "
+                             f"semi_dataloaders")
         super().__init__(dataset, bs=None, **kwargs)
     def create_item(self, s): return self.dataset.batch(s or 0, max(self.epoch, 0))
     def do_batch(self, b): return b
@@ -189,10 +213,12 @@ class SemiDL(MaskDL):
             rows |= {'strong 1 + CutMix': cutmix(s1, s1[p], boxes), 'inside + CutMix': cutmix(inside, inside[p], boxes)}
         return _show_rows(rows, self.dataset)
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #f4c256e1
 def _show_rows(rows, ds):
     "One row of pictures for each batch of images, labels or truth values"
     n, (h,w) = max(map(len, rows.values())), next(iter(rows.values())).shape[-2:]
-    fig, axes = plt.subplots(n, len(rows), figsize=(1.25*len(rows), 1.25*h/w*n + 0.3), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(n, len(rows), figsize=(1.25*len(rows), 1.25*h/w*n + 0.3), squeeze=False,
+                             layout='constrained')
     for (name,pictures),axs in zip(rows.items(), axes.T):
         if pictures.ndim==4: pictures = denormalize(pictures, ds.stats).permute(0,2,3,1)
         elif pictures.dtype!=torch.bool: pictures = colorize(pictures, ds.palette)
@@ -228,12 +254,15 @@ def semi_dataloaders(
     size, bs = height_width(size), whole('bs', bs, 1)
     bs_unlabelled = bs if bs_unlabelled is None else whole('bs_unlabelled', bs_unlabelled, 1)
     if len(unlabelled)<bs_unlabelled:
-        raise ValueError(f"{len(unlabelled)} unlabelled images for batches of {bs_unlabelled=}: expected as many or more; pass fewer to a batch")
+        raise ValueError(f"{len(unlabelled)} unlabelled images for batches of {bs_unlabelled=}: expected as many or "
+                         f"more; pass fewer to a batch")
     seed = int(torch.randint(2**31, (1,))) if seed is None else whole('seed', seed, 0)
-    dls = mask_dataloaders(labelled, valid, read, vocab, palette, ignore_index, size, bs, augmenter(size, zoom, flip, jitter, ignore_index), seed,
+    dls = mask_dataloaders(labelled, valid, read, vocab, palette, ignore_index, size, bs,
+                           augmenter(size, zoom, flip, jitter, ignore_index), seed,
         num_workers, cache, zoom, stats, device)
     other = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-    views = ViewDataset(unlabelled, read_unlabelled, size, augmenter(size, zoom, flip, 0, 0), strong, largest=zoom[1], seed=other, cache=cache)
+    views = ViewDataset(unlabelled, read_unlabelled, size, augmenter(size, zoom, flip, 0, 0), strong, largest=zoom[1],
+                        seed=other, cache=cache)
     if cache and num_workers:
         for i in range(len(views)): views.resized(i)
     after = [IntToFloatTensor(), Normalize.from_stats(*dls.stats, cuda=False)]
@@ -252,10 +281,14 @@ def semi_scenes(
     **kwargs
 ) -> DataLoaders: # 7 classes; 255 is the label of margins
     "Procedural scenes, few of them with masks"
-    n_labelled, n_unlabelled, n_valid = whole('n_labelled', n_labelled, 1), whole('n_unlabelled', n_unlabelled, 1), whole('n_valid', n_valid, 1)
+    n_labelled = whole('n_labelled', n_labelled, 1)
+    n_unlabelled = whole('n_unlabelled', n_unlabelled, 1)
+    n_valid = whole('n_valid', n_valid, 1)
     seed = whole('seed', seed, 0)
-    draw = lambda split, start, n: [scene(np.random.default_rng([seed, split, i]), size, classes) for i in range(start, start+n)]
-    return semi_dataloaders(draw(0, 0, n_labelled), [x for x,_ in draw(0, n_labelled, n_unlabelled)], draw(1, 0, n_valid), noop, scene_classes,
+    draw = lambda split, start, n: [scene(np.random.default_rng([seed, split, i]), size, classes)
+                                    for i in range(start, start+n)]
+    return semi_dataloaders(draw(0, 0, n_labelled), [x for x,_ in draw(0, n_labelled, n_unlabelled)],
+                            draw(1, 0, n_valid), noop, scene_classes,
         scene_palette, 255, size=size, seed=seed, read_unlabelled=noop, **kwargs)
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #89085baf
@@ -274,7 +307,8 @@ def semi_camvid(
     "CamVid with masks for a few images, chosen by `split_labelled`"
     dls = camvid(path, size, augment=False, seed=0, cache=False, download=download)
     labelled, rest = split_labelled(dls, n_labelled, split_seed, verbose=verbose)
-    return semi_dataloaders(labelled, [image for image,_ in rest], dls.valid_ds.items, dls.train_ds.read, dls.vocab, dls.palette, dls.ignore_index,
+    return semi_dataloaders(labelled, [image for image,_ in rest], dls.valid_ds.items, dls.train_ds.read, dls.vocab,
+                            dls.palette, dls.ignore_index,
         size=size, bs=bs, cache=cache, **kwargs)
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #b512c815
@@ -306,6 +340,9 @@ def semi_folder(
         check_images([*train, *held], read)
         check_images(rest)
         check_apart({'labelled': [i for i,_ in train], 'for validation': [i for i,_ in held], 'unlabelled': rest})
-    return semi_dataloaders(train, rest, held, read, classes, palette or distinct_palette(n), ignore_index, size=size, bs=bs, **kwargs)
+    return semi_dataloaders(train, rest, held, read, classes, palette or distinct_palette(n), ignore_index, size=size,
+                            bs=bs, **kwargs)
 
-def _two_folders(valid): return isinstance(valid, (tuple,list)) and len(valid)==2 and all(Path(v).is_dir() for v in valid)
+# %% ../../nbs/data/08_semi_supervised.ipynb #80cd9c1a
+def _two_folders(valid):
+    return isinstance(valid, (tuple,list)) and len(valid)==2 and all(Path(v).is_dir() for v in valid)

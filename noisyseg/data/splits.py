@@ -28,12 +28,17 @@ def _of(data, read, vocab):
     if isinstance(data, DataLoaders): data = data.train_ds
     if isinstance(data, MaskDataset): return data.items, data.read, data.vocab
     if isinstance(data, str) or not isinstance(data, Iterable) or read is None or vocab is None:
-        raise TypeError("expected DataLoaders, a MaskDataset, or a list of items with read= (item -> (image, mask)) and vocab= (class names)")
+        raise TypeError("expected DataLoaders, a MaskDataset, or a list of items with read= (item -> (image, mask)) "
+                        "and vocab= (class names)")
     return list(data), read, list(vocab)
 
+# %% ../../nbs/data/06_splits.ipynb #e87eaca4
 def _choose(shown, n, rng):
-    "`n` rows of `shown` (image x class: does it show it?), so that the class which the fewest of them show is shown by as many as can be"
-    left, covered, rare = np.ones(len(shown), bool), np.zeros(shown.shape[1]), shown.sum(0)
+    ("`n` rows of `shown` (image x class: does it show it?), so that the class which the fewest of them show is shown "
+     "by as many as can be")
+    left = np.ones(len(shown), bool)
+    covered = np.zeros(shown.shape[1])
+    rare = shown.sum(0)
     for _ in range(n):
         can = (shown & left[:,None]).any(0)                      # classes that an image which is left shows
         pool = left
@@ -56,12 +61,16 @@ def split_labelled(
 ) -> tuple: # (labelled items, unlabelled items), both in the order in which they came
     "`n` items that show every class as evenly as can be, greedily; the others are the unlabelled ones"
     items, read, vocab = _of(data, read, vocab)
-    if whole('n', n, 1)>=len(items): raise ValueError(f"{n=} of {len(items)} images: expected fewer, so that some are left without masks")
+    if whole('n', n, 1)>=len(items):
+        raise ValueError(f"{n=} of {len(items)} images: expected fewer, so that some are left without masks")
     pixels = np.stack([np.bincount(read(o)[1].ravel(), minlength=256)[:len(vocab)] for o in items])
     chosen = _choose(pixels>0, n, np.random.default_rng(whole('seed', seed, 0)))
-    if verbose: print(f'{n} of {len(items)} images are labelled (seed {seed}):', _split_table(pixels, chosen, vocab).to_string(), sep='\n')
+    if verbose:
+        print(f'{n} of {len(items)} images are labelled (seed {seed}):',
+              _split_table(pixels, chosen, vocab).to_string(), sep='\n')
     return tuple([o for o,c in zip(items, chosen) if c==side] for side in (True, False))
 
+# %% ../../nbs/data/06_splits.ipynb #b93dad47
 def _split_table(pixels, chosen, vocab):
     "Images that show a class, and its share of the pixels, among the chosen and among all"
     share = lambda p: [f'{100*s:.1f} %' for s in p.sum(0)/max(p.sum(), 1)]
@@ -75,21 +84,29 @@ def read_list(
     root=None # folder that these names are relative to; None: names are kept, and files not looked for
 ) -> L: # (image, mask) files
     "A list of images and masks"
-    if not Path(file).is_file(): raise MissingData(f"{file}: this list is not there; expected a text file with `image mask` on every line")
-    pairs, seen, base = L(), {}, Path(root or '')
+    if not Path(file).is_file():
+        raise MissingData(f"{file}: this list is not there; expected a text file with `image mask` on every line")
+    pairs = L()
+    seen = {}
+    base = Path(root or '')
     for i,line in enumerate(Path(file).read_text().splitlines(), 1):
         if not line.strip(): continue
         names = line.split()
-        if len(names)!=2: raise ValueError(f"{file}, line {i}: {line!r}; expected an image and its mask, parted by a space")
-        if names[0] in seen: raise ValueError(f"{file}, line {i}: {names[0]} is there a second time; line {seen[names[0]]} has it, too")
+        if len(names)!=2:
+            raise ValueError(f"{file}, line {i}: {line!r}; expected an image and its mask, parted by a space")
+        if names[0] in seen:
+            raise ValueError(f"{file}, line {i}: {names[0]} is there a second time; line {seen[names[0]]} has it, too")
         seen[names[0]] = i
         pairs.append(tuple(base/o for o in names))
     if not pairs: raise ValueError(f"{file} is empty: expected `image mask` on every line")
     if root is not None:
         gone = [f for p in pairs for f in p if not f.is_file()]
-        if gone: raise MissingData(f"{len(gone)} of {2*len(pairs)} files of {file} are not there, the first is {gone[0]}: is root={str(root)!r} right?")
+        if gone:
+            raise MissingData(f"{len(gone)} of {2*len(pairs)} files of {file} are not there, the first is {gone[0]}: "
+                              f"is root={str(root)!r} right?")
     return pairs
 
+# %% ../../nbs/data/06_splits.ipynb #0d14cae3
 def _apart(sides, key=noop):
     "An error where two sides, {name: files}, have an image in common"
     seen = {}
@@ -104,6 +121,7 @@ def _apart(sides, key=noop):
             raise ValueError(f"{other} and {side} at once: {file}{copy}{more}; keep every image on one side")
         seen |= {k: (side, f) for k,f in keys.items()}
 
+# %% ../../nbs/data/06_splits.ipynb #d29eca2c
 def read_split(
     folder, # holds labeled.txt and unlabeled.txt
     root=None # folder that their lines are relative to; None: names are kept, and files not looked for
@@ -116,7 +134,9 @@ def read_split(
     _apart({'labelled': labelled.itemgot(0), 'unlabelled': unlabelled, 'for validation': valid})
     if share := re.fullmatch(r'(?:1_)?(\d+)', folder.name):
         want = math.ceil(total/int(share[1])) if '_' in folder.name else int(share[1])
-        if len(labelled)!=want: raise ValueError(f"{folder}: {len(labelled)} labelled of {total} images; its name promises {want}. Is the list whole?")
+        if len(labelled)!=want:
+            raise ValueError(f"{folder}: {len(labelled)} labelled of {total} images; its name promises {want}. Is the "
+                             f"list whole?")
     return labelled, unlabelled
 
 # %% ../../nbs/data/06_splits.ipynb #4326f4f7
@@ -131,11 +151,14 @@ def pair_some(
     xs, ys = _by_name(images, 'image'), _by_name(masks, 'mask')
     wanted = {name+suffix for name in xs}
     for name,f in ys.items():
-        if name not in wanted: raise MissingData(f"{f}: this mask has no image; expected a file named {name.removesuffix(suffix)!r}")
+        if name not in wanted:
+            raise MissingData(f"{f}: this mask has no image; expected a file named {name.removesuffix(suffix)!r}")
     pairs = L((f, ys[name+suffix]) for name,f in xs.items() if name+suffix in ys)
-    if len(pairs)==len(xs): raise ValueError(f"all {len(xs)} images have masks: pass unlabelled=, a folder of images that have none")
+    if len(pairs)==len(xs):
+        raise ValueError(f"all {len(xs)} images have masks: pass unlabelled=, a folder of images that have none")
     return pairs, L(f for name,f in xs.items() if name+suffix not in ys)
 
+# %% ../../nbs/data/06_splits.ipynb #418a7f59
 def _size(file): return _open(file, 'image', lambda im: im.size)
 
 def check_images(
@@ -149,12 +172,14 @@ def check_images(
         except ValueError as e: faults.append(str(e))
     if faults: raise ValueError('\n'.join([f"{len(faults)} faulty of {len(items)}:", *faults[:20]]))
 
+# %% ../../nbs/data/06_splits.ipynb #7fcf2c27
 def check_apart(
     sides:dict # {'labelled': image files, 'unlabelled': ..., 'for validation': ...}
 ):
     "An error where an image is on two sides, be it as a copy of another name: what is compared is content"
     of_size = Counter(size for files in sides.values() for size in {Path(f).stat().st_size for f in files})
     def content(f):
-        f = Path(f).resolve()                                    # only files of one size can be copies, so only those are read
+        # only files of one size can be copies, so only those are read
+        f = Path(f).resolve()
         return hashlib.blake2b(f.read_bytes()).digest() if of_size[f.stat().st_size]>1 else f
     _apart(sides, content)

@@ -24,17 +24,23 @@ from .store import Cell, Row, Store, _file_in, cell_text, how_made, to_frame
 from .sweeps import _check_count, _check_models, _Grid
 
 # %% ../../nbs/measure/09_corruption_sweep.ipynb #dee2a06b
-_COLUMNS = ['model', 'train_seed', 'corruption', 'family', 'severity', 'table', 'seed', 'metric', 'class', 'value', 'n_pixels']
+_COLUMNS = ['model', 'train_seed', 'corruption', 'family', 'severity', 'table', 'seed', 'metric', 'class', 'value',
+            'n_pixels']
 
+# %% ../../nbs/measure/09_corruption_sweep.ipynb #6d3878fc
 class _CorruptionGrid(_Grid):
     "Everything that a corruption sweep needs, checked and ready."
     def __init__(self, models, dl, corruptions, severities, seed, table, stats, ignore_index, class_names, cache_mb):
-        self.models, self.table, self.cache_mb = models, table, cache_mb
+        self.models = models
+        self.table = table
+        self.cache_mb = cache_mb
         self.seed = _check_count('seed', seed, 0)
         self.corruptions = [corruptions] if isinstance(corruptions, str) else list(corruptions)
         if not self.corruptions or len(set(self.corruptions)) < len(self.corruptions):
-            raise ValueError(f"corruptions: expected different names such as those in STANDARD_15, got {self.corruptions}")
-        self.severities = sorted({_check_count('severities', s, 1) for s in ([severities] if isinstance(severities, int) else severities)})
+            raise ValueError(f"corruptions: expected different names such as those in STANDARD_15, got "
+                             f"{self.corruptions}")
+        self.severities = sorted({_check_count('severities', s, 1)
+                                  for s in ([severities] if isinstance(severities, int) else severities)})
         if not self.severities: raise ValueError("severities: expected some of 1 to 5, got none")
         self.stats = getattr(dl.valid if isinstance(dl, DataLoaders) else dl, 'stats', None) if stats is None else stats
         for c in self.corruptions: self.corruption(c, self.severities[-1])   # a wrong name or severity is an error now
@@ -48,9 +54,12 @@ class _CorruptionGrid(_Grid):
 
     def fingerprint(self, name):
         "What must be equal for two sweeps to share a store."
-        models = {n + (f' (training seed {run})' if run else ''): {'weights': digest(*m.state_dict().values())} for (n, run), m in self.models.items()}
-        return dict(corruption=name, table=self.table, seed=self.seed, stats=repr(self.stats), ignore_index=self.ignore_index,
-                    classes=self.classes, data=self.batches.fingerprint(), models=models, versions={'noisyseg': __version__}, **how_made())
+        models = {n + (f' (training seed {run})' if run else ''): {'weights': digest(*m.state_dict().values())}
+                  for (n, run), m in self.models.items()}
+        return dict(corruption=name, table=self.table, seed=self.seed, stats=repr(self.stats),
+                    ignore_index=self.ignore_index,
+                    classes=self.classes, data=self.batches.fingerprint(), models=models,
+                    versions={'noisyseg': __version__}, **how_made())
 
 # %% ../../nbs/measure/09_corruption_sweep.ipynb #4d020bab
 @patch
@@ -59,58 +68,80 @@ def measure(self:_CorruptionGrid, key, jobs):
     name, severity = key
     batches = Batches(self.at(name, severity), self.cache_mb) if severity else self.batches
     for _, cell in jobs:
-        found = scores(self.models[cell.model, cell.train_seed], batches, self.classes, self.ignore_index, f'model {cell.model!r}')
+        found = scores(self.models[cell.model, cell.train_seed], batches, self.classes, self.ignore_index,
+                       f'model {cell.model!r}')
         yield [Row(cell.model, cell.train_seed, name, 'input', float(severity), 0, self.seed, *s) for s in found]
 
+# %% ../../nbs/measure/09_corruption_sweep.ipynb #48a23001
 def corruption_sweep(
-    models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
-    dl,  # batches (images, masks) or (images, labels), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
+    # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    models,
+    # batches (images, masks) or (images, labels), in the same order each time: a DataLoader, DataLoaders (their valid
+    # part), a list
+    dl,
     corruptions=STANDARD_15,  # names; STANDARD_15 for mCE, ALL_19 for the mean over all
     severities=(1, 2, 3, 4, 5),  # of 1 to 5; corruption errors are defined over all five
     seed: int = 0,  # with an image's number in the set it fixes what is random in its corruption
     table: str = 'imagenet',  # settings of 'imagenet' (ImageNet-C), or of 'cifar' (CIFAR-10-C) for 32-pixel images
-    stats: tuple = None,  # (mean, std) that images are normalised with; None: as the loader says, else they are in [0, 1]
+    # (mean, std) that images are normalised with; None: as the loader says, else they are in [0, 1]
+    stats: tuple = None,
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # folder for the rows as they come, a file for each corruption (Parquet if its name ends in .parquet); the same call resumes or extends
+    # folder for the rows as they come, a file for each corruption (Parquet if its name ends in .parquet); the same
+    # call resumes or extends
+    store=None,
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size, and corrupted anew for each model beyond it
     on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # tidy: a row for each model, corruption, severity and score
-    "Score every model under every corruption at every severity, on the same corrupted images (arXiv 1903.12261, section 4)."
+    ("Score every model under every corruption at every severity, on the same corrupted images (arXiv 1903.12261, "
+     "section 4).")
     models, _ = _check_models(models), as_place(on)
-    if store is not None and not isinstance(store, (str, os.PathLike)): raise TypeError(f"store: expected the path of a folder or None, got {store!r}")
+    if store is not None and not isinstance(store, (str, os.PathLike)):
+        raise TypeError(f"store: expected the path of a folder or None, got {store!r}")
     with untouched(models.values()), ExitStack() as stack:
-        grid = _CorruptionGrid(models, dl, corruptions, severities, seed, table, stats, ignore_index, class_names, cache_mb)
-        stores = {name: stack.enter_context(Store(_file_in(store, name), grid.fingerprint(name))) for name in ('clean', *grid.corruptions)}
-        cells = {(n, s): [(n, Cell(*key, float(s), 0, 'input')) for key in models] for n in stores for s in ([0] if n == 'clean' else grid.severities)}
+        grid = _CorruptionGrid(models, dl, corruptions, severities, seed, table, stats, ignore_index, class_names,
+                               cache_mb)
+        stores = {name: stack.enter_context(Store(_file_in(store, name), grid.fingerprint(name)))
+                  for name in ('clean', *grid.corruptions)}
+        cells = {(n, s): [(n, Cell(*key, float(s), 0, 'input')) for key in models] for n in stores
+                 for s in ([0] if n == 'clean' else grid.severities)}
         missing = [(at, [(n, c) for n, c in jobs if c not in stores[n].cells]) for at, jobs in cells.items()]
-        run_jobs(grid, missing, lambda job, *found: stores[job[0]].add(job[1], *found), on, progress, lambda job: f'{cell_text(job[1])} ({job[0]})', store)
+        run_jobs(grid, missing, lambda job, *found: stores[job[0]].add(job[1], *found), on, progress,
+                 lambda job: f'{cell_text(job[1])} ({job[0]})', store)
     found = [(n, Cell(*key, float(s), 0, 'input')) for key in models for n, s in cells]
-    df = to_frame(chain.from_iterable(stores[n].cells.get(c, []) for n, c in found)).rename(columns={'law': 'corruption', 'level': 'severity'})
-    df = df.assign(severity=df['severity'].astype(int), table=table, family=[getattr(CORRUPTIONS.get(c), 'family', '') for c in df['corruption']])[_COLUMNS]
+    df = to_frame(chain.from_iterable(stores[n].cells.get(c, []) for n,
+                                      c in found)).rename(columns={'law': 'corruption', 'level': 'severity'})
+    df = df.assign(severity=df['severity'].astype(int), table=table,
+                   family=[getattr(CORRUPTIONS.get(c), 'family', '') for c in df['corruption']])[_COLUMNS]
     df.attrs['models'] = list(dict.fromkeys(name for name, _ in models))
     return df
 
 # %% ../../nbs/measure/09_corruption_sweep.ipynb #3fb40d34
 def _errors(df, metric):
     "1 - score, with a column for each severity: indexed by (model, train_seed, corruption); and the clean errors."
-    need = [c for c in ('model', 'train_seed', 'corruption', 'severity', 'metric', 'value') if c not in getattr(df, 'columns', ())]
+    need = [c for c in ('model', 'train_seed', 'corruption', 'severity', 'metric', 'value')
+            if c not in getattr(df, 'columns', ())]
     if need: raise ValueError(f"df: expected the rows of corruption_sweep; there is no column {', '.join(need)}")
     if metric is None: metric = next((m for m in ('accuracy', 'mIoU') if (df['metric'] == m).any()), 'mIoU')
     d = df[df['metric'] == metric]
-    if d.empty: raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}")
+    if d.empty:
+        raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}")
     index = ['model', 'train_seed', 'corruption']
-    if d.duplicated([*index, 'severity']).any(): raise ValueError("df: a model has two scores at one severity (two sweeps, concatenated?). Keep one of them")
+    if d.duplicated([*index, 'severity']).any():
+        raise ValueError("df: a model has two scores at one severity (two sweeps, concatenated?). Keep one of them")
     wide = (1 - d.set_index([*index, 'severity'])['value']).unstack()
     is_clean = wide.index.get_level_values('corruption') == 'clean'
-    if 0 not in wide or not is_clean.any(): raise ValueError("df: there are no clean scores in it (corruption 'clean', severity 0)")
+    if 0 not in wide or not is_clean.any():
+        raise ValueError("df: there are no clean scores in it (corruption 'clean', severity 0)")
     table = wide[~is_clean].drop(columns=0)
     if table.isna().any(axis=None):
         gap = table.index[table.isna().any(axis=1)][0]
-        raise ValueError(f"df: {gap[0]!r} was not measured at all severities of {gap[2]}; finish the sweep, or leave that corruption out")
+        raise ValueError(f"df: {gap[0]!r} was not measured at all severities of {gap[2]}; finish the sweep, or leave "
+                         f"that corruption out")
     return metric, table, wide[is_clean].droplevel('corruption')[0]
 
+# %% ../../nbs/measure/09_corruption_sweep.ipynb #b6aa4b70
 def corruption_error(
     df: pd.DataFrame,  # rows of `corruption_sweep`
     baseline: str = None,  # name of the model in `df` that the others are measured by; None: unnormalised
@@ -122,21 +153,29 @@ def corruption_error(
     out['clean_error'] = clean.reindex(pd.MultiIndex.from_frame(out[['model', 'train_seed']])).to_numpy()
     out['CE'], out['relative_CE'] = out['error'], out['error'] - out['clean_error']
     if baseline is not None:
-        if baseline not in set(out['model']): raise ValueError(f"baseline: expected one of {', '.join(map(repr, out['model'].unique()))}, got {baseline!r}")
-        by = out[out['model'] == baseline].groupby('corruption')[['CE', 'relative_CE']].mean()  # over its training seeds
-        if lacks := sorted(set(out['corruption']) - set(by.index)): raise ValueError(f"baseline: {baseline!r} was not measured under {', '.join(lacks)}")
+        if baseline not in set(out['model']):
+            raise ValueError(f"baseline: expected one of {', '.join(map(repr, out['model'].unique()))}, got "
+                             f"{baseline!r}")
+        # over its training seeds
+        by = out[out['model'] == baseline].groupby('corruption')[['CE', 'relative_CE']].mean()
+        if lacks := sorted(set(out['corruption']) - set(by.index)):
+            raise ValueError(f"baseline: {baseline!r} was not measured under {', '.join(lacks)}")
         out['CE'] /= out['corruption'].map(by['CE'])
-        out['relative_CE'] /= out['corruption'].map(by['relative_CE'].where(by['relative_CE'] > 0))  # nothing lost: nothing to compare with
+        # nothing lost: nothing to compare with
+        out['relative_CE'] /= out['corruption'].map(by['relative_CE'].where(by['relative_CE'] > 0))
     order = {n: i for i, n in enumerate(ALL_19)}
-    out = out.assign(family=[CORRUPTIONS[c].family for c in out['corruption']], baseline=baseline or 'unnormalised', metric=metric, severities=table.shape[1])
-    return out.sort_values(['model', 'train_seed', 'corruption'], key=lambda s: s.map(order) if s.name == 'corruption' else s, ignore_index=True)
+    out = out.assign(family=[CORRUPTIONS[c].family for c in out['corruption']], baseline=baseline or 'unnormalised',
+                     metric=metric, severities=table.shape[1])
+    return out.sort_values(['model', 'train_seed', 'corruption'], key=lambda s: s.map(order) if s.name == 'corruption'
+                           else s, ignore_index=True)
 
 # %% ../../nbs/measure/09_corruption_sweep.ipynb #3e2487d2
 def mean_corruption_error(
     df: pd.DataFrame,  # rows of `corruption_sweep`
     baseline: str = None,  # name of the model in `df` that the others are measured by; None: unnormalised
     metric: str = None,  # score that the error is 1 minus of; None: 'accuracy' if it is there, else 'mIoU'
-) -> pd.DataFrame:  # a line for each model, training seed and set of corruptions: mCE, relative_mCE, clean_error, baseline
+# a line for each model, training seed and set of corruptions: mCE, relative_mCE, clean_error, baseline
+) -> pd.DataFrame:
     "mCE over the standard 15 corruptions and, apart from it, over all 19 (arXiv 1903.12261, section 4.2)."
     ce, parts = corruption_error(df, baseline, metric), []
     there, five = set(ce['corruption']), ce['severities'].iloc[0] == 5
@@ -144,8 +183,11 @@ def mean_corruption_error(
     rest = f"these {len(there)}" + ('' if five else f", {ce['severities'].iloc[0]} severities")
     for label, names in (sets or {rest: tuple(there)}).items():
         group = ce[ce['corruption'].isin(names)].groupby(['model', 'train_seed'], sort=False)
-        # a mean over fewer corruptions than it says would be another number, so one that is undefined leaves the mean undefined
-        means = group[['CE', 'relative_CE']].agg(lambda s: s.mean(skipna=False)).rename(columns={'CE': 'mCE', 'relative_CE': 'relative_mCE'})
-        parts.append(means.assign(clean_error=group['clean_error'].first(), n=group.size(), corruptions=label).reset_index())
+        # a mean over fewer corruptions than it says would be another number, so one that is undefined leaves the mean
+        # undefined
+        means = group[['CE', 'relative_CE']].agg(lambda s: s.mean(skipna=False)).rename(columns={'CE': 'mCE',
+                'relative_CE': 'relative_mCE'})
+        parts.append(means.assign(clean_error=group['clean_error'].first(), n=group.size(),
+                                  corruptions=label).reset_index())
     out = pd.concat(parts, ignore_index=True).assign(baseline=baseline or 'unnormalised', metric=ce['metric'].iloc[0])
     return out[['model', 'train_seed', 'corruptions', 'n', 'mCE', 'relative_mCE', 'clean_error', 'baseline', 'metric']]

@@ -27,10 +27,12 @@ def plain_batch(
     batch,  # what a loader yields: (images, masks, ...), or (images, labels, ...)
     i: int,  # its number, for error messages
     labels: bool = False,  # is one class number for each image, (batch,), as good as a mask?
-) -> tuple:  # images (batch, channels, height, width) and masks (batch, height, width), or labels (batch,); plain tensors
+# images (batch, channels, height, width) and masks (batch, height, width), or labels (batch,); plain tensors
+) -> tuple:
     "A batch of a segmentation loader, or of a classification loader too, checked."
     what = 'masks or labels' if labels else 'masks'
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(t, torch.Tensor) for t in batch[:2]):
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(t, torch.Tensor)
+            for t in batch[:2]):
         raise TypeError(f"dl: expected batches (images, masks) of tensors, but batch {i} is a {type(batch).__name__}")
     x, y = (t.detach().as_subclass(torch.Tensor) for t in batch[:2])
     if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
@@ -38,9 +40,11 @@ def plain_batch(
     fits = y.shape == (len(x), *x.shape[2:]) or (labels and y.shape == (len(x),))
     if x.ndim != 4 or not fits or not len(x):
         raise ValueError("dl: expected images (batch, channels, height, width) and masks (batch, height, width)"
-                         f"{' or labels (batch,)' if labels else ''}, but batch {i} has {tuple(x.shape)} and {tuple(y.shape)}")
+                         f"{' or labels (batch,)' if labels else ''}, but batch {i} has {tuple(x.shape)} and "
+                         f"{tuple(y.shape)}")
     return x, y
 
+# %% ../../nbs/measure/02_evaluation.ipynb #589af66d
 def digest(
     *tensors,  # any dtypes, on any device
 ) -> str:  # 16 hex digits
@@ -59,17 +63,23 @@ def _open(dl):
         raise ValueError("dl: this loader shuffles, so each measurement would see other batches. "
                          "Pass dls.valid, or dl.new(shuffle=False, drop_last=False)")
     try: batches = iter(dl)
-    except TypeError: raise TypeError(f"dl: expected a DataLoader or a list of batches (images, masks or labels), got {type(dl).__name__}") from None
+    except TypeError:
+        raise TypeError(f"dl: expected a DataLoader or a list of batches (images, masks or labels), got "
+                        f"{type(dl).__name__}") from None
     try: return dl, None if isinstance(dl, Iterator) else len(dl), batches
     except TypeError: return dl, None, batches
 
+# %% ../../nbs/measure/02_evaluation.ipynb #8c99dc8d
 class Batches:
     "The batches of a loader as plain tensors, the same ones on each pass."
     def __init__(self,
-        dl,  # batches (images, masks) or (images, labels): a DataLoader, DataLoaders (their valid part), a list, a generator
+        # batches (images, masks) or (images, labels): a DataLoader, DataLoaders (their valid part), a list, a
+        # generator
+        dl,
         cache_mb: int = 1024,  # held in memory up to this size; larger sets are read anew on each pass
     ):
-        self.vocab, self.ignore_index = getattr(dl, 'vocab', None), getattr(dl, 'ignore_index', None)
+        self.vocab = getattr(dl, 'vocab', None)
+        self.ignore_index = getattr(dl, 'ignore_index', None)
         self.dl, n, batches = _open(dl)
         held = []
         for i, b in enumerate(batches):
@@ -80,13 +90,16 @@ class Batches:
         self.held = held if len(held) == self.n else None
 
     def __len__(self): return self.n
-    def __getstate__(self): return vars(self) | {'dl': None if self.held else self.dl}   # to another process batches go instead of their loader
-    def __iter__(self): return iter(self.held) if self.held else (self._checked(b, i, [self.first]) for i, b in enumerate(self.dl))
+    # to another process batches go instead of their loader
+    def __getstate__(self): return vars(self) | {'dl': None if self.held else self.dl}
+    def __iter__(self):
+        return iter(self.held) if self.held else (self._checked(b, i, [self.first]) for i, b in enumerate(self.dl))
 
     def _checked(self, batch, i, before):
         x, y = plain_batch(batch, i, labels=True)
         if before and y.ndim != before[0][1].ndim:
-            raise ValueError(f"dl: batch 0 has targets {tuple(before[0][1].shape)}, but batch {i} has {tuple(y.shape)}; "
+            raise ValueError(f"dl: batch 0 has targets {tuple(before[0][1].shape)}, but batch {i} has "
+                             f"{tuple(y.shape)}; "
                              "expected masks, or labels, in all of them")
         return x, y
 
@@ -100,7 +113,8 @@ def untouched(
     models,  # modules
 ):
     "Models in evaluation mode within; afterwards each module's training flag and all random states are what they were."
-    flags, states = [(m, m.training) for model in models for m in model.modules()], get_random_states()
+    flags = [(m, m.training) for model in models for m in model.modules()]
+    states = get_random_states()
     try:
         for model in models: model.eval()
         yield
@@ -129,11 +143,13 @@ def logits_of(
     if isinstance(out, Mapping) and 'out' in out: out = out['out']
     if isinstance(out, (list, tuple)) and out: out = finest(out)
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-    if not isinstance(out, torch.Tensor) or out.ndim != y.ndim + 1 or out.shape[0] != len(y) or out.shape[2:] != y.shape[1:]:
+    if not isinstance(out, torch.Tensor) or out.ndim != y.ndim + 1 or out.shape[0] != len(y) or out.shape[
+            2:] != y.shape[1:]:
         expected = '(batch, classes) for labels' if y.ndim == 1 else '(batch, classes, height, width) for masks'
         raise ValueError(f"{name}: expected logits {expected} of {tuple(y.shape)}, got {got}")
     return out
 
+# %% ../../nbs/measure/02_evaluation.ipynb #0314e535
 @torch.no_grad()
 def scores(
     model: nn.Module,  # in evaluation mode
@@ -141,13 +157,16 @@ def scores(
     classes: list,  # class names
     ignore_index: int = None,  # label of pixels (or images) that do not count
     name: str = 'model',  # how error messages call it
-) -> list[tuple]:  # (metric, class, value, pixels or images): IoU of each class, mIoU, pixel accuracy; or recall of each class, balanced accuracy, accuracy
+# (metric, class, value, pixels or images): IoU of each class, mIoU, pixel accuracy; or recall of each class, balanced
+# accuracy, accuracy
+) -> list[tuple]:
     "The scores of one model as it is now."
     meter = ConfusionMeter(len(classes), ignore_index)
     for x, y in batches: meter.update(logits_of(model, x, y, name), y)
     cm = meter.matrix.cpu()
     counts, right = cm.sum(1), meter.pixel_accuracy()
-    if y.ndim == 1: names, values = ('recall', 'balanced accuracy', 'accuracy'), cm.diag().double() / counts   # nan where a class has no image
+    # nan where a class has no image
+    if y.ndim == 1: names, values = ('recall', 'balanced accuracy', 'accuracy'), cm.diag().double() / counts
     else: names, values = ('IoU', 'mIoU', 'pixel accuracy'), meter.iou()
     mean = values.nanmean() if y.ndim == 1 else meter.miou()
     per_class = [(names[0], c, float(v), int(n)) for c, v, n in zip(classes, values, counts)]

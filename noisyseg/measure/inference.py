@@ -36,16 +36,19 @@ def _pair(name, value):
     if len(pair) != 2: raise ValueError(f"{name}={value!r}: expected a number of pixels, or (height, width)")
     return tuple(whole(name, v, 1) for v in pair)
 
+# %% ../../nbs/measure/03_inference.ipynb #2330a211
 def window_corners(
     size,  # (height, width) of the image
     window,  # (height, width) of a window, or one number for both
-    stride=None,  # pixels from one window to the next, (down, right) or one number for both; None: two thirds of the window
+    # pixels from one window to the next, (down, right) or one number for both; None: two thirds of the window
+    stride=None,
 ) -> list:  # (top, left) of each window, row by row; an image smaller than a window has it start at 0
     "Where the windows start that cover an image; the last of each row and column is moved inward."
     size, window = _pair('size', size), _pair('window', window)
     stride = tuple(max(1, round(w * 2 / 3)) for w in window) if stride is None else _pair('stride', stride)
     if any(s > w for s, w in zip(stride, window)):
-        raise ValueError(f"stride={stride} is larger than window={window}: pixels between windows would get no logits; expected at most the window's size")
+        raise ValueError(f"stride={stride} is larger than window={window}: pixels between windows would get no logits; "
+                         f"expected at most the window's size")
     starts = [[*range(0, max(n - w, 0), s), max(n - w, 0)] for n, w, s in zip(size, window, stride)]
     return [(top, left) for top in starts[0] for left in starts[1]]
 
@@ -60,6 +63,7 @@ def _evaluating(model):
     finally:
         for m, flag in flags: m.training = flag
 
+# %% ../../nbs/measure/03_inference.ipynb #61870ed5
 def _forward(model, x, autocast):
     "Logits of a batch as float32, checked."
     p = next(chain(model.parameters(), model.buffers()), x)
@@ -67,7 +71,8 @@ def _forward(model, x, autocast):
         out = model(x.to(p.device, p.dtype if p.is_floating_point() and not autocast else x.dtype))
     out = finest(out['out'] if isinstance(out, Mapping) and 'out' in out else out)
     if out.ndim != 4 or len(out) != len(x) or out.shape[2:] != x.shape[2:]:
-        raise ValueError(f"expected logits (batch, classes, height, width) of the images' size {tuple(x.shape)}, but the model gave {tuple(out.shape)}. "
+        raise ValueError(f"expected logits (batch, classes, height, width) of the images' size {tuple(x.shape)}, but "
+                         f"the model gave {tuple(out.shape)}. "
                          "If its logits are coarser, let the model end with an upsampling")
     return out.float()
 
@@ -85,20 +90,24 @@ def _slide(model, x, window, corners, bs, average, autocast):
             count[t:t + h, l:l + w] += 1
     return total / count
 
+# %% ../../nbs/measure/03_inference.ipynb #aa218125
 def image_logits(
     model: nn.Module,  # a network that segments; its mode is kept
     x: Tensor,  # one image, (channels, height, width), normalised
     window=None,  # (height, width) of the windows, or one number for both; None: the image in one pass
     stride=None,  # from one window to the next, (down, right) or one number; None: two thirds of the window
-    average: str = 'logits',  # what is averaged where windows overlap: 'logits', or 'probabilities' as UniMatch's code does
+    # what is averaged where windows overlap: 'logits', or 'probabilities' as UniMatch's code does
+    average: str = 'logits',
     bs: int = 4,  # windows in a batch
     autocast: torch.dtype = None,  # run the network in mixed precision of this type, such as torch.bfloat16
 ) -> Tensor:  # logits (classes, height, width), float32, on the model's device
     "The logits of every pixel of an image, in one pass or by sliding window."
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point() or not x.numel():
         raise ValueError(f"expected one normalised image (channels, height, width), got {_told(x)}")
-    if average not in ('logits', 'probabilities'): raise ValueError(f"average={average!r}: expected 'logits' or 'probabilities'")
-    if window is None and stride is not None: raise ValueError(f"stride={stride} without window=: how large are the windows?")
+    if average not in ('logits', 'probabilities'):
+        raise ValueError(f"average={average!r}: expected 'logits' or 'probabilities'")
+    if window is None and stride is not None:
+        raise ValueError(f"stride={stride} without window=: how large are the windows?")
     x, bs = x.as_subclass(Tensor), whole('bs', bs, 1)
     with _evaluating(model):
         if window is None: return _forward(model, x[None], autocast)[0]
@@ -106,42 +115,57 @@ def image_logits(
         corners = window_corners((h, w), window, stride)
         down, right = (max(n - m, 0) for n, m in zip(window, (h, w)))
         x = pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))   # 0 is the mean colour
-        out = _slide(model, x, window, corners, bs, average, autocast)[:, down // 2:down // 2 + h, right // 2:right // 2 + w]
+        out = _slide(model, x, window, corners, bs, average, autocast)[:, down // 2:down // 2 + h,
+                right // 2:right // 2 + w]
     if average == 'logits': return out
     return out.clamp(min=1e-12).log() if len(out) > 1 else out.logit(eps=1e-7)
 
+# %% ../../nbs/measure/03_inference.ipynb #a5332536
 def _told(x):
     "What came, for an error"
-    return f"{type(x).__name__}, {x.dtype}, shape {tuple(x.shape)}" if hasattr(x, 'dtype') and hasattr(x, 'shape') else repr(x)[:200]
+    return f"{type(x).__name__}, {x.dtype}, shape {tuple(x.shape)}" if hasattr(x, 'dtype') and hasattr(x,
+            'shape') else repr(x)[:200]
 
 # %% ../../nbs/measure/03_inference.ipynb #81ffe62b
 def _known(model, data=None):
-    "The module, and what is known of the data: stats, size, classes and ignore_index, from a dataset, a Learner's data or a model's card."
+    ("The module, and what is known of the data: stats, size, classes and ignore_index, from a dataset, a Learner's "
+     "data or a model's card.")
     if isinstance(model, Learner): model, data = model.model, model.dls.valid if data is None else data
-    if not isinstance(model, nn.Module): raise TypeError(f"expected a network (nn.Module) or a Learner, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a network (nn.Module) or a Learner, got {type(model).__name__}")
     if isinstance(data, DataLoaders): data = data.valid
     ds = getattr(data, 'dataset', None)
-    if isinstance(ds := getattr(ds, 'labelled', ds), MaskDataset): data = ds   # of labelled and unlabelled images the labelled ones
+    # of labelled and unlabelled images the labelled ones
+    if isinstance(ds := getattr(ds, 'labelled', ds), MaskDataset): data = ds
     card = getattr(model, 'card', None) or {}
     norm = card.get('normalisation')
-    known = dict(stats=(norm['mean'], norm['std']) if norm else None, size=card.get('size'), classes=card.get('classes'), ignore_index=card.get('ignore_index'))
-    here = dict(stats=getattr(data, 'stats', None), size=getattr(data, 'size', None), classes=getattr(data, 'vocab', None))
+    known = dict(stats=(norm['mean'], norm['std']) if norm else None, size=card.get('size'),
+                 classes=card.get('classes'), ignore_index=card.get('ignore_index'))
+    here = dict(stats=getattr(data, 'stats', None), size=getattr(data, 'size', None),
+                classes=getattr(data, 'vocab', None))
     known |= {k: v for k, v in here.items() if v is not None}
     if hasattr(data, 'ignore_index'): known['ignore_index'] = data.ignore_index
     return model, data, known
 
+# %% ../../nbs/measure/03_inference.ipynb #83cbe7f2
 def _bytes(image):
-    "An image from a file, PIL or an array as a tensor (3, height, width); bytes. A float tensor is normalised, and left alone."
-    if isinstance(image, Tensor) and image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8): return image.as_subclass(Tensor)
+    ("An image from a file, PIL or an array as a tensor (3, height, width); bytes. A float tensor is normalised, and "
+     "left alone.")
+    if isinstance(image, Tensor) and image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8):
+        return image.as_subclass(Tensor)
     if isinstance(image, (str, Path)): image = read_image(image)
     elif isinstance(image, Image.Image):
-        if image.mode[0] in 'IF': raise ValueError(f"an image of mode {image.mode!r}: convert it to 8 bits a channel first")
+        if image.mode[0] in 'IF':
+            raise ValueError(f"an image of mode {image.mode!r}: convert it to 8 bits a channel first")
         image = np.array(image.convert('RGB'))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         if image.ndim == 2: image = image[..., None].repeat(3, -1)
-        if image.ndim == 3 and image.shape[2] == 3 and image.size: return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
-    raise TypeError(f"expected an image: a file, a PIL image, bytes (height, width, 3), or a normalised tensor (channels, height, width); got {_told(image)}")
+        if image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+    raise TypeError(f"expected an image: a file, a PIL image, bytes (height, width, 3), or a normalised tensor "
+                    f"(channels, height, width); got {_told(image)}")
 
+# %% ../../nbs/measure/03_inference.ipynb #a77b14ca
 def _own_size_logits(model, image, size, window, stride, stats, **kwargs):
     "Logits of the image's own height and width."
     x = _bytes(image)
@@ -149,24 +173,31 @@ def _own_size_logits(model, image, size, window, stride, stats, **kwargs):
     (h, w), rows, cols = x.shape[1:], slice(None), slice(None)
     if size is not None:
         x, margin = fit(x, torch.zeros(h, w, dtype=torch.uint8), _pair('size', size), void=1)
-        rows, cols = (slice(int(inside.argmax()), int(inside.argmax() + inside.sum())) for inside in ((margin == 0).any(1).int(), (margin == 0).any(0).int()))
+        rows, cols = (slice(int(inside.argmax()), int(inside.argmax() + inside.sum()))
+                      for inside in ((margin == 0).any(1).int(), (margin == 0).any(0).int()))
         if window is not None: x, rows, cols = x[:, rows, cols], slice(None), slice(None)   # windows need no margins
     mean, std = (torch.tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in stats)
     out = image_logits(model, (x.float() / 255 - mean) / std, window, stride, **kwargs)[:, rows, cols]
     if out.shape[1:] == (h, w): return out
     return interpolate(out[None], (h, w), mode='bilinear', antialias=h < out.shape[1] or w < out.shape[2])[0]
 
+# %% ../../nbs/measure/03_inference.ipynb #dae4887a
 def _how(known, size, window, stats):
     "Working size and normalisation, where the arguments leave them open."
-    if isinstance(size, str) and size != 'own': raise ValueError(f"size={size!r}: expected (height, width), 'own' or None")
+    if isinstance(size, str) and size != 'own':
+        raise ValueError(f"size={size!r}: expected (height, width), 'own' or None")
     if size is None and window is None: size = known['size']
     return None if isinstance(size, str) else size, stats or known['stats'] or imagenet_stats
 
 # %% ../../nbs/measure/03_inference.ipynb #2f06dc24
 def predict_mask(
     model,  # a network that segments, or a Learner
-    image,  # a file, a PIL image, bytes (height, width, 3) or (height, width); or a float tensor (channels, height, width), normalised, taken as it is
-    size=None,  # working size to fit the image into, (height, width) or a number; 'own': none; None: as the data or the card says, 'own' with `window`
+    # a file, a PIL image, bytes (height, width, 3) or (height, width); or a float tensor (channels, height, width),
+    # normalised, taken as it is
+    image,
+    # working size to fit the image into, (height, width) or a number; 'own': none; None: as the data or the card
+    # says, 'own' with `window`
+    size=None,
     window=None,  # (height, width) of sliding windows, or a number; None: in one pass
     stride=None,  # from one window to the next, (down, right) or a number; None: two thirds of the window
     stats: tuple = None,  # (mean, std) per channel; None: as the data or the card says, else ImageNet's
@@ -184,51 +215,65 @@ def predict_mask(
 def _samples(data, read, n, void, progress):
     "Pairs (image, mask) one by one: read from items, or taken from the batches of a loader."
     if isinstance(data, MaskDataset): data, read = data.items, read or data.read
-    void = void if void in range(n, 256) else None   # one of the classes, or a number that no file of bytes holds, is not for the table
+    # one of the classes, or a number that no file of bytes holds, is not for the table
+    void = void if void in range(n, 256) else None
     for item in progress_bar(data) if progress and hasattr(data, '__len__') else data:
         x, y = (read(item) if read else item)[:2]
         if isinstance(x, Tensor) and x.ndim == 4: yield from zip(x, y)
         else: yield x, read_mask(y, label_table(n, void)) if isinstance(y, (str, Path)) else y
 
+# %% ../../nbs/measure/03_inference.ipynb #328d7a0d
 def _class_names(classes):
     "Names of at least two classes: a single one is the foreground."
     if classes is None: raise ValueError("the data don't say which classes there are: pass classes=, names or a number")
-    if isinstance(classes, (int, np.integer)): classes = [str(i) for i in range(whole('classes', classes, 1))] if classes != 1 else ['foreground']
+    if isinstance(classes, (int, np.integer)):
+        classes = [str(i) for i in range(whole('classes', classes, 1))] if classes != 1 else ['foreground']
     names = [str(c) for c in classes]
     return names if len(names) > 1 else ['background', *names]
 
+# %% ../../nbs/measure/03_inference.ipynb #df310f45
 @delegates(predict_mask, but=['image'])
 def evaluate(
     model,  # a network that segments, or a Learner
-    data=None,  # DataLoaders (their validation set), a loader, a `MaskDataset`, or items; None: a Learner's validation set
-    read=None,  # item -> (image, mask), arrays of bytes; None: as the dataset reads; other items are pairs, of arrays or of files
+    # DataLoaders (their validation set), a loader, a `MaskDataset`, or items; None: a Learner's validation set
+    data=None,
+    # item -> (image, mask), arrays of bytes; None: as the dataset reads; other items are pairs, of arrays or of files
+    read=None,
     classes=None,  # names of the classes, or how many; None: as the data or the card says
     ignore_index: int = None,  # label of pixels that don't count; None: as the data or the card says
     progress: bool = False,  # show a bar?
     **kwargs,
-) -> pd.DataFrame:  # metric ('IoU', 'mIoU', 'pixel accuracy'), class, value in [0, 1], n_pixels (of the class in the truth, or all that count)
+# metric ('IoU', 'mIoU', 'pixel accuracy'), class, value in [0, 1], n_pixels (of the class in the truth, or all that
+# count)
+) -> pd.DataFrame:
     "Per-class IoU, mIoU and pixel accuracy over images of any sizes, each pixel counted once, at the images' own size."
     how = dict(size=None, window=None, stride=None, stats=None) | kwargs
     model, data, known = _known(model, data)
     if not isinstance(data, (Iterable, MaskDataset)) or isinstance(data, str):
         raise TypeError(f"data: expected DataLoaders, a loader, a dataset or a list of items, got {_told(data)}")
     how['size'], how['stats'] = _how(known, how['size'], how['window'], how['stats'])
-    names, void = _class_names(known['classes'] if classes is None else classes), known['ignore_index'] if ignore_index is None else ignore_index
+    names = _class_names(known['classes'] if classes is None else classes)
+    void = known['ignore_index'] if ignore_index is None else ignore_index
     meter, n = ConfusionMeter(len(names), void), 0
     for x, y in _samples(data, read, len(names), void, progress):
-        y = y.as_subclass(Tensor) if isinstance(y, Tensor) else torch.from_numpy(np.asarray(y).astype(np.int64, casting='safe'))
+        y = y.as_subclass(Tensor) if isinstance(y, Tensor) else torch.from_numpy(np.asarray(y).astype(np.int64,
+                casting='safe'))
         out = _own_size_logits(model, x, **how)
-        if y.shape != out.shape[1:]: raise ValueError(f"image {n} is {out.shape[1]}×{out.shape[2]} pixels, but its mask has shape {tuple(y.shape)}")
+        if y.shape != out.shape[1:]:
+            raise ValueError(f"image {n} is {out.shape[1]}×{out.shape[2]} pixels, but its mask has shape "
+                             f"{tuple(y.shape)}")
         meter.update(out[None], y[None])
         n += 1
     if not n: raise ValueError("data: there are no images in it (an empty set, or a generator that was used up?)")
     return _table(meter, names, dict(images=n) | {k: v for k, v in how.items() if k != 'stats'})
 
+# %% ../../nbs/measure/03_inference.ipynb #dbec8bed
 def _table(meter, names, how):
     "The scores as rows; how they were obtained is in `.attrs`."
     counts = meter.matrix.sum(1).tolist()
     rows = [('IoU', c, v, n) for c, v, n in zip(names, meter.iou().tolist(), counts)]
-    rows += [(m, '', v, int(meter.matrix.sum())) for m, v in (('mIoU', meter.miou()), ('pixel accuracy', meter.pixel_accuracy()))]
+    rows += [(m, '', v, int(meter.matrix.sum())) for m, v in (('mIoU', meter.miou()),
+                                                              ('pixel accuracy', meter.pixel_accuracy()))]
     table = pd.DataFrame(rows, columns=['metric', 'class', 'value', 'n_pixels'])
     table.attrs = how
     return table

@@ -28,6 +28,7 @@ from .. import __version__
 # %% ../../nbs/measure/06_jobs.ipynb #8caa87b1
 _END = object()
 
+# %% ../../nbs/measure/06_jobs.ipynb #3690d34a
 class _Bench:
     "One group at a time being worked on; what was made ready for it stays until another group comes."
     def __init__(self, work): self.work, self.key, self.jobs, self.going = work, None, deque(), None
@@ -35,7 +36,8 @@ class _Bench:
     def run(self, key, job):
         if self.going is None or key != self.key:
             self.close()
-            self.key, self.going = key, self.work.measure(key, iter(lambda: self.jobs.popleft() if self.jobs else _END, _END))
+            self.key, self.going = key, self.work.measure(key, iter(lambda: self.jobs.popleft() if self.jobs else _END,
+                    _END))
         self.jobs.append(job)
         try: return next(self.going)
         except BaseException:
@@ -51,16 +53,22 @@ class _Bench:
 @dataclass(frozen=True)
 class OnRay:
     "Where and how jobs run on Ray. `on='ray'` is short for `OnRay()`, and `on='host:6379'` for `OnRay('host:6379')`."
-    address: str = None  # of a cluster: 'auto', 'host:6379' or 'ray://host:10001'; None: the one connected to, that of RAY_ADDRESS, or one started here
-    workers: int = None  # processes; None: as many as there is room for, at most one a job. More than that wait for a cluster that grows
-    threads: int = None  # of each worker; None: as many as PyTorch has in this process. Numbers are equal bit for bit where threads are
-    num_gpus: float = None  # for each worker: 0.25 puts four on one GPU; None: 1 where models are on a GPU here, else none
+    # of a cluster: 'auto', 'host:6379' or 'ray://host:10001'; None: the one connected to, that of RAY_ADDRESS, or one
+    # started here
+    address: str = None
+    # processes; None: as many as there is room for, at most one a job. More than that wait for a cluster that grows
+    workers: int = None
+    # of each worker; None: as many as PyTorch has in this process. Numbers are equal bit for bit where threads are
+    threads: int = None
+    # for each worker: 0.25 puts four on one GPU; None: 1 where models are on a GPU here, else none
+    num_gpus: float = None
     retries: int = 2  # how often a job is run again after its worker died
     parcel: float = 1.  # seconds; jobs that take less travel together
 
     def __post_init__(self):
         if self.address is not None and not _is_address(self.address):
-            raise ValueError(f"address: expected a Ray address such as 'auto', 'host:6379' or 'ray://host:10001', got {self.address!r}")
+            raise ValueError(f"address: expected a Ray address such as 'auto', 'host:6379' or 'ray://host:10001', got "
+                             f"{self.address!r}")
         for name, least in (('workers', 1), ('threads', 1), ('retries', 0)):
             v = getattr(self, name)
             if not (v is None and name != 'retries') and (isinstance(v, bool) or not isinstance(v, int) or v < least):
@@ -69,25 +77,36 @@ class OnRay:
             if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < float('inf'):
                 raise ValueError(f"{name}: expected a number of at least 0, got {v!r}")
 
-def _is_address(text): return isinstance(text, str) and (text in ('auto', 'local') or text.startswith('ray://') or text.rpartition(':')[2].isdigit())
+# %% ../../nbs/measure/06_jobs.ipynb #2da54a38
+def _is_address(text):
+    return isinstance(text, str) and (text in ('auto', 'local') or text.startswith('ray://')
+                                      or text.rpartition(':')[2].isdigit())
 
+# %% ../../nbs/measure/06_jobs.ipynb #5c028859
 def as_place(
     on,  # 'local', 'ray', a Ray address, or an `OnRay`
 ) -> OnRay | None:  # None for this process
     "Where `on` says that jobs run."
     if isinstance(on, OnRay) or on == 'local': return on if isinstance(on, OnRay) else None
     if on == 'ray': return OnRay()
-    if not _is_address(on): raise ValueError(f"on: expected 'local', 'ray', a Ray address such as 'host:6379' or 'ray://host:10001', or an OnRay, got {on!r}")
+    if not _is_address(on):
+        raise ValueError(f"on: expected 'local', 'ray', a Ray address such as 'host:6379' or 'ray://host:10001', or an "
+                         f"OnRay, got {on!r}")
     return OnRay(on)
 
 # %% ../../nbs/measure/06_jobs.ipynb #50f335b0
 def _conditions():
     "The settings of PyTorch that numbers depend on."
-    cudnn, autocast = torch.backends.cudnn, {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')}
-    return dict(threads=torch.get_num_threads(), dtype=torch.get_default_dtype(), matmul=torch.get_float32_matmul_precision(),
-                deterministic=(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-                cudnn={k: getattr(cudnn, k) for k in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')}, autocast=autocast)
+    cudnn = torch.backends.cudnn
+    autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')}
+    return dict(threads=torch.get_num_threads(), dtype=torch.get_default_dtype(),
+                matmul=torch.get_float32_matmul_precision(),
+                deterministic=(torch.are_deterministic_algorithms_enabled(),
+                               torch.is_deterministic_algorithms_warn_only_enabled()),
+                cudnn={k: getattr(cudnn, k) for k in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')},
+                autocast=autocast)
 
+# %% ../../nbs/measure/06_jobs.ipynb #4dd2a853
 @contextmanager
 def _under(c):
     "Within, PyTorch is set as `_conditions()` found it elsewhere. For a process of its own: only autocast is set back."
@@ -102,10 +121,12 @@ def _under(c):
             if enabled: stack.enter_context(torch.autocast(device, dtype))
         yield
 
+# %% ../../nbs/measure/06_jobs.ipynb #fa0b6154
 def _platform():
     "What no setting can change, and numbers depend on."
     from torch.backends import cpu
-    return {'noisyseg': __version__, 'torch': torch.__version__, 'processor': f'{platform.machine()} {cpu.get_cpu_capability()}'}
+    return {'noisyseg': __version__, 'torch': torch.__version__,
+            'processor': f'{platform.machine()} {cpu.get_cpu_capability()}'}
 
 # %% ../../nbs/measure/06_jobs.ipynb #027e3c7d
 def _pack(work):
@@ -113,24 +134,30 @@ def _pack(work):
     from ray import cloudpickle
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, obj):
-            if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj): return copyreg.__newobj__, (type(obj),), obj.__dict__
-            if isinstance(obj, ModuleType): return import_module, (obj.__name__,)   # torch.backends is of a kind of its own
+            if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+                return copyreg.__newobj__, (type(obj),), obj.__dict__
+            # torch.backends is of a kind of its own
+            if isinstance(obj, ModuleType): return import_module, (obj.__name__,)
             return super().reducer_override(obj)
     out = io.BytesIO()
     try: torch.save(work, out, pickle_module=SimpleNamespace(Pickler=Pickler, __name__='cloudpickle'))
     except Exception as e:
-        e.add_note("on='ray': models, loader and law must be able to travel to other processes (pickle). on='local' has no such need")
+        e.add_note("on='ray': models, loader and law must be able to travel to other processes (pickle). on='local' "
+                   "has no such need")
         raise
     return out.getbuffer()
 
+# %% ../../nbs/measure/06_jobs.ipynb #d7e6b654
 def _unpack(packed):
-    "The work again. These bytes come from our own driver by Ray, never from a file, which is why unpickling them is safe."
+    ("The work again. These bytes come from our own driver by Ray, never from a file, which is why unpickling them is "
+     "safe.")
     def place(storage, location): return storage if location == 'cpu' else storage.cuda()
     return torch.load(io.BytesIO(packed), map_location=place, weights_only=False)
 
 def _on_gpu(work):
     "Does anything in `work` live on a GPU? Asked of its modules."
-    modules = [m for v in vars(work).values() for m in (v.values() if isinstance(v, dict) else [v]) if isinstance(m, nn.Module)]
+    modules = [m for v in vars(work).values() for m in (v.values() if isinstance(v, dict) else [v])
+               if isinstance(m, nn.Module)]
     return any(t.is_cuda for m in modules for t in (*m.parameters(), *m.buffers()))
 
 # %% ../../nbs/measure/06_jobs.ipynb #d72e422d
@@ -144,8 +171,10 @@ def _portable(error):
         packed = cloudpickle.dumps(error)
         cloudpickle.loads(packed)
         return packed
-    except Exception: return cloudpickle.dumps(RuntimeError(f'{type(error).__name__}: {error}\n' + '\n'.join(error.__notes__)))
+    except Exception:
+        return cloudpickle.dumps(RuntimeError(f'{type(error).__name__}: {error}\n' + '\n'.join(error.__notes__)))
 
+# %% ../../nbs/measure/06_jobs.ipynb #171884cb
 class _Worker:
     "A Ray actor: keeps the work, and runs jobs."
     def load(self, packed, conditions):
@@ -156,7 +185,8 @@ class _Worker:
         return _platform()
 
     def run(self, parcel):
-        "For each job of pairs (key, jobs) the result and the seconds that it took; then the exception that ended it, if one did, and what was warned of."
+        ("For each job of pairs (key, jobs) the result and the seconds that it took; then the exception that ended it, "
+         "if one did, and what was warned of.")
         done, error = [], None
         with warnings.catch_warnings(record=True) as told, _under(self.conditions):
             warnings.simplefilter('always')
@@ -174,6 +204,7 @@ def _import_ray():
     except ImportError: raise ImportError("on='ray' needs Ray: pip install noisyseg[ray]") from None
     return ray
 
+# %% ../../nbs/measure/06_jobs.ipynb #3883b589
 @contextmanager
 def _set(where, **values):
     "Within, the items of a dict (None: not there) are these."
@@ -185,8 +216,10 @@ def _set(where, **values):
             if v is None: del where[k]
             else: where[k] = v
 
+# %% ../../nbs/measure/06_jobs.ipynb #a7214100
 def _start(ray, tries=3, **settings):
-    "Ray gives up when one of its processes takes more than 15 s to start, as on a machine that is busy with other things: then once more."
+    ("Ray gives up when one of its processes takes more than 15 s to start, as on a machine that is busy with other "
+     "things: then once more.")
     psutil = import_module('psutil')   # Ray brings it along
     for left in reversed(range(tries)):
         others = set(psutil.Process().children(recursive=True))
@@ -198,8 +231,10 @@ def _start(ray, tries=3, **settings):
             e.add_note(f'Ray did not start, in {tries} attempts. Is this machine short of memory, or very busy?')
             raise
 
+# %% ../../nbs/measure/06_jobs.ipynb #aed8a5b6
 def _log_folder():
-    "A new folder for Ray's logs and sockets (None: Ray's own, where paths are too long for sockets); those of processes that were killed are removed."
+    ("A new folder for Ray's logs and sockets (None: Ray's own, where paths are too long for sockets); those of "
+     "processes that were killed are removed.")
     for old in Path(tempfile.gettempdir()).glob('noisyray-*-*'):
         try:
             if old.stat().st_uid == os.getuid(): os.kill(int(old.name.split('-')[1]), 0)   # is it alive?
@@ -208,13 +243,17 @@ def _log_folder():
     folder = tempfile.mkdtemp(prefix=f'noisyray-{os.getpid()}-')
     return folder if len(folder) < 40 else shutil.rmtree(folder)   # its sockets' paths have room for 107 letters
 
+# %% ../../nbs/measure/06_jobs.ipynb #1dbea095
 @contextmanager
 def _own_ray(ray, place, size):
     "A cluster of this machine alone, for as long as the block lasts."
-    from ray._private import ray_constants   # Ray reads its environment at import; this is the same switch for a Ray that is imported already
+    # Ray reads its environment at import; this is the same switch for a Ray that is imported already
+    from ray._private import ray_constants
     folder = _log_folder()
-    env = dict(RAY_USAGE_STATS_ENABLED='0', RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER='0', RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO='1')
-    cpus = max(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), (place.workers or 1) * _threads(place))
+    env = dict(RAY_USAGE_STATS_ENABLED='0', RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER='0',
+               RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO='1')
+    cpus = max(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+               (place.workers or 1) * _threads(place))
     try:
         with _set(os.environ, **env), _set(vars(ray_constants), ENABLE_RAY_CLUSTER=False):
             _start(ray, num_cpus=cpus, _temp_dir=folder, object_store_memory=2 * size + 2**30)
@@ -223,9 +262,11 @@ def _own_ray(ray, place, size):
         ray.shutdown()
         if folder: shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/measure/06_jobs.ipynb #c450747c
 _joined = []  # addresses of clusters that a block here has connected to
 _spare = None  # within a block of `connected`: workers without work, by their threads and GPUs
 
+# %% ../../nbs/measure/06_jobs.ipynb #cd39aceb
 @contextmanager
 def _connected(ray, place, size=0):
     "Within, this process is connected to the cluster that `place` means."
@@ -233,7 +274,8 @@ def _connected(ray, place, size=0):
     if ray.is_initialized():
         at = ray.get_runtime_context().gcs_address
         if place.address not in (None, 'auto', at, *_joined):
-            raise RuntimeError(f"on={place.address!r}: this process is connected to the Ray at {at}. Call ray.shutdown() first, or pass on='ray'")
+            raise RuntimeError(f"on={place.address!r}: this process is connected to the Ray at {at}. Call "
+                               f"ray.shutdown() first, or pass on='ray'")
         yield ray
     elif address == 'local':
         with _own_ray(ray, place, size): yield ray
@@ -245,6 +287,7 @@ def _connected(ray, place, size=0):
             _joined.remove(address)
             ray.shutdown()
 
+# %% ../../nbs/measure/06_jobs.ipynb #3f5f921e
 @contextmanager
 def connected(
     on='ray',  # as for a sweep; 'local' does nothing
@@ -269,13 +312,17 @@ class _Queue:
     def __init__(self, groups, workers, parcel):
         self.keys, self.left = [k for k, _ in groups], [deque(jobs) for _, jobs in groups]
         self.fresh, self.begun = deque(range(len(groups))), set()
-        self.workers, self.parcel, self.n, self.seconds, self.died = workers, parcel, sum(map(len, self.left)), None, Counter()
+        self.workers, self.parcel, self.n, self.seconds, self.died = workers, parcel, sum(map(len,
+                self.left)), None, Counter()
 
     def take(self, last=None):
         "Pairs (group, its jobs to do next), for a worker that was in group `last`."
-        fill, out = 1 if self.seconds is None else max(1, int(min(self.parcel / max(self.seconds, 1e-6), self.n / (2 * self.workers)))), []
+        fill = 1 if self.seconds is None else max(1, int(min(self.parcel / max(self.seconds, 1e-6),
+                                                             self.n / (2 * self.workers))))
+        out = []
         while fill > 0 and self.n:
-            if last is None or not self.left[last]: last = self.fresh.popleft() if self.fresh else max(self.begun, key=lambda g: len(self.left[g]))
+            if last is None or not self.left[last]:
+                last = self.fresh.popleft() if self.fresh else max(self.begun, key=lambda g: len(self.left[g]))
             jobs = self.left[last]
             if risky := any(self.died[last, j] for j in list(jobs)[:fill]): fill = 1
             if risky and out: return out
@@ -299,17 +346,28 @@ class _Queue:
 # %% ../../nbs/measure/06_jobs.ipynb #31cb11b1
 def _threads(place): return place.threads or torch.get_num_threads()
 
+# %% ../../nbs/measure/06_jobs.ipynb #7fb60b98
 class _Pool:
     "The workers of one run, and the loop that keeps them busy."
     def __init__(self, ray, work, packed, groups, place, name):
-        self.ray, self.place, self.name = ray, place, name
+        self.ray = ray
+        self.place = place
+        self.name = name
         threads, gpus = _threads(place), place.num_gpus
-        if gpus is None: gpus = int(_on_gpu(work) or (getattr(work, 'uses_gpus', False) and ray.cluster_resources().get('GPU', 0) > 0))
+        if gpus is None:
+            gpus = int(_on_gpu(work) or (getattr(work, 'uses_gpus', False) and ray.cluster_resources().get('GPU', 0)
+                                         > 0))
         n = min(place.workers or self._room(threads, gpus), sum(len(jobs) for _, jobs in groups))
-        self.queue, self.failed, self.told = _Queue(groups, n, place.parcel), 0, set()
-        self.running, self.workers, self.idle, self.busy = {}, [], [], 0
+        self.queue = _Queue(groups, n, place.parcel)
+        self.failed = 0
+        self.told = set()
+        self.running = {}
+        self.workers = []
+        self.idle = []
+        self.busy = 0
         self.make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_Worker)
-        self.packed = [ray.put(np.frombuffer(packed, np.uint8))]   # in a list it stays a reference, which `load` fetches
+        # in a list it stays a reference, which `load` fetches
+        self.packed = [ray.put(np.frombuffer(packed, np.uint8))]
         self.conditions = _conditions() | {'threads': threads}
         self.spare = [] if _spare is None else _spare.setdefault((threads, gpus), [])
         for others in (_spare or {}).values():   # workers of another kind hold the room that these need
@@ -321,7 +379,8 @@ class _Pool:
         cpu, gpu = have.get('CPU', 0), have.get('GPU', 0)
         on_gpus = gpu // gpus if gpus >= 1 else gpu * (1 // gpus) if gpus else float('inf')
         if n := int(min(cpu // threads, on_gpus)): return n
-        raise ValueError(f"on: a worker needs {threads} CPUs (threads=) and {gpus:g} GPUs (num_gpus=), and the cluster has {cpu:g} and {gpu:g}. "
+        raise ValueError(f"on: a worker needs {threads} CPUs (threads=) and {gpus:g} GPUs (num_gpus=), and the cluster "
+                         f"has {cpu:g} and {gpu:g}. "
                          "For one that grows, pass OnRay(workers=…)")
 
     def _hire(self):
@@ -339,12 +398,14 @@ class _Pool:
         while self.queue.n or self.busy:
             ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=60)
             if not ready and not self.busy: self._tell("no worker has started yet: is the cluster full, or too small?")
-            for ref in self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)[0] if ready else []: yield from self._receive(ref)
+            for ref in self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)[0] if ready else []:
+                yield from self._receive(ref)
 
     def rest(self, seconds):
         "What was under way and is done within so many seconds; nothing new is begun."
         self.queue.n = 0
-        for ref in self.ray.wait(list(self.running), num_returns=len(self.running), timeout=seconds)[0] if self.running else []:
+        for ref in self.ray.wait(list(self.running), num_returns=len(self.running),
+                                 timeout=seconds)[0] if self.running else []:
             try: yield from self._receive(ref)
             except Exception: pass   # there is an error on its way already
 
@@ -385,7 +446,8 @@ class _Pool:
         for job in [(g, j) for g, jobs in parcel or () for j in jobs]:
             self.queue.died[job] += 1
             if self.queue.died[job] > self.place.retries:
-                raise RuntimeError(f"{self.name(job[1])}: its worker died {self.queue.died[job]} times (out of memory?). The last time: {why}")
+                raise RuntimeError(f"{self.name(job[1])}: its worker died {self.queue.died[job]} times (out of "
+                                   f"memory?). The last time: {why}")
         if self.failed > 3: raise RuntimeError(f"workers die before they are ready: {why}")
         self._send(self.idle.pop(), None) if self.idle else self._hire()
         return ()
@@ -411,6 +473,7 @@ def _here(work, groups, name):
                 yield job, result, {'seconds': time.perf_counter() - begun, 'worker': me}
     finally: bench.close()
 
+# %% ../../nbs/measure/06_jobs.ipynb #69fa6d80
 def _there(work, groups, name, place):
     "The same on Ray."
     ray = _import_ray()
@@ -424,6 +487,7 @@ def _there(work, groups, name, place):
             raise
         finally: pool.close()
 
+# %% ../../nbs/measure/06_jobs.ipynb #e46ea434
 def run_jobs(
     work,  # an object with `measure(key, jobs)`, a generator of one result a job; on Ray it travels once to each worker
     groups: list,  # pairs (key, jobs); keys and jobs are hashable, and each job is in one group once
@@ -431,7 +495,9 @@ def run_jobs(
     on='local',  # 'local', 'ray', a Ray address, or an `OnRay`
     progress: bool = True,  # show a progress bar with the remaining time
     name: Callable = str,  # how messages call a job
-    kept: str = None,  # where results are kept, for the message after Ctrl-C; None: nowhere, so that Ctrl-C ends the run and what there is can be returned
+    # where results are kept, for the message after Ctrl-C; None: nowhere, so that Ctrl-C ends the run and what there
+    # is can be returned
+    kept: str = None,
 ):
     "Run all jobs, here or on Ray: the same results, bit for bit."
     place, groups = as_place(on), [(key, list(jobs)) for key, jobs in groups if len(jobs)]

@@ -21,11 +21,14 @@ def _matrix(cm):
     "A confusion matrix as float64, or an error that says what is wrong with it"
     cm = torch.as_tensor(cm)
     if cm.ndim != 2 or cm.shape[0] != cm.shape[1] or not len(cm):
-        raise ValueError(f"expected a square confusion matrix (n_classes, n_classes), rows = truth, got shape {tuple(cm.shape)}")
+        raise ValueError(f"expected a square confusion matrix (n_classes, n_classes), rows = truth, got shape "
+                         f"{tuple(cm.shape)}")
     cm = cm.double()
-    if not bool((cm >= 0).all()): raise ValueError("a confusion matrix holds counts, but this one has negative or nan entries")
+    if not bool((cm >= 0).all()):
+        raise ValueError("a confusion matrix holds counts, but this one has negative or nan entries")
     return cm
 
+# %% ../../nbs/measure/01_metrics.ipynb #2c1f2a56
 def iou_from_matrix(
     cm,  # confusion matrix (n_classes, n_classes), rows = truth, columns = prediction
     ignore_index: int = None,  # a class that is not scored: its IoU is nan
@@ -44,9 +47,11 @@ def miou_from_matrix(
     ignore_index: int = None,  # a class that is not scored; never part of the mean
 ) -> float:  # in [0, 1]; nan where there is nothing to average
     "Mean of the classes' IoU, over the classes that occur in the truth or in the prediction."
-    if absent not in ('skip', 'zero', 'one'): raise ValueError(f"absent must be 'skip', 'zero' or 'one', got {absent!r}")
+    if absent not in ('skip', 'zero', 'one'):
+        raise ValueError(f"absent must be 'skip', 'zero' or 'one', got {absent!r}")
     iou = iou_from_matrix(cm, ignore_index)
-    if ignore_index is not None and 0 <= ignore_index < len(iou): iou = torch.cat([iou[:ignore_index], iou[ignore_index+1:]])
+    if ignore_index is not None and 0 <= ignore_index < len(iou):
+        iou = torch.cat([iou[:ignore_index], iou[ignore_index+1:]])
     return (iou.nanmean() if absent == 'skip' else iou.nan_to_num(float(absent == 'one')).mean()).item()
 
 # %% ../../nbs/measure/01_metrics.ipynb #62158038
@@ -59,12 +64,16 @@ def _index(v, name, least=None):
     if least is not None and i < least: raise ValueError(f"{name} must be at least {least}, got {i}")
     return i
 
+# %% ../../nbs/measure/01_metrics.ipynb #61385703
 def _ints(y, what):
     "Class numbers as int64, or an error"
-    if not isinstance(y, Tensor): raise TypeError(f"{what} must be a torch.Tensor of class numbers, got {type(y).__name__}")
-    if y.is_floating_point() or y.is_complex(): raise TypeError(f"{what} must hold class numbers, got {y.dtype}: use .long() on a mask")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{what} must be a torch.Tensor of class numbers, got {type(y).__name__}")
+    if y.is_floating_point() or y.is_complex():
+        raise TypeError(f"{what} must hold class numbers, got {y.dtype}: use .long() on a mask")
     return y.as_subclass(Tensor).long()
 
+# %% ../../nbs/measure/01_metrics.ipynb #3a96ab8c
 def valid_pixels(
     y: Tensor,  # masks, any shape, integers
     n_classes: int,  # labels must lie in 0..n_classes-1
@@ -76,8 +85,10 @@ def valid_pixels(
     wrong = ((y < 0) | (y >= n_classes)) & ok
     if wrong.any():
         found = y[wrong].unique().tolist()
-        raise ValueError(f"{what} holds {found[:5]}{'…' if len(found) > 5 else ''}, but {n_classes} classes are numbered 0..{n_classes-1} "
-            f"(ignore_index is {ignore_index}). Void pixels? Pass ignore_index={found[-1]}. Else check n_classes and how masks are read.")
+        raise ValueError(f"{what} holds {found[:5]}{'…' if len(found) > 5 else ''}, but {n_classes} classes are "
+                         f"numbered 0..{n_classes-1} "
+            f"(ignore_index is {ignore_index}). Void pixels? Pass ignore_index={found[-1]}. Else check n_classes and "
+            f"how masks are read.")
     return ok
 
 # %% ../../nbs/measure/01_metrics.ipynb #62472a16
@@ -91,14 +102,18 @@ def finest(
     if not isinstance(out, Tensor): raise TypeError(f"expected logits as a torch.Tensor, got {type(out).__name__}")
     return out.as_subclass(Tensor)
 
+# %% ../../nbs/measure/01_metrics.ipynb #94966a52
 def to_mask(
-    out,  # logits (B, C, H, W), or whatever a network with deep supervision returns; C = 1 is background against foreground
+    # logits (B, C, H, W), or whatever a network with deep supervision returns; C = 1 is background against foreground
+    out,
 ) -> Tensor:  # the likeliest class of each pixel, (B, H, W) int64
     "Logits to masks: argmax over classes; for a single channel, foreground where the logit is positive."
     x = finest(out).detach()
-    if x.ndim < 2 or not x.shape[1]: raise ValueError(f"expected logits (batch, classes, height, width), got shape {tuple(x.shape)}")
+    if x.ndim < 2 or not x.shape[1]:
+        raise ValueError(f"expected logits (batch, classes, height, width), got shape {tuple(x.shape)}")
     top, mask = x.max(1)
-    if top.isnan().any(): warnings.warn(f"{int(top.isnan().sum())} of {top.numel()} pixels have nan logits; their class means nothing")
+    if top.isnan().any():
+        warnings.warn(f"{int(top.isnan().sum())} of {top.numel()} pixels have nan logits; their class means nothing")
     return (top > 0).long() if x.shape[1] == 1 else mask
 
 # %% ../../nbs/measure/01_metrics.ipynb #78d621ad
@@ -106,10 +121,14 @@ class ConfusionMeter:
     "Counts pixels by true and predicted class, over as many batches as you like; all scores are read off the counts."
     def __init__(self,
         n_classes: int,  # 2 or more
-        ignore_index: int = None,  # label of void pixels, any value; a class in 0..n_classes-1 is not scored then. None: every pixel counts
-        sync: bool = False,  # in a distributed run, add up over all processes whenever the matrix is read (all must read it)
+        # label of void pixels, any value; a class in 0..n_classes-1 is not scored then. None: every pixel counts
+        ignore_index: int = None,
+        # in a distributed run, add up over all processes whenever the matrix is read (all must read it)
+        sync: bool = False,
     ):
-        self.n_classes, self.ignore_index, self.sync = _index(n_classes, 'n_classes', 2), _index(ignore_index, 'ignore_index'), sync
+        self.n_classes = _index(n_classes, 'n_classes', 2)
+        self.ignore_index = _index(ignore_index, 'ignore_index')
+        self.sync = sync
         if n_classes is None: raise TypeError("n_classes must be an int, got None")
         self._counts = MulticlassConfusionMatrix(self.n_classes, validate_args=False, sync_on_compute=sync)
 
@@ -131,12 +150,14 @@ class ConfusionMeter:
 def _decide(logits, y, n):
     "Class numbers from logits that fit `y` and `n` classes, or an error"
     if logits.ndim != y.ndim + 1 or logits.shape[:1] + logits.shape[2:] != y.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} don't fit the true mask {tuple(y.shape)}: expected (batch, {n}, height, width) and "
+        raise ValueError(f"logits {tuple(logits.shape)} don't fit the true mask {tuple(y.shape)}: expected (batch, "
+                         f"{n}, height, width) and "
             "(batch, height, width); a mask with a channel of its own needs .squeeze(1)")
     if logits.shape[1] != n and (n, logits.shape[1]) != (2, 1):
         raise ValueError(f"logits have {logits.shape[1]} channels, but the meter counts {n} classes")
     return to_mask(logits)
 
+# %% ../../nbs/measure/01_metrics.ipynb #8aa5cdff
 @patch
 def update(self: ConfusionMeter,
     pred: Tensor,  # logits (B, C, H, W), or a list of them (finest first), or a mask of integers shaped like `y`
@@ -145,13 +166,15 @@ def update(self: ConfusionMeter,
     "Count a batch. Returns the meter."
     y, pred = _ints(y, 'the true mask'), finest(pred)
     pred = _ints(_decide(pred, y, self.n_classes) if pred.is_floating_point() else pred, 'the prediction')
-    if pred.shape != y.shape: raise ValueError(f"prediction {tuple(pred.shape)} and true mask {tuple(y.shape)} differ in shape")
+    if pred.shape != y.shape:
+        raise ValueError(f"prediction {tuple(pred.shape)} and true mask {tuple(y.shape)} differ in shape")
     y = y.to(pred.device)
     ok = valid_pixels(y, self.n_classes, self.ignore_index, 'the true mask')
     pred, y = pred[ok], y[ok]
     valid_pixels(pred, self.n_classes, what='the prediction')
     self._counts = self._counts.to(y.device)
-    # when torch is asked for determinism, torchmetrics compares every pixel with every cell of the matrix at once: keep the pieces small
+    # when torch is asked for determinism, torchmetrics compares every pixel with every cell of the matrix at once:
+    # keep the pieces small
     n = 2**14 if torch.are_deterministic_algorithms_enabled() else max(len(y), 1)
     for p, t in zip(pred.split(n), y.split(n)): self._counts.update(p, t)
     return self
@@ -167,6 +190,7 @@ def miou(self: ConfusionMeter) -> float:
     "Mean IoU over the classes with a non-empty union; nan where nothing was counted."
     return miou_from_matrix(self.matrix, ignore_index=self.ignore_index)
 
+# %% ../../nbs/measure/01_metrics.ipynb #11bc0d2e
 @patch
 def pixel_accuracy(self: ConfusionMeter) -> float:
     "Share of the counted pixels that are right; nan where nothing was counted."
@@ -183,7 +207,8 @@ class MeanIoU(Metric):
 
     def reset(self): self.meter.reset()
     def accumulate(self, learn):
-        n = getattr(getattr(learn, 'dl', None), 'n_new', None)   # of a shard: how many samples of the batch are no repeats
+        # of a shard: how many samples of the batch are no repeats
+        n = getattr(getattr(learn, 'dl', None), 'n_new', None)
         self.meter.update(finest(learn.pred)[:n], learn.y[:n])
     @property
     def value(self): return self.meter.miou()

@@ -27,7 +27,9 @@ def _candidates(model, where):
         else: yield m
     return list(dict.fromkeys(find(model)))
 
-def _copied(tree): return tree_map(lambda leaf: leaf, tree)   # new lists and dicts, the same tensors: callers may change theirs
+# %% ../../nbs/measure/04_prefix.ipynb #ee31959a
+# new lists and dicts, the same tensors: callers may change theirs
+def _copied(tree): return tree_map(lambda leaf: leaf, tree)
 
 def _tensors(tree): return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
 
@@ -35,6 +37,7 @@ def _equal(x, y):
     if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.is_mkldnn != y.is_mkldnn: return False
     return torch.equal(x.to_dense(), y.to_dense()) if x.is_mkldnn else torch.equal(x, y)
 
+# %% ../../nbs/measure/04_prefix.ipynb #f5f4de3e
 def _same(now, then, versions):
     "Are these the inputs of the call that is remembered, unchanged since?"
     (a, spec), (b, other) = tree_flatten(now), tree_flatten(then)
@@ -46,19 +49,26 @@ def _same(now, then, versions):
         elif x is not y and x != y: return False
     return [t._version for t in _tensors(then)] == versions
 
+# %% ../../nbs/measure/04_prefix.ipynb #d2a1aaa9
 class _Kept:
     "What one module remembers: its calls in one pass over the data, and where in the pass it is."
     def __init__(self): self.calls, self.at, self.state = [], 0, 'unknown'
 
 # %% ../../nbs/measure/04_prefix.ipynb #dae64fb5
 class Reuse:
-    "Within the block, parts of a network that hold none of the weights `where` return what they returned to the same inputs in an earlier pass."
+    ("Within the block, parts of a network that hold none of the weights `where` return what they returned to the same "
+     "inputs in an earlier pass.")
     def __init__(self,
         model: nn.Module,  # in evaluation mode, called without autograd; otherwise nothing is kept
-        where,  # the weights that change from pass to pass: a Selector, a name pattern, or a function (name, module, weight) -> bool
+        # the weights that change from pass to pass: a Selector, a name pattern, or a function (name, module, weight)
+        # -> bool
+        where,
         max_mb: float = 1024,  # memory for what is kept
     ):
-        self.modules, self.room, self.kept, self.hits = _candidates(model, where), int(max_mb * 2**20), {}, 0
+        self.modules = _candidates(model, where)
+        self.room = int(max_mb * 2**20)
+        self.kept = {}
+        self.hits = 0
 
     def start(self):
         "A pass over the data begins, in the same order as the last."
@@ -80,7 +90,9 @@ class Reuse:
         if any(t.is_inference() for t in tensors): return   # these don't count their changes
         self.room -= (size := sum(t.nbytes for t in tensors))
         if self.room < 0: self.room += size
-        else: k.calls.append((inputs, [t._version for t in _tensors(inputs)], out, [t._version for t in _tensors(out)], size))
+        else:
+            k.calls.append((inputs, [t._version for t in _tensors(inputs)], out, [t._version for t in _tensors(out)],
+                            size))
 
     def _drop(self, k):
         self.room += sum(c[-1] for c in k.calls)
@@ -88,7 +100,8 @@ class Reuse:
 
     def _remembering(self, forward, module, k):
         def remembering(*args, **kwargs):
-            if k.state == 'behind' or torch.is_grad_enabled() or any(m.training for m in module.modules()): return forward(*args, **kwargs)
+            if k.state == 'behind' or torch.is_grad_enabled() or any(m.training for m in module.modules()):
+                return forward(*args, **kwargs)
             inputs, i = (args, kwargs), k.at
             k.at += 1
             if i < len(k.calls):

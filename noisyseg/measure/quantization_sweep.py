@@ -22,17 +22,21 @@ from .sweeps import noise_sweep
 # %% ../../nbs/measure/10_quantization_sweep.ipynb #b2be8252
 def _options(name, given, allowed):
     given = (given,) if isinstance(given, str) else tuple(given)
-    if not given or not set(given) <= set(allowed): raise ValueError(f"{name}: expected some of {', '.join(allowed)}, got {given!r}")
+    if not given or not set(given) <= set(allowed):
+        raise ValueError(f"{name}: expected some of {', '.join(allowed)}, got {given!r}")
     return given
 
 def _bits(bits):
     bits = [bits] if isinstance(bits, int) else list(bits)
     if not bits or not all(isinstance(b, int) and not isinstance(b, bool) and 2 <= b <= 16 for b in bits):
-        raise ValueError(f"bits: expected whole numbers from 2 to 16, got {bits!r}; level 0, not quantized, is always measured")
+        raise ValueError(f"bits: expected whole numbers from 2 to 16, got {bits!r}; level 0, not quantized, is always "
+                         f"measured")
     return sorted(set(bits))
 
+# %% ../../nbs/measure/10_quantization_sweep.ipynb #40ad0b4e
 def quantization_sweep(
-    models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    models,
     dl,  # batches (images, masks) or (images, labels), in the same order each time
     bits=range(2, 9),  # bits of a weight
     per=('channel', 'tensor'),  # one grid for each output channel, one for the whole tensor, or both in turn
@@ -42,16 +46,24 @@ def quantization_sweep(
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size
-    store=None,  # path such as bits.csv: rows are kept in bits-symmetric-channel.csv and so on, and the same call resumes
+    # path such as bits.csv: rows are kept in bits-symmetric-channel.csv and so on, and the same call resumes
+    store=None,
     on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
-) -> pd.DataFrame:  # rows of `noise_sweep`: `level` is the number of bits (0: not quantized), `law` names the grid; and the columns per and scheme
+# rows of `noise_sweep`: `level` is the number of bits (0: not quantized), `law` names the grid; and the columns per
+# and scheme
+) -> pd.DataFrame:
     "Score models after rounding their weights to each number of bits; they come out as they went in."
-    bits, grids = _bits(bits), list(product(_options('scheme', scheme, SCHEMES), _options('per', per, ('channel', 'tensor'))))
-    found, frames, path = Batches(dl, cache_mb), [], None if store is None else Path(store)
+    bits = _bits(bits)
+    grids = list(product(_options('scheme', scheme, SCHEMES), _options('per', per, ('channel', 'tensor'))))
+    found = Batches(dl, cache_mb)
+    frames = []
+    path = None if store is None else Path(store)
     with connected(on):
         for s, p in grids:
-            law, kept = Quantize(per=p, scheme=s), path and path.with_stem(f'{path.stem}-{s}-{p}')
-            df = noise_sweep(models, found, law, [0, *bits], 1, where, 0, ignore_index, class_names, kept, progress, cache_mb, on)
+            law = Quantize(per=p, scheme=s)
+            kept = path and path.with_stem(f'{path.stem}-{s}-{p}')
+            df = noise_sweep(models, found, law, [0, *bits], 1, where, 0, ignore_index, class_names, kept, progress,
+                             cache_mb, on)
             frames.append(df.assign(per=p, scheme=s))
     out = pd.concat(frames, ignore_index=True)
     out.attrs = frames[0].attrs

@@ -16,13 +16,12 @@ from glob import escape
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-
 import pandas as pd
 import torch
-
 try: import fcntl
 except ImportError: fcntl = None   # Windows: stores work there without a lock
 
+# %% ../../nbs/measure/05_store.ipynb #fd151831
 from ..basics import write_atomic
 
 # %% ../../nbs/measure/05_store.ipynb #4ff208cf
@@ -34,6 +33,7 @@ class Cell(NamedTuple):
     draw: int  # number of the noise draw, from 0
     where: str = ''  # which weights it disturbs
 
+# %% ../../nbs/measure/05_store.ipynb #c8befb70
 class Row(NamedTuple):
     "One number of a cell: a row of the tidy table, and of the file."
     model: str  # the model's name
@@ -48,6 +48,7 @@ class Row(NamedTuple):
     value: float  # the score, from 0 to 1; nan for a class that is in neither truth nor prediction
     n_pixels: int  # pixels of that class in the truth, or all pixels that count
 
+# %% ../../nbs/measure/05_store.ipynb #a9ec3c2d
 COLUMNS = [f.rstrip('_') for f in Row._fields]
 
 def cell_of(
@@ -63,6 +64,7 @@ def cell_text(
     run = f' (training seed {cell.train_seed})' if cell.train_seed else ''
     return f'model {cell.model!r}{run}, level {cell.level:g}, draw {cell.draw}, {cell.where}'
 
+# %% ../../nbs/measure/05_store.ipynb #c9d09616
 def to_frame(
     rows: Iterable[Row],  # from a store or a sweep
 ) -> pd.DataFrame:  # one line a row
@@ -75,17 +77,20 @@ def _to_csv(rows):
     csv.writer(out, lineterminator='\n').writerows(rows)
     return out.getvalue()
 
+# %% ../../nbs/measure/05_store.ipynb #19b4885f
 def _from_csv(path):
     "The rows of a store. A file that was copied in a hurry may end in half a line: what is no row is left out."
     text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
     lines = list(csv.reader(io.StringIO(text[:text.rfind('\n') + 1], newline='')))
     if lines and lines[0] != COLUMNS:
-        raise ValueError(f"{path} is not a sweep store: expected the columns {', '.join(COLUMNS)}, got {', '.join(lines[0])[:200]}")
+        raise ValueError(f"{path} is not a sweep store: expected the columns {', '.join(COLUMNS)}, got "
+                         f"{', '.join(lines[0])[:200]}")
     kinds = list(Row.__annotations__.values())
     for line in lines[1:]:
         try: yield Row(*(kind(v) for kind, v in zip(kinds, line, strict=True)))
         except ValueError: continue
 
+# %% ../../nbs/measure/05_store.ipynb #ca38f694
 class _Csv:
     "Rows in one CSV file, written anew each time: opens in any program."
     def __init__(self, path, grid): self.path = path
@@ -106,17 +111,25 @@ def _pyarrow():
     try:
         import pyarrow, pyarrow.parquet
         return pyarrow
-    except ImportError: raise ImportError("a store that ends in .parquet needs pyarrow: pip install noisyseg[ray]. One in .csv needs nothing") from None
+    except ImportError:
+        raise ImportError("a store that ends in .parquet needs pyarrow: pip install noisyseg[ray]. One in .csv needs "
+                          "nothing") from None
 
+# %% ../../nbs/measure/05_store.ipynb #7ef8adf6
 def _cell_row(rows, made):
     "One row for a cell: what its rows have in common, the rest as lists, and how it was made."
     first = dict(zip(COLUMNS, rows[0]))
-    return {k: [r[i] for r in rows] if k in _LISTS else first[k] for i, k in enumerate(COLUMNS)} | {'seconds': math.nan, 'worker': '', 'finished': ''} | made
+    return {k: [r[i] for r in rows] if k in _LISTS else first[k] for i,
+            k in enumerate(COLUMNS)} | {'seconds': math.nan, 'worker': '', 'finished': ''} | made
 
+# %% ../../nbs/measure/05_store.ipynb #7501ce56
 class _Parquet:
     "A row for each cell in a Parquet file, and new ones in a folder of parts beside it until the end."
     def __init__(self, path, grid=None):
-        self.pa, self.path, self.grid, self.rows = _pyarrow(), path, grid, {}
+        self.pa = _pyarrow()
+        self.path = path
+        self.grid = grid
+        self.rows = {}
         self.parts = path.with_name(path.name + '.parts')
 
     def files(self): return [p for p in (self.path, *sorted(self.parts.glob('part-*.parquet'))) if p.exists()]
@@ -126,7 +139,8 @@ class _Parquet:
             try: tables = [self._table(p) for p in self.files()]
             except FileNotFoundError: continue   # another process has just put its parts into the one file
             self.rows = {self._cell(r): r for t in tables for r in t}
-            return {c: [Row(*(r[k][i] if k in _LISTS else r[k] for k in COLUMNS)) for i in range(len(r['metric']))] for c, r in self.rows.items()}
+            return {c: [Row(*(r[k][i] if k in _LISTS else r[k] for k in COLUMNS)) for i in range(len(r['metric']))]
+                    for c, r in self.rows.items()}
 
     def _cell(self, r): return Cell(*(r[k] for k in Cell._fields))
 
@@ -142,7 +156,8 @@ class _Parquet:
     def _save(self, path, rows):
         pa = self.pa
         kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-        kinds = {f.rstrip('_'): kinds[k] for f, k in Row.__annotations__.items()} | {'seconds': pa.float64(), 'worker': pa.string(), 'finished': pa.string()}
+        kinds = {f.rstrip('_'): kinds[k] for f, k in Row.__annotations__.items()} | {'seconds': pa.float64(),
+                'worker': pa.string(), 'finished': pa.string()}
         told = {'noisyseg': json.dumps(self.grid, ensure_ascii=False)}
         schema = pa.schema([(k, pa.list_(v) if k in _LISTS else v) for k, v in kinds.items()], told)
         out = io.BytesIO()
@@ -181,24 +196,30 @@ def _read_grid(path):
     if isinstance(models, dict) and models and all(isinstance(m, dict) for m in models.values()): return old
     raise ValueError(f"store: {side} is damaged. Delete it together with {path.name} to measure again")
 
+# %% ../../nbs/measure/05_store.ipynb #f8973889
 _TOLD = ('versions', 'machine')  # for the reader; not compared
 
 def how_made():
     "Versions, machine and command, for the reader of a store."
     from torch.backends import cpu
-    machine = {'processor': f'{platform.machine()} {cpu.get_cpu_capability()}', 'threads': torch.get_num_threads(), 'host': socket.gethostname()}
+    machine = {'processor': f'{platform.machine()} {cpu.get_cpu_capability()}', 'threads': torch.get_num_threads(),
+               'host': socket.gethostname()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {'machine': machine | {'gpu': gpu, 'command': shlex.join(sys.argv)}}
 
+# %% ../../nbs/measure/05_store.ipynb #a5c05760
 def _differences(old, new):
     "In words, what makes the grids `old` and `new` two experiments."
-    found = [f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new.items() if k not in ('models', 'groups', *_TOLD) and old.get(k) != v]
+    found = [f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new.items() if k not in ('models', 'groups', *_TOLD)
+             and old.get(k) != v]
     some = ['some' if 'groups' in g else 'none' for g in (old, new)]
     if some[0] != some[1]: found.append(f"layer groups: {some[0]} there, {some[1]} now")
-    found += [f"group {g!r}: other weights" for g, weights in new.get('groups', {}).items() if old.get('groups', {}).get(g, weights) != weights]
+    found += [f"group {g!r}: other weights" for g, weights in new.get('groups', {}).items()
+              if old.get('groups', {}).get(g, weights) != weights]
     shared = [name for name in new['models'] if name in old['models']]
     for name in shared:
-        found += [f"model {name!r}: other {k}" for k, v in new['models'][name].items() if old['models'][name].get(k) != v]
+        found += [f"model {name!r}: other {k}" for k, v in new['models'][name].items() if old['models'][name].get(k)
+                  != v]
     return found if shared else [*found, f"models: {', '.join(old['models'])} there, {', '.join(new['models'])} now"]
 
 # %% ../../nbs/measure/05_store.ipynb #f0f35e82
@@ -228,7 +249,8 @@ class _Lock:
         self.file.seek(0)
         who = self.file.read() or 'another process'
         self.file.close()
-        raise RuntimeError(f"store: {self.path.with_name(self.path.name[1:-5])} is being written by {who}. Wait for it, or use another path")
+        raise RuntimeError(f"store: {self.path.with_name(self.path.name[1:-5])} is being written by {who}. Wait for "
+                           f"it, or use another path")
 
     def release(self):
         if self.file.closed: return
@@ -241,14 +263,23 @@ class Store:
     "The rows of a sweep by cell: in memory, and in a file when there is a path. Use it in a `with` block."
     def __init__(self,
         path,  # a file that ends in .parquet, or any other for CSV, made when it does not exist; None for memory only
-        grid: dict,  # what is measured, for JSON: 'classes' (names), 'models' (name -> digests), and anything else that must not change
+        # what is measured, for JSON: 'classes' (names), 'models' (name -> digests), and anything else that must not
+        # change
+        grid: dict,
     ):
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"store: expected the path of a file (.csv or .parquet) or None, got {path!r}")
-        self.path, self.grid, self.cells, self.made = None if path is None else Path(path), dict(grid), {}, {}
-        self.new, self.saved, self.pause, self.lock = [], math.inf, 1., None
+        self.path = None if path is None else Path(path)
+        self.grid = dict(grid)
+        self.cells = {}
+        self.made = {}
+        self.new = []
+        self.saved = math.inf
+        self.pause = 1.
+        self.lock = None
         if self.path is None: return
-        if self.path.is_dir(): raise ValueError(f"store: {self.path} is a folder; expected a file such as {self.path/'sweep.csv'}")
+        if self.path.is_dir():
+            raise ValueError(f"store: {self.path} is a folder; expected a file such as {self.path/'sweep.csv'}")
         self.file = (_Parquet if self.path.suffix == '.parquet' else _Csv)(self.path, self.grid)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = _Lock(self.path.with_name(f'.{self.path.name}.lock'))
@@ -260,20 +291,24 @@ class Store:
     def _open(self):
         old = _read_grid(self.path)
         if old and (found := _differences(old, self.grid)):
-            raise ValueError(f"store: {self.path} holds another sweep ({'; '.join(found)}). Use another path, or delete this one")
+            raise ValueError(f"store: {self.path} holds another sweep ({'; '.join(found)}). Use another path, or "
+                             f"delete this one")
         whole = [*self.grid['classes'], '', '']  # half a cell is none
         self.cells = {c: rows for c, rows in self.file.read().items() if [r.class_ for r in rows] == whole}
         if old:
             for k in ('models', 'groups'):
                 if k in self.grid: self.grid[k] = {**old[k], **self.grid[k]}
-        for part in self.path.parent.glob(f'.{escape(self.path.name)}.*.part'): part.unlink(missing_ok=True)  # of a killed process
+        # of a killed process
+        for part in self.path.parent.glob(f'.{escape(self.path.name)}.*.part'): part.unlink(missing_ok=True)
         write_atomic(_grid_path(self.path), json.dumps(self.grid, indent=1, ensure_ascii=False) + '\n')
         self.file.grid = self.grid
         self.save()
 
     def add(self, cell: Cell, rows: list[Row], made: dict = None):
-        "Take the rows of a finished cell, and save now and then: a cell may take milliseconds, and a crash may cost a second of work."
-        self.cells[cell], self.made[cell] = rows, (made or {}) | {'finished': datetime.now(UTC).isoformat(timespec='milliseconds')}
+        ("Take the rows of a finished cell, and save now and then: a cell may take milliseconds, and a crash may cost "
+         "a second of work.")
+        self.cells[cell], self.made[cell] = (rows, (made or {})
+                                             | {'finished': datetime.now(UTC).isoformat(timespec='milliseconds')})
         self.new.append(cell)
         if time.monotonic() - self.saved > self.pause: self.save()
 
@@ -299,15 +334,18 @@ def _read(path):
     return chain.from_iterable((_Parquet if path.suffix == '.parquet' else _Csv)(path, None).read().values())
 
 def _file_in(folder, name):
-    "The store of this name in the folder of a sweep that keeps several: Parquet where the folder's own name says so. None without a folder."
+    ("The store of this name in the folder of a sweep that keeps several: Parquet where the folder's own name says so. "
+     "None without a folder.")
     return folder and Path(folder)/f"{name}{'.parquet' if Path(folder).suffix == '.parquet' else '.csv'}"
 
+# %% ../../nbs/measure/05_store.ipynb #0bb3bedc
 def load_sweep(
     path,  # what a sweep was given as `store=`: a file, or a folder of files
 ) -> pd.DataFrame:  # as `noise_sweep` returns it, in the order of measurement
     "The rows of a sweep that was stored, also of one that is still running."
     path = Path(path)
     grids = sorted(path.glob('*.grid.json')) if path.is_dir() else [_grid_path(path)]
-    paths = [p for g in grids if (p := g.with_name(g.name[:-len('.grid.json')])).is_file() or p.with_name(p.name + '.parts').is_dir()]
+    paths = [p for g in grids if (p := g.with_name(g.name[:-len('.grid.json')])).is_file()
+             or p.with_name(p.name + '.parts').is_dir()]
     if not paths: raise FileNotFoundError(f"there is no sweep at {path}")
     return to_frame(chain.from_iterable(map(_read, paths)))

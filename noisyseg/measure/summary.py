@@ -13,26 +13,33 @@ import pandas as pd
 from scipy import stats
 
 # %% ../../nbs/measure/07_summary.ipynb #9fae7913
-_fixed, _draws = ['model', 'law', 'where', 'group', 'level', 'class', 'protocol'], ['seed', 'draw']
+_fixed = ['model', 'law', 'where', 'group', 'level', 'class', 'protocol']
+_draws = ['seed', 'draw']
 
+# %% ../../nbs/measure/07_summary.ipynb #01c8b3de
 def _rows(df, metric, by):
     "The rows of one metric and the columns to group them by, checked."
-    if not isinstance(df, pd.DataFrame): raise TypeError(f"df: expected the DataFrame of a sweep, got {type(df).__name__}")
+    if not isinstance(df, pd.DataFrame):
+        raise TypeError(f"df: expected the DataFrame of a sweep, got {type(df).__name__}")
     by = [by] if isinstance(by, str) else list(by)
     need = ['metric', 'value', 'train_seed', *_draws, *by]
     if missing := [c for c in need if c not in df]:
         raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}")
     if df.empty: raise ValueError("df: there are no rows in it")
     d = df[df['metric'] == metric]
-    if d.empty: raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}")
+    if d.empty:
+        raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}")
     if metric in ('IoU', 'recall') and 'class' not in by: by.append('class')
     groups = d.groupby(by, observed=True)
     if mixed := [c for c in _fixed if c in d and c not in by and groups[c].nunique().gt(1).any()]:
-        raise ValueError(f"df: rows that differ in {' and '.join(mixed)} would be averaged. Select one, or add {mixed[0]!r} to by=")
+        raise ValueError(f"df: rows that differ in {' and '.join(mixed)} would be averaged. Select one, or add "
+                         f"{mixed[0]!r} to by=")
     if d.duplicated([*by, 'train_seed', *_draws]).any():
-        raise ValueError("df: the same draw is in it twice (two sweeps of the same seed, concatenated?). See df.drop_duplicates")
+        raise ValueError("df: the same draw is in it twice (two sweeps of the same seed, concatenated?). See "
+                         "df.drop_duplicates")
     return d, by
 
+# %% ../../nbs/measure/07_summary.ipynb #b37eee5a
 def _whole_draws(d, by):
     "Without the draws that only some of the networks in a group have."
     runs = d.assign(run=d.groupby(['model', 'train_seed'], observed=True).ngroup())
@@ -42,7 +49,8 @@ def _whole_draws(d, by):
 def _unit_means(d, by, unit):
     "One value for each group and unit of luck, averaged over the other luck."
     if unit not in ('draw', 'seed'): raise ValueError(f"unit: expected 'draw' or 'seed', got {unit!r}")
-    return d.groupby([*by, *(_draws if unit == 'draw' else ['train_seed'])], observed=True, sort=False)['value'].mean().reset_index()
+    return d.groupby([*by, *(_draws if unit == 'draw' else ['train_seed'])], observed=True,
+                     sort=False)['value'].mean().reset_index()
 
 # %% ../../nbs/measure/07_summary.ipynb #8906d607
 def _t_interval(d, by, confidence):
@@ -52,6 +60,7 @@ def _t_interval(d, by, confidence):
     half = stats.t.ppf(0.5 + confidence / 2, np.maximum(out['n'] - 1, 1)) * out['sd'] / np.sqrt(out['n'])
     return out.assign(half=half, low=out['mean'] - half, high=out['mean'] + half)
 
+# %% ../../nbs/measure/07_summary.ipynb #0f16776a
 def _intervals(d, by, unit, confidence):
     out = _t_interval(d, by, confidence)
     if unit == 'draw' and 'level' in out:
@@ -60,13 +69,15 @@ def _intervals(d, by, unit, confidence):
         for end in ('low', 'high'): out.loc[exact, end] = out.loc[exact, 'mean']
     return out[[*by, 'mean', 'low', 'high', 'half', 'sd', 'n']].assign(unit=unit)
 
+# %% ../../nbs/measure/07_summary.ipynb #5befa539
 def summarise(
     df: pd.DataFrame,  # rows of `noise_sweep`
     by=('model', 'level'),  # what a line of the result stands for; 'class' is added for IoU
     metric: str = 'mIoU',  # 'mIoU', 'IoU' or 'pixel accuracy'
     unit: str = 'draw',  # 'draw': how sure for these networks; 'seed': how sure for this way of training
     confidence: float = 0.95,  # of the interval
-) -> pd.DataFrame:  # one line a group: mean, low, high, half (of the interval's length), sd, n (draws or training seeds)
+# one line a group: mean, low, high, half (of the interval's length), sd, n (draws or training seeds)
+) -> pd.DataFrame:
     "Means with Student's t interval over noise draws or over training seeds."
     d, by = _rows(df, metric, by)
     return _intervals(_unit_means(_whole_draws(d, by), by, unit), by, unit, confidence)
@@ -77,7 +88,8 @@ def paired_difference(
     a: str,  # a model's name
     b: str,  # the model to compare with
     metric: str = 'mIoU',  # 'mIoU', 'IoU' or 'pixel accuracy'
-    unit: str = 'draw',  # 'draw': do these networks differ; 'seed': do these ways of training (training seeds paired by number)
+    # 'draw': do these networks differ; 'seed': do these ways of training (training seeds paired by number)
+    unit: str = 'draw',
     by=('level',),  # what a line of the result stands for; 'class' is added for IoU
     confidence: float = 0.95,  # of the interval
 ) -> pd.DataFrame:  # one line a level: mean of a - b, low, high, half, sd, n, and `clear`: the interval leaves out zero
@@ -88,7 +100,8 @@ def paired_difference(
     d, by = _rows(df[df['model'].isin([a, b])], metric, ['model', *([by] if isinstance(by, str) else by)])
     by = [c for c in by if c != 'model']
     units = _unit_means(_whole_draws(d, by), ['model', *by], unit)
-    wide = units.pivot(index=[c for c in units if c not in ('model', 'value')], columns='model', values='value').dropna()
+    wide = units.pivot(index=[c for c in units if c not in ('model', 'value')], columns='model',
+                       values='value').dropna()
     if wide.empty: raise ValueError(f"{a!r} and {b!r} have no {unit} in common, so nothing is paired")
     out = _intervals((wide[a] - wide[b]).rename('value').reset_index(), by, unit, confidence)
     return out.assign(a=a, b=b, clear=(out['low'] > 0) | (out['high'] < 0))
@@ -96,6 +109,7 @@ def paired_difference(
 # %% ../../nbs/measure/07_summary.ipynb #d08a5d27
 PROTOCOLS = ('noise in training only', 'noise in training and inference', 'noise in inference only')
 
+# %% ../../nbs/measure/07_summary.ipynb #405f0db1
 def protocols(
     df: pd.DataFrame,  # rows of `noise_sweep`, with level 0 and each model's own level
     trained_at: dict,  # model name -> the noise level it was trained at; 0 for the clean one
@@ -106,11 +120,15 @@ def protocols(
     parts = []
     for name, n in trained_at.items():
         d = df[df['model'] == name]
-        if d.empty: raise ValueError(f"trained_at: {name!r} is not in the sweep; it has {', '.join(map(repr, df['model'].unique()))}")
+        if d.empty:
+            raise ValueError(f"trained_at: {name!r} is not in the sweep; it has "
+                             f"{', '.join(map(repr, df['model'].unique()))}")
         at = lambda level: d[np.isclose(d['level'], level, rtol=1e-6, atol=1e-12)]
         if missing := [l for l in (0, n) if at(l).empty]:
             levels = ', '.join(f'{l:g}' for l in d['level'].unique())
-            raise ValueError(f"{name!r} was not measured at level {missing[0]:g}, only at {levels}: add it to the sweep's levels=")
-        parts += [at(0).assign(protocol=PROTOCOLS[0], noise=float(n)), at(n).assign(protocol=PROTOCOLS[1], noise=float(n))]
+            raise ValueError(f"{name!r} was not measured at level {missing[0]:g}, only at {levels}: add it to the "
+                             f"sweep's levels=")
+        parts += [at(0).assign(protocol=PROTOCOLS[0], noise=float(n)),
+                  at(n).assign(protocol=PROTOCOLS[1], noise=float(n))]
         if n == 0: parts.append(d.assign(protocol=PROTOCOLS[2], noise=d['level']))
     return pd.concat(parts, ignore_index=True)

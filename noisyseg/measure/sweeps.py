@@ -13,31 +13,32 @@ import dataclasses, hashlib, math, platform
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import chain, groupby
-
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import nn
-
 from .. import __version__
 from .evaluation import Batches, digest, draw_seed, logits_of, scores, untouched
 from .jobs import as_place, run_jobs
+
+# %% ../../nbs/measure/08_sweeps.ipynb #387474a4
 from .metrics import ConfusionMeter
 from ..perturb.clone import perturbed
 from .prefix import Reuse
 from ..perturb.selectors import Selector, as_selector, conv_and_norm, select
 from .store import Cell, Row, Store, cell_text, how_made, load_sweep, to_frame
 from .summary import paired_difference, protocols, summarise
-
-_all_ = ['draw_seed', 'load_sweep', 'paired_difference', 'protocols', 'summarise']  # what one needs next to a sweep: one import serves
+# what one needs next to a sweep: one import serves
+_all_ = ['draw_seed', 'load_sweep', 'paired_difference', 'protocols', 'summarise']
 
 # %% ../../nbs/measure/08_sweeps.ipynb #0cb7d5cc
 def _check_models(models):
     "`models` as a dict (name, training seed) -> module."
     if isinstance(models, nn.Module): models = {'model': models}
     if not isinstance(models, Mapping) or not models:
-        raise TypeError(f"models: expected a module or a dict name -> module such as {{'clean': net}}, got {type(models).__name__}")
+        raise TypeError(f"models: expected a module or a dict name -> module such as {{'clean': net}}, got "
+                        f"{type(models).__name__}")
     named = {}
     for key, m in models.items():
         name, run = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
@@ -46,7 +47,8 @@ def _check_models(models):
         if not isinstance(m, nn.Module):
             hint = ' Pass learn.model.' if isinstance(getattr(m, 'model', None), nn.Module) else ''
             raise TypeError(f"models[{key!r}]: expected a torch.nn.Module, got {type(m).__name__}.{hint}")
-        if (name, run) in named: raise ValueError(f"models: there are two of {name!r} with training seed {run}; give each its own name")
+        if (name, run) in named:
+            raise ValueError(f"models: there are two of {name!r} with training seed {run}; give each its own name")
         named[name, int(run)] = m
     return named
 
@@ -57,15 +59,18 @@ def _check_count(name, value, least):
     if value < least: raise ValueError(f"{name}: expected at least {least}, got {value}")
     return int(value)
 
+# %% ../../nbs/measure/08_sweeps.ipynb #54001b1b
 def _check_levels(levels):
     "Levels in ascending order, each once; rounded to 7 digits, so that 3 * 0.1, 0.3 and float32's 0.3 are one level."
     found = np.atleast_1d(np.asarray(levels)).ravel()
-    if found.dtype.kind not in 'iuf': raise TypeError(f"levels: expected numbers such as [0, 0.02, 0.05], got {levels!r}")
+    if found.dtype.kind not in 'iuf':
+        raise TypeError(f"levels: expected numbers such as [0, 0.02, 0.05], got {levels!r}")
     bad = [float(l) for l in found if not (math.isfinite(l) and l >= 0)]
     if bad: raise ValueError(f"levels: expected finite numbers of at least 0, got {bad}")
     if not len(found): raise ValueError("levels: expected at least one noise level, got none")
     return sorted({float(f'{l:.7g}') + 0. for l in found})
 
+# %% ../../nbs/measure/08_sweeps.ipynb #8a1c3413
 def _check_law(law, levels):
     if isinstance(law, type) or not callable(law) or not callable(getattr(law, 'at', None)):
         what = f"the class {law.__name__}; make one: {law.__name__}()" if isinstance(law, type) else repr(law)
@@ -77,10 +82,13 @@ class _Grid:
     "Everything that a sweep needs, checked and ready."
     def __init__(self, models, dl, law, levels, draws, where, seed, ignore_index, class_names, cache_mb):
         self.models, self.levels = models, _check_levels(levels)
-        self.draws, self.seed = _check_count('draws', draws, 1), _check_count('seed', seed, 0)
+        self.draws = _check_count('draws', draws, 1)
+        self.seed = _check_count('seed', seed, 0)
         _check_law(law, self.levels)
         self.law, self.where = law, as_selector(where)
-        self.wheres, self.reuse, self.kinds = {str(self.where): self.where}, {}, 1
+        self.wheres = {str(self.where): self.where}
+        self.reuse = {}
+        self.kinds = 1
         self.names = {key: [s.name for s in select(m, self.where)] for key, m in models.items()}
         self.batches, self.cache_mb = Batches(dl, cache_mb), cache_mb
         self.ignore_index = self.batches.ignore_index if ignore_index is None else ignore_index
@@ -90,9 +98,12 @@ class _Grid:
     def _find_classes(self, class_names):
         x, y = self.batches.first
         outs = {name: logits_of(m, x, y, f'model {name!r}') for (name, _), m in self.models.items()}
-        found = {name: max(o.shape[1], 2) for name, o in outs.items()}  # a single channel is background against foreground
-        if len(set(found.values())) > 1: raise ValueError(f"models: expected the same number of classes from each, got {found}")
-        n, given = next(iter(found.values())), self.batches.vocab if class_names is None else class_names
+        # a single channel is background against foreground
+        found = {name: max(o.shape[1], 2) for name, o in outs.items()}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"models: expected the same number of classes from each, got {found}")
+        n = next(iter(found.values()))
+        given = self.batches.vocab if class_names is None else class_names
         classes = [str(i) for i in range(n)] if given is None else [str(c) for c in given]
         if len(classes) != n or len(set(classes)) != n:
             raise ValueError(f"class_names: expected {n} different names, one for each class of the models' output, "
@@ -112,31 +123,39 @@ def law_text(
 
 def _short(*names): return hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16]
 
+# %% ../../nbs/measure/08_sweeps.ipynb #350442c0
 def _fingerprint(grid):
     "What must be equal for two sweeps to share a store."
     def of(key, model): return {
         'weights': digest(*(t for t in model.state_dict().values() if isinstance(t, torch.Tensor))),
         'perturbed weights': _short(*grid.names[key])}
     models = {key[0] + (f' (training seed {key[1]})' if key[1] else ''): of(key, m) for key, m in grid.models.items()}
-    versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}  # for the reader; not compared
-    return dict(law=law_text(grid.law), where=str(grid.where), seed=grid.seed, ignore_index=grid.ignore_index, classes=grid.classes,
+    # for the reader; not compared
+    versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}
+    return dict(law=law_text(grid.law), where=str(grid.where), seed=grid.seed, ignore_index=grid.ignore_index,
+                classes=grid.classes,
                 data=grid.batches.fingerprint(), models=models, versions=versions, **how_made())
 
 # %% ../../nbs/measure/08_sweeps.ipynb #52b9a3f7
 def _cells(grid, wheres):
     "In the order of measurement: draws, then models, then weights, then levels."
-    return [Cell(*key, level, k, w) for k in range(grid.draws) for key in grid.models for w in wheres for level in grid.levels if level > 0 or k == 0]
+    return [Cell(*key, level, k, w) for k in range(grid.draws) for key in grid.models for w in wheres
+            for level in grid.levels if level > 0 or k == 0]
 
 def _draw_of(cell): return cell.where, cell.level > 0, cell.draw, cell.model, cell.train_seed
 
+# %% ../../nbs/measure/08_sweeps.ipynb #99cf05a3
 @patch
 def measure(self:_Grid, key, cells):
     "The rows of each of `cells`, which have one draw of one model in common."
     where, noise, draw, name, run = key
     model, selector = self.models[name, run], self.wheres[where]
-    if noise and (where, name, run) not in self.reuse: self.reuse[where, name, run] = Reuse(model, selector, self.cache_mb / self.kinds)
+    if noise and (where, name, run) not in self.reuse:
+        self.reuse[where, name, run] = Reuse(model, selector, self.cache_mb / self.kinds)
     kept = self.reuse[where, name, run] if noise else None
-    with perturbed(model, self.law, selector, draw_seed(self.seed, draw)) if noise else nullcontext() as clone, kept or nullcontext():
+    with perturbed(model, self.law, selector, draw_seed(self.seed,
+                                                        draw)) if noise else nullcontext(
+            ) as clone, kept or nullcontext():
         for cell in cells:
             if noise:
                 clone.rescale(cell.level)
@@ -144,16 +163,21 @@ def measure(self:_Grid, key, cells):
             found = scores(model, self.batches, self.classes, self.ignore_index, f'model {name!r}')
             yield [Row(name, run, law_text(self.law), where, cell.level, draw, self.seed, *s) for s in found]
 
+# %% ../../nbs/measure/08_sweeps.ipynb #975b6ff9
 def _run(grid, cells, rows, on, progress):
     "Measure those of `cells` that the store `rows` does not have."
     missing = [c for c in cells if c not in rows.cells]
     grid.kinds = len({(c.where, c.model, c.train_seed) for c in missing if c.level > 0}) or 1
-    run_jobs(grid, [(key, list(group)) for key, group in groupby(missing, _draw_of)], rows.add, on, progress, cell_text, rows.path)
+    run_jobs(grid, [(key, list(group)) for key, group in groupby(missing, _draw_of)], rows.add, on, progress,
+             cell_text, rows.path)
 
 # %% ../../nbs/measure/08_sweeps.ipynb #e61f41bb
 def noise_sweep(
-    models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
-    dl,  # batches (images, masks) or (images, labels), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
+    # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    models,
+    # batches (images, masks) or (images, labels), in the same order each time: a DataLoader, DataLoaders (their valid
+    # part), a list
+    dl,
     law,  # the noise law, such as MaxGaussian(); its own level does not matter
     levels,  # noise levels of at least 0, in the law's unit; include 0 for the clean scores
     draws: int = 10,  # noise draws for each level
@@ -161,7 +185,9 @@ def noise_sweep(
     seed: int = 0,  # fixes the noise: draw k is that of `draw_seed(seed, k)`
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes, more levels, draws or models extend
+    # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes, more levels, draws or
+    # models extend
+    store=None,
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size, and read anew for each cell beyond it
     on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
@@ -171,21 +197,25 @@ def noise_sweep(
     with untouched(models.values()):
         grid = _Grid(models, dl, law, levels, draws, where, seed, ignore_index, class_names, cache_mb)
         cells = _cells(grid, grid.wheres)
-        with Store(store, {'classes': grid.classes} if store is None else _fingerprint(grid)) as rows: _run(grid, cells, rows, on, progress)
+        with Store(store, {'classes': grid.classes} if store is None else _fingerprint(grid)) as rows:
+            _run(grid, cells, rows, on, progress)
     order = sorted(cells, key=lambda c: (list(models).index(c[:2]), c.level, c.draw))
     df = to_frame(chain.from_iterable(rows.cells.get(c, []) for c in order))
-    df.attrs['models'] = list(dict.fromkeys(name for name, _ in models))  # figures of a part of the rows keep each model's colour
+    # figures of a part of the rows keep each model's colour
+    df.attrs['models'] = list(dict.fromkeys(name for name, _ in models))
     return df
 
 # %% ../../nbs/measure/08_sweeps.ipynb #1ca37f43
 def _split(names, depth, limit):
-    "Groups of weight names by the first `depth` parts of their module's path; deeper where a group has more than `limit`."
+    ("Groups of weight names by the first `depth` parts of their module's path; deeper where a group has more than "
+     "`limit`.")
     groups = {}
     for n in names: groups.setdefault('.'.join(n.split('.')[:-1][:depth]), []).append(n)
     for label, group in groups.items():
         if len(group) > limit and any(n.count('.') > depth for n in group): yield from _split(group, depth + 1, limit)
         else: yield label, group
 
+# %% ../../nbs/measure/08_sweeps.ipynb #583f821c
 def stages(
     model: nn.Module,  # any module
     where=conv_and_norm,  # which weights to divide up
@@ -212,10 +242,12 @@ def _check_groups(groups, model, where):
         picked = set(as_selector(g).names(model))
         found[str(label)] = [n for n in all_names if n in picked]
         if not found[str(label)]:
-            raise ValueError(f"groups: {label!r} has none of the {len(all_names)} weights that where={as_selector(where)} selects, "
+            raise ValueError(f"groups: {label!r} has none of the {len(all_names)} weights that "
+                             f"where={as_selector(where)} selects, "
                              f"such as {all_names[0]!r}")
     return {label: _named(names, label) for label, names in found.items()}
 
+# %% ../../nbs/measure/08_sweeps.ipynb #f0c068c6
 def layer_sensitivity(
     model: nn.Module,  # the model; it comes out as it went in
     dl,  # batches (images, masks), as for `noise_sweep`
@@ -229,10 +261,13 @@ def layer_sensitivity(
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size
     name: str = 'model',  # how the rows call the model
-    store=None,  # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes, more groups, levels or draws extend
+    # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes, more groups, levels or
+    # draws extend
+    store=None,
     on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # as `noise_sweep`, with the columns group, depth (order of the groups) and n_weights
-    "Noise in one layer group at a time: what does each cost? The clean scores are there as group 'none', depth -1, level 0."
+    ("Noise in one layer group at a time: what does each cost? The clean scores are there as group 'none', depth -1, "
+     "level 0.")
     _check_law(law, [])
     if not law.level > 0: raise ValueError(f"law: expected a noise level above 0, got {law}")
     models, _ = _check_models({name: model}), as_place(on)
@@ -242,10 +277,13 @@ def layer_sensitivity(
         names = {g: selector.names(model) for g, selector in groups.items()}
         grid.wheres = {'none': Selector(lambda *a: False, 'none'), **groups}
         cells = [Cell(name, 0, 0., 0, 'none'), *_cells(grid, groups)]
-        kept = {'classes': grid.classes} if store is None else _fingerprint(grid) | {'groups': {g: _short(*n) for g, n in names.items()}}
+        kept = {'classes': grid.classes} if store is None else _fingerprint(grid) | {'groups': {g: _short(*n) for g,
+                n in names.items()}}
         with Store(store, kept) as rows: _run(grid, cells, rows, on, progress)
-    size, depth = {s.name: s.value().numel() for s in select(model, where)}, list(grid.wheres)
+    size = {s.name: s.value().numel() for s in select(model, where)}
+    depth = list(grid.wheres)
     order = sorted((c for c in cells if c in rows.cells), key=lambda c: (depth.index(c.where), c.draw))
     df = to_frame(chain.from_iterable(rows.cells[c] for c in order))
     weights = {'none': 0, **{g: sum(size[n] for n in own) for g, own in names.items()}}
-    return df.assign(group=df['where'], depth=[depth.index(g) - 1 for g in df['where']], n_weights=df['where'].map(weights))
+    return df.assign(group=df['where'], depth=[depth.index(g) - 1 for g in df['where']],
+                     n_weights=df['where'].map(weights))

@@ -20,42 +20,54 @@ from ..perturb.clone import HoldInterrupts, _as_generator
 
 # %% ../../nbs/nets/06_blocks.ipynb #17716396
 def _encoder_of(model):
-    "The part that turns images into maps: inside a wrapper (`.module`, a compiled model) and inside a segmentation network."
+    ("The part that turns images into maps: inside a wrapper (`.module`, a compiled model) and inside a segmentation "
+     "network.")
     if not isinstance(model, nn.Module): raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule): raise ValueError("a traced or scripted network can't be changed: pass the one that it was made from")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a traced or scripted network can't be changed: pass the one that it was made from")
     for part in ('module', '_orig_mod', 'encoder', 'backbone'):
         if isinstance(getattr(model, part, None), nn.Module): return _encoder_of(getattr(model, part))
     return model
 
+# %% ../../nbs/nets/06_blocks.ipynb #d1038e0c
 def _last_activation(block):
     "What a residual block applies to its sum; None for a module that is no residual block."
     if isinstance(block, ResBlock): return nn.functional.relu
-    if not hasattr(block, 'downsample') or not hasattr(block, 'conv1') or type(block).forward is nn.Module.forward: return None
+    if not hasattr(block, 'downsample') or not hasattr(block, 'conv1') or type(block).forward is nn.Module.forward:
+        return None
     names = ('act3' if hasattr(block, 'conv3') else 'act2', 'act', 'relu')   # timm's blocks, torchvision's
     return next((a for a in (getattr(block, n, None) for n in names) if isinstance(a, nn.Module)), None)
 
+# %% ../../nbs/nets/06_blocks.ipynb #78891f40
 def residual_blocks(
-    encoder: nn.Module,  # a ResNet of torchvision, timm or ours, or a network with one as .encoder or .backbone, wrapped or not
+    # a ResNet of torchvision, timm or ours, or a network with one as .encoder or .backbone, wrapped or not
+    encoder: nn.Module,
     unit: str = 'block',  # 'block': one entry a block ('layer2.1'); 'stage': one a stage ('layer2')
 ) -> dict[str, list[nn.Module]]:  # name -> its residual blocks, from the input to the output
     "The residual blocks of an encoder."
     if unit not in ('block', 'stage'): raise ValueError(f"unit= is 'block' or 'stage', got {unit!r}")
     encoder, found = _encoder_of(encoder), {}
     for name, m in encoder.named_modules():
-        if _last_activation(m) is not None: found.setdefault(name if unit == 'block' else name.rpartition('.')[0] or name, []).append(m)
-    if not found: raise ValueError(f"{type(encoder).__name__} has no residual blocks to switch off. ResNets have: resnet_encoder('resnet34'), "
+        if _last_activation(m) is not None:
+            found.setdefault(name if unit == 'block' else name.rpartition('.')[0] or name, []).append(m)
+    if not found:
+        raise ValueError(f"{type(encoder).__name__} has no residual blocks to switch off. ResNets have: "
+                         f"resnet_encoder('resnet34'), "
                                    "unet3plus_resnet34, deeplabv3plus, or a ResNet of timm")
     return found
 
 # %% ../../nbs/nets/06_blocks.ipynb #b0356d7e
 def draw_blocks(
     encoder: nn.Module,  # as in `residual_blocks`
-    unit: str = 'block',  # 'block': exactly one block, each as likely (the paper); 'stage': each stage with probability p, so maybe none (its code)
+    # 'block': exactly one block, each as likely (the paper); 'stage': each stage with probability p, so maybe none
+    # (its code)
+    unit: str = 'block',
     p: float = 0.25,  # probability of each stage, from 0 to 1; not used with unit='block'
     generator=None,  # torch.Generator, a seed, or None for torch's global generator
 ) -> list[str]:  # names, as in `residual_blocks`
     "Draw what is to be switched off in one pass."
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1: raise ValueError(f"p= is a probability from 0 to 1, got {p!r}")
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"p= is a probability from 0 to 1, got {p!r}")
     names, generator = list(residual_blocks(encoder, unit)), _as_generator(generator)
     device = 'cpu' if generator is None else generator.device
     if unit == 'block': return [names[int(torch.randint(len(names), (), generator=generator, device=device))]]
@@ -72,13 +84,16 @@ def _wear(module):
     module.__class__ = cls
     if not changes: del _changed[module]
 
+# %% ../../nbs/nets/06_blocks.ipynb #9fbcd854
 class _Context:
-    "Changes some modules from `__enter__` to `__exit__`, whatever happens in between; Ctrl-C waits while it is half done."
+    ("Changes some modules from `__enter__` to `__exit__`, whatever happens in between; Ctrl-C waits while it is half "
+     "done.")
     def __init__(self): self.hold, self._done = HoldInterrupts(), None
 
     @HoldInterrupts.within
     def __enter__(self):
-        if self._done is not None: raise RuntimeError(f"this {type(self).__name__} is entered already: make another one to nest it")
+        if self._done is not None:
+            raise RuntimeError(f"this {type(self).__name__} is entered already: make another one to nest it")
         self.hold.install()
         self._done = []   # what is changed by now
         try:
@@ -92,9 +107,11 @@ class _Context:
             if self._done is None: self.hold.release()
 
     def _do(self, module, change):
-        "Change a module's class by `change(class) -> class`; each call needs a `change` of its own, by which it is taken away again."
+        ("Change a module's class by `change(class) -> class`; each call needs a `change` of its own, by which it is "
+         "taken away again.")
         if 'forward' in vars(module):
-            raise ValueError(f"forward of this {type(module).__name__} was replaced on the instance, which hides the class's: take that away first")
+            raise ValueError(f"forward of this {type(module).__name__} was replaced on the instance, which hides the "
+                             f"class's: take that away first")
         self._done.append((module, change))
         _changed.setdefault(module, (type(module), []))[1].append(change)
         _wear(module)
@@ -126,51 +143,69 @@ def _without_branch(cls): return type(cls.__name__, (cls,), {'forward': _shortcu
 
 # %% ../../nbs/nets/06_blocks.ipynb #e7743322
 class deactivated(_Context):
-    "Inside, some residual blocks output the activation of their shortcut, without their branch (MLPMatch's network perturbation, arXiv 2411.05307)."
+    ("Inside, some residual blocks output the activation of their shortcut, without their branch (MLPMatch's network "
+     "perturbation, arXiv 2411.05307).")
     def __init__(self,
-        encoder: nn.Module,  # as in `residual_blocks`; give the whole network, so that batch_norm= holds for its decoder too
+        # as in `residual_blocks`; give the whole network, so that batch_norm= holds for its decoder too
+        encoder: nn.Module,
         block=None,  # a name, an index, a list of them, or None to draw with `draw_blocks`
         unit: str = 'block',  # 'block' (the paper) or 'stage' (its code)
         p: float = 0.25,  # for a draw with unit='stage'
         generator=None,  # for a draw: torch.Generator, a seed, or None for torch's global generator
-        batch_norm: str = 'frozen',  # 'frozen': running statistics don't move inside; 'update': they do, as in the published code
+        # 'frozen': running statistics don't move inside; 'update': they do, as in the published code
+        batch_norm: str = 'frozen',
     ):
         super().__init__()
-        if batch_norm not in ('frozen', 'update'): raise ValueError(f"batch_norm= is 'frozen' or 'update', got {batch_norm!r}")
-        self.encoder, self.units, self.batch_norm, self._kept = encoder, residual_blocks(encoder, unit), batch_norm, []
+        if batch_norm not in ('frozen', 'update'):
+            raise ValueError(f"batch_norm= is 'frozen' or 'update', got {batch_norm!r}")
+        self.encoder = encoder
+        self.units = residual_blocks(encoder, unit)
+        self.batch_norm = batch_norm
+        self._kept = []
         self.draw = lambda: draw_blocks(encoder, unit, p, generator)
-        self.names = None if block is None else [_name(b, list(self.units), unit) for b in (block if isinstance(block, (list, tuple)) else [block])]
+        self.names = None if block is None else [_name(b, list(self.units), unit)
+                                                 for b in (block if isinstance(block, (list, tuple)) else [block])]
 
     def _begin(self):
         names = self.draw() if self.names is None else self.names
         if self.batch_norm == 'frozen':
-            self._kept = [(b, b.clone()) for m in self.encoder.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+            self._kept = [(b, b.clone()) for m in self.encoder.modules() if isinstance(m, _NormBase)
+                          for b in m.buffers(recurse=False)]
         for n in names:
             for b in self.units[n]: self._do(b, lambda cls: _without_branch(cls))   # each its own
         return list(names)
 
     def _undo(self):
         super()._undo()
-        for b, old in self._kept: b.data.copy_(old)   # .data: a backward pass that is still to come holds on to these buffers, but doesn't use them
+        # .data: a backward pass that is still to come holds on to these buffers, but doesn't use them
+        for b, old in self._kept: b.data.copy_(old)
         self._kept = []
 
+# %% ../../nbs/nets/06_blocks.ipynb #a9212b9f
 def _name(block, names, unit):
     if isinstance(block, str) and block in names: return block
     if isinstance(block, int) and not isinstance(block, bool) and 0 <= block < len(names): return names[block]
-    raise ValueError(f"there is no {unit} {block!r}: give a name or an index from 0 to {len(names) - 1}, of {', '.join(names)}")
+    raise ValueError(f"there is no {unit} {block!r}: give a name or an index from 0 to {len(names) - 1}, of "
+                     f"{', '.join(names)}")
 
 # %% ../../nbs/nets/06_blocks.ipynb #b670b97f
 class feature_dropout(_Context):
     "Inside, an encoder's maps lose channels at random (UniMatch's feature perturbation, arXiv 2208.09910)."
     def __init__(self,
         model: nn.Module,  # an encoder, or a network with one as .encoder or .backbone, wrapped or not
-        p: float = 0.5,  # probability that a channel is dropped, from 0 to below 1; the others are multiplied by 1 / (1 - p)
+        # probability that a channel is dropped, from 0 to below 1; the others are multiplied by 1 / (1 - p)
+        p: float = 0.5,
         generator=None,  # torch.Generator, a seed, or None for torch's global generator
-        beside: bool = True,  # keep the clean maps and append the dropped ones to the batch: of 2b outputs the first b are clean
+        # keep the clean maps and append the dropped ones to the batch: of 2b outputs the first b are clean
+        beside: bool = True,
     ):
         super().__init__()
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1: raise ValueError(f"p= is a probability from 0 to below 1, got {p!r}")
-        self.encoder, self.p, self.generator, self.beside = _encoder_of(model), p, _as_generator(generator), beside
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+            raise ValueError(f"p= is a probability from 0 to below 1, got {p!r}")
+        self.encoder = _encoder_of(model)
+        self.p = p
+        self.generator = _as_generator(generator)
+        self.beside = beside
 
     def _begin(self): self._do(self.encoder, self._dropping)
 
@@ -183,7 +218,8 @@ class feature_dropout(_Context):
         if isinstance(maps, (list, tuple)): return type(maps)(self._drop(m) for m in maps)
         if not isinstance(maps, Tensor) or maps.ndim != 4:
             got = f"a tensor of shape {tuple(maps.shape)}" if isinstance(maps, Tensor) else repr(maps)
-            raise ValueError(f"feature_dropout needs an encoder's maps (batch, channels, height, width), got {got}: pass the encoder, or a network with one")
+            raise ValueError(f"feature_dropout needs an encoder's maps (batch, channels, height, width), got {got}: "
+                             f"pass the encoder, or a network with one")
         device = maps.device if self.generator is None else self.generator.device
         keep = torch.empty(*maps.shape[:2], 1, 1, device=device).bernoulli_(1 - self.p, generator=self.generator)
         dropped = maps * (keep / (1 - self.p)).to(maps)

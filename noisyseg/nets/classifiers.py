@@ -15,7 +15,8 @@ from .unet3plus import FACTORIES, _factory  # noqa: F401  the same list of facto
 
 # %% ../../nbs/nets/05_classifiers.ipynb #b3b10114
 class PadShortcut(nn.Module):
-    "Every `stride`-th pixel, and channels of zeros on both sides: a shortcut without weights (arXiv 1512.03385, section 3.3, option A)."
+    ("Every `stride`-th pixel, and channels of zeros on both sides: a shortcut without weights (arXiv 1512.03385, "
+     "section 3.3, option A).")
     def __init__(self,
         in_channels: int,  # channels that come in
         out_channels: int,  # channels that go out, as many or more
@@ -28,6 +29,7 @@ class PadShortcut(nn.Module):
         before = self.new // 2
         return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, before, self.new - before))
 
+# %% ../../nbs/nets/05_classifiers.ipynb #f9f46caf
 class ResBlock(nn.Module):
     "Two 3×3 convolutions with batch norm, and a shortcut around them (arXiv 1512.03385, figure 2)."
     def __init__(self,
@@ -37,11 +39,15 @@ class ResBlock(nn.Module):
         shortcut: str,  # 'A' or 'B', where the shape changes
     ):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels)
-        self.conv2, self.bn2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False), nn.BatchNorm2d(out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
         if stride == 1 and in_channels == out_channels: self.downsample = nn.Identity()
         elif shortcut == 'A': self.downsample = PadShortcut(in_channels, out_channels, stride)
-        else: self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+        else:
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                                            nn.BatchNorm2d(out_channels))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -58,15 +64,23 @@ class SmallResNet(nn.Module):
         shortcut: str = 'A',  # where the shape changes: 'A' has no weights, 'B' is a 1×1 convolution
     ):
         super().__init__()
-        if shortcut not in ('A', 'B'): raise ValueError(f"shortcut= is 'A' (no weights) or 'B' (a 1×1 convolution), got {shortcut!r}")
-        for name, v in (('n_classes', n_classes), ('in_channels', in_channels), ('width', width), *(('blocks', b) for b in blocks)):
-            if not isinstance(v, int) or isinstance(v, bool) or v < 1: raise ValueError(f"{name}= takes whole numbers of at least 1, got {v!r}")
+        if shortcut not in ('A', 'B'):
+            raise ValueError(f"shortcut= is 'A' (no weights) or 'B' (a 1×1 convolution), got {shortcut!r}")
+        for name, v in (('n_classes', n_classes), ('in_channels', in_channels), ('width', width),
+                        *(('blocks', b) for b in blocks)):
+            if not isinstance(v, int) or isinstance(v, bool) or v < 1:
+                raise ValueError(f"{name}= takes whole numbers of at least 1, got {v!r}")
         if not blocks: raise ValueError("blocks= has the number of blocks of each stage, such as (3, 3, 3); got none")
-        self.n_classes, self.in_channels, self.stages = n_classes, in_channels, [f'layer{i + 1}' for i in range(len(blocks))]
-        self.conv1, self.bn1, before = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), width
+        self.n_classes = n_classes
+        self.in_channels = in_channels
+        self.stages = [f'layer{i + 1}' for i in range(len(blocks))]
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        before = width
         for i, (name, n) in enumerate(zip(self.stages, blocks)):
             out = width * 2**i
-            setattr(self, name, nn.Sequential(*(ResBlock(out if j else before, out, 2 if i and not j else 1, shortcut) for j in range(n))))
+            setattr(self, name, nn.Sequential(*(ResBlock(out if j else before, out, 2 if i and not j else 1, shortcut)
+                                                for j in range(n))))
             before = out
         self.fc = nn.Linear(before, n_classes)
         for m in self.modules():
@@ -93,6 +107,7 @@ def resnet20(
     "ResNet-20 for CIFAR (arXiv 1512.03385, section 4.2, n = 3): 0.27 million weights."
     return SmallResNet(n_classes, in_channels, (3, 3, 3), width, shortcut)
 
+# %% ../../nbs/nets/05_classifiers.ipynb #5526f694
 @_factory
 def resnet18_small(
     n_classes: int = 10,  # number of classes
@@ -100,5 +115,6 @@ def resnet18_small(
     shortcut: str = 'B',  # 'B' is a 1×1 convolution (as in ImageNet's ResNet-18), 'A' has no weights
     width: int = 64,  # channels of the first stage; 64 as published
 ) -> SmallResNet:
-    "ResNet-18 (arXiv 1512.03385, table 1) with a 3×3 stem of stride 1 and no pooling, for images of 32 pixels: 11.2 million weights."
+    ("ResNet-18 (arXiv 1512.03385, table 1) with a 3×3 stem of stride 1 and no pooling, for images of 32 pixels: 11.2 "
+     "million weights.")
     return SmallResNet(n_classes, in_channels, (2, 2, 2, 2), width, shortcut)

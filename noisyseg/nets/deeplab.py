@@ -26,16 +26,20 @@ def dilate(
     rate = 1
     for stage in {8: (encoder.layer3, encoder.layer4), 16: (encoder.layer4,), 32: ()}[output_stride]:
         convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
-        if not any(c.stride == (2, 2) for c in convs): raise ValueError(f"no stride to trade for output_stride={output_stride}: is it dilated already?")
+        if not any(c.stride == (2, 2) for c in convs):
+            raise ValueError(f"no stride to trade for output_stride={output_stride}: is it dilated already?")
         for conv in convs:
             strided, conv.stride = conv.stride == (2, 2), (1, 1)
-            if conv.kernel_size == (3, 3): conv.dilation = conv.padding = (rate if strided else 2 * rate,) * 2   # the strided one still sees the map before it
+            # the strided one still sees the map before it
+            if conv.kernel_size == (3, 3): conv.dilation = conv.padding = (rate if strided else 2 * rate,) * 2
         rate *= 2
     return encoder
 
 # %% ../../nbs/nets/04_deeplab.ipynb #feeaa224
-def _fusing(i, o, k): return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+def _fusing(i, o, k):
+    return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
+# %% ../../nbs/nets/04_deeplab.ipynb #6b915636
 class DeepLabV3Plus(nn.Module):
     "DeepLabV3+ (arXiv 1802.02611) on a ResNet: logits at the size of the images."
     def __init__(self,
@@ -47,11 +51,15 @@ class DeepLabV3Plus(nn.Module):
     ):
         super().__init__()
         for name, v in (('n_classes', n_classes), ('in_channels', in_channels)):
-            if not isinstance(v, int) or isinstance(v, bool) or v < 1: raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
-        self.n_classes, self.in_channels, self.encoder = n_classes, in_channels, dilate(encoder, output_stride)
+            if not isinstance(v, int) or isinstance(v, bool) or v < 1:
+                raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
+        self.n_classes = n_classes
+        self.in_channels = in_channels
+        self.encoder = dilate(encoder, output_stride)
         self.pyramid = ASPP(encoder.channels[-1], [k * 96 // output_stride for k in (1, 2, 3)])
         self.pyramid.project[-1].p = dropout
-        self.reduce, self.fuse = _fusing(encoder.channels[1], 48, 1), nn.Sequential(_fusing(256 + 48, 256, 3), _fusing(256, 256, 3))
+        self.reduce = _fusing(encoder.channels[1], 48, 1)
+        self.fuse = nn.Sequential(_fusing(256 + 48, 256, 3), _fusing(256, 256, 3))
         self.head = nn.Conv2d(256, n_classes, 1)
 
     def forward(self,
@@ -64,10 +72,12 @@ class DeepLabV3Plus(nn.Module):
         _, fine, *_, deep = self.encoder(x)
         norm = self.pyramid.convs[-1][2]   # of the mean of each image
         if len(deep) == 1 and norm.training and type(norm) is nn.BatchNorm2d:
-            raise ValueError("DeepLabV3+ trains on batches of at least 2 images, as it normalises each image's mean over the batch; got 1 (drop_last=True?)")
+            raise ValueError("DeepLabV3+ trains on batches of at least 2 images, as it normalises each image's mean "
+                             "over the batch; got 1 (drop_last=True?)")
         up = lambda m, like: F.interpolate(m, size=like.shape[-2:], mode='bilinear', align_corners=False)
         return up(self.head(self.fuse(torch.cat([self.reduce(fine), up(self.pyramid(deep), fine)], 1))), x)
 
+# %% ../../nbs/nets/04_deeplab.ipynb #20d46c72
 @_factory
 def deeplabv3plus(
     n_classes: int,  # number of classes, background included; 1 for a binary mask
@@ -78,4 +88,5 @@ def deeplabv3plus(
     **kwargs,  # for `DeepLabV3Plus`: dropout
 ) -> DeepLabV3Plus:
     "DeepLabV3+ on a torchvision ResNet."
-    return DeepLabV3Plus(resnet_encoder(encoder, in_channels, pretrained), n_classes, in_channels, output_stride, **kwargs)
+    return DeepLabV3Plus(resnet_encoder(encoder, in_channels, pretrained), n_classes, in_channels, output_stride,
+                         **kwargs)

@@ -24,17 +24,25 @@ from .fast.winograd import winograd_conv, winograd_wins
 
 # %% ../../nbs/nets/02_encoders.ipynb #a9fabb5f
 def _watched(*modules):
-    "Does somebody want to see one of these layers being called? A hook does, and so do those who record or transform the network."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True   # first: a compiler would stumble over what follows
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    ("Does somebody want to see one of these layers being called? A hook does, and so do those who record or transform "
+     "the network.")
+    # first: a compiler would stumble over what follows
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                 for m in modules)
     return hooked or _has_any_global_hook() or torch._C._functorch.peek_interpreter_stack() is not None
 
+# %% ../../nbs/nets/02_encoders.ipynb #a2224552
 def _shortcut(x, blocks):
-    "May these blocks' layers be computed without being called? On a CPU, when they are what they were made as and nobody watches."
-    return (not _watched(*(m for b in blocks for m in b)) and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled('cpu') and all(type(b.conv).forward is nn.Conv2d.forward and type(b.relu) is nn.ReLU for b in blocks)
+    ("May these blocks' layers be computed without being called? On a CPU, when they are what they were made as and "
+     "nobody watches.")
+    return (not _watched(*(m for b in blocks for m in b)) and x.device.type == 'cpu'
+            and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled('cpu') and all(type(b.conv).forward is nn.Conv2d.forward
+                                                             and type(b.relu) is nn.ReLU for b in blocks)
             and can_batch_norm_relu([b.bn for b in blocks]))
 
+# %% ../../nbs/nets/02_encoders.ipynb #d2b328ed
 class ConvBlock(nn.Sequential):
     "3×3 convolution, batch norm, ReLU."
     fast = False  # by Winograd's convolution where that wins
@@ -52,26 +60,33 @@ class ConvBlock(nn.Sequential):
         inplace: bool = False,  # nobody needs x any more: without autograd, its memory may be taken
     ) -> Tensor:  # (batch, out_channels, height, width) at stride 1
         c = self.conv
-        if not (self.fast and c.stride == (1, 1) and winograd_wins(x.shape, c.weight.shape) and _shortcut(x, [self])): return super().forward(x)
+        if not (self.fast and c.stride == (1, 1) and winograd_wins(x.shape, c.weight.shape) and _shortcut(x, [self])):
+            return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        if torch.is_grad_enabled() or self.training: return batch_norm_relu(winograd_conv(x, c.weight), [self.bn], [c.bias])
+        if torch.is_grad_enabled() or self.training:
+            return batch_norm_relu(winograd_conv(x, c.weight), [self.bn], [c.bias])
         factor, bias = folded([self.bn], [c.bias])
         return winograd_conv(x, c.weight * factor.view(-1, 1, 1, 1), bias, relu=True, inplace=inplace)
 
 # %% ../../nbs/nets/02_encoders.ipynb #366e2b17
 _BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known to work in both layouts
 
+# %% ../../nbs/nets/02_encoders.ipynb #3faf2254
 class _Encoder(nn.Module):
     "An encoder that defines `_maps`, and runs it in oneDNN's layout where that is possible."
     fast = True
     def forward(self, x):
         if not self.fast or _watched(*self.modules()): return self._maps(x)
         leaves = [m for m in self.modules() if not any(True for _ in m.children())]
-        blocked = (not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
-                   and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-                   and all(type(m) in _BLOCKED and not m.training and next(m.parameters(), x).dtype == torch.float32 for m in leaves))
+        blocked = (not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == 'cpu' and x.dtype
+                   == torch.float32 and x.numel() > 0
+                   and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
+                   and torch.backends.mkldnn.enabled
+                   and all(type(m) in _BLOCKED and not m.training and next(m.parameters(), x).dtype == torch.float32
+                           for m in leaves))
         return [m.to_dense() for m in self._maps(x.to_mkldnn())] if blocked else self._maps(x)
 
+# %% ../../nbs/nets/02_encoders.ipynb #e573c705
 class PlainEncoder(_Encoder):
     "The VGG-like encoder of the UNet3+ paper: two convolutions per level, max pooling between levels."
     def __init__(self,
@@ -81,8 +96,11 @@ class PlainEncoder(_Encoder):
         bias: bool = True,  # biases in the convolutions
     ):
         super().__init__()
-        self.channels, ins, strides = list(filters), [in_channels, *filters[:-1]], [stem_stride] + [1] * (len(filters) - 1)
-        self.levels = nn.ModuleList([nn.Sequential(ConvBlock(i, o, s, bias), ConvBlock(o, o, bias=bias)) for i, o, s in zip(ins, filters, strides)])
+        self.channels = list(filters)
+        ins = [in_channels, *filters[:-1]]
+        strides = [stem_stride] + [1] * (len(filters) - 1)
+        self.levels = nn.ModuleList([nn.Sequential(ConvBlock(i, o, s, bias), ConvBlock(o, o, bias=bias)) for i, o,
+                                     s in zip(ins, filters, strides)])
 
     def _maps(self, x):
         maps = []
@@ -98,10 +116,13 @@ class ResNetEncoder(_Encoder):
         resnet: torchvision.models.ResNet,  # any of torchvision's ResNets
     ):
         super().__init__()
-        if not isinstance(resnet, torchvision.models.ResNet): raise TypeError(f"expected a torchvision ResNet, got {type(resnet).__name__}")
-        for name in ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'): setattr(self, name, getattr(resnet, name))
+        if not isinstance(resnet, torchvision.models.ResNet):
+            raise TypeError(f"expected a torchvision ResNet, got {type(resnet).__name__}")
+        for name in ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'):
+            setattr(self, name, getattr(resnet, name))
         width = lambda stage: (stage[-1].bn3 if hasattr(stage[-1], 'bn3') else stage[-1].bn2).num_features
-        self.channels = [self.bn1.num_features, *(width(s) for s in (self.layer1, self.layer2, self.layer3, self.layer4))]
+        self.channels = [self.bn1.num_features, *(width(s) for s in (self.layer1, self.layer2, self.layer3,
+                self.layer4))]
 
     def _maps(self, x):
         maps = [self.relu(self.bn1(self.conv1(x)))]
@@ -115,20 +136,25 @@ class ResNetEncoder(_Encoder):
 def resnet_encoder(
     name: str = 'resnet34',  # any torchvision ResNet, by its name
     in_channels: int = 3,  # channels of the images
-    pretrained: bool = False,  # start from ImageNet weights; when they can't be had, a warning says so and the weights are random
+    # start from ImageNet weights; when they can't be had, a warning says so and the weights are random
+    pretrained: bool = False,
 ) -> ResNetEncoder:
-    "A ResNet encoder by name. With other than 3 channels the pretrained first kernel is averaged over colour and repeated, and keeps its scale."
-    names = [n for n in torchvision.models.list_models(module=torchvision.models) if n.startswith(('resnet', 'resnext', 'wide_resnet'))]
+    ("A ResNet encoder by name. With other than 3 channels the pretrained first kernel is averaged over colour and "
+     "repeated, and keeps its scale.")
+    names = [n for n in torchvision.models.list_models(module=torchvision.models)
+             if n.startswith(('resnet', 'resnext', 'wide_resnet'))]
     if name not in names: raise ValueError(f"no torchvision ResNet is called {name!r}; there are {', '.join(names)}")
     net, loaded = None, False
     if pretrained:
         try:   # tensors only: whatever lies in the cache of downloads, nothing in it is executed
-            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True, weights_only=True)
+            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True,
+                    weights_only=True)
             net, loaded = torchvision.models.get_model(name, weights=None), True
             net.load_state_dict(state)
         except (URLError, OSError, RuntimeError, UnpicklingError) as e:
             net, loaded = None, False
-            warnings.warn(f"ImageNet weights for {name} can't be had ({e}); starting from random weights. With a network they download once; "
+            warnings.warn(f"ImageNet weights for {name} can't be had ({e}); starting from random weights. With a "
+                          f"network they download once; "
                           f"pretrained=False says that random weights are what you want", stacklevel=2)
     net = net or torchvision.models.get_model(name, weights=None)
     if in_channels != 3:
@@ -145,10 +171,14 @@ def slim_resnet_encoder(
 ) -> ResNetEncoder:
     "A ResNet encoder with fewer channels, from random weights."
     net = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
-    net.inplanes, net.conv1, net.bn1 = width, nn.Conv2d(in_channels, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-    for i, n in enumerate(layers): setattr(net, f'layer{i + 1}', net._make_layer(BasicBlock, width * 2**i, n, 1 + (i > 0)))
+    net.inplanes = width
+    net.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+    net.bn1 = nn.BatchNorm2d(width)
+    for i, n in enumerate(layers):
+        setattr(net, f'layer{i + 1}', net._make_layer(BasicBlock, width * 2**i, n, 1 + (i > 0)))
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')   # as torchvision does
+        # as torchvision does
+        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return ResNetEncoder(net)
 
 # %% ../../nbs/nets/02_encoders.ipynb #957b0c7d

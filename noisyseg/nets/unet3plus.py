@@ -13,18 +13,17 @@ __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'u
 import inspect, math, re
 from contextlib import contextmanager
 from functools import wraps
-
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as run_checkpointed
-
 from .fast.bnrelu import batch_norm_relu, folded
 from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder, slim_resnet_encoder  # noqa: F401
 from .fast.upconv import _by_taps, _new, _taps_gradients, conv_of_upsampled, taps_win
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #238a9f6c
 _all_ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #1213134e
@@ -34,12 +33,14 @@ def pool_to(
 ) -> Tensor:  # (batch, channels, *size)
     "Max-pool a feature map to a size: strided where the sizes allow it, adaptively elsewhere."
     (h, w), (th, tw) = x.shape[-2:], size
-    # Levels differ by powers of two, so those come first: at odd sizes another window can fit too, and is not the published one.
+    # Levels differ by powers of two, so those come first: at odd sizes another window can fit too, and is not the
+    # published one.
     for k, ceil in (*((2**i, True) for i in range(1, 12)), (math.ceil(h / th), True), (h // th, False)):
         n = (lambda s: math.ceil(s / k)) if ceil else (lambda s: s // k)
         if (n(h), n(w)) == (th, tw): return F.max_pool2d(x, k, k, ceil_mode=ceil)
     return F.adaptive_max_pool2d(x, size)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #e7a90583
 def resize_to(
     x: Tensor,  # feature map, (batch, channels, height, width)
     size: tuple[int, int],  # the (height, width) wanted
@@ -52,8 +53,10 @@ def resize_to(
     return F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners)
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #a96dbd52
-_SAME = (1, 1), (1, 1), (1, 1), False, (0, 0), 1   # a 3×3 convolution that keeps the size, as `convolution_backward` wants to hear it
+# a 3×3 convolution that keeps the size, as `convolution_backward` wants to hear it
+_SAME = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #ef7d4ef0
 class _Branches(torch.autograd.Function):
     "Convolutions of several maps, by taps where a map must be enlarged first, as one map."
     @staticmethod
@@ -70,17 +73,24 @@ class _Branches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        saved, needed, last = ctx.saved_tensors, ctx.needs_input_grad[1:], torch.channels_last
+        saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        last = torch.channels_last
         n, grads = len(saved) // 2, [None] * len(saved)
         for i, part in enumerate(g.split([*map(len, saved[n:])], 1)):
-            x, w, which = saved[i], saved[n + i], (needed[i], needed[n + i])
+            x = saved[i]
+            w = saved[n + i]
+            which = (needed[i], needed[n + i])
             if x.shape[2:] != g.shape[2:]: grads[i::n] = _taps_gradients(x, w, part, False, which)
-            else: grads[i::n] = torch.ops.aten.convolution_backward(part.contiguous(memory_format=last), x, w, None, *_SAME, (*which, False))[:2]
+            else:
+                grads[i::n] = torch.ops.aten.convolution_backward(part.contiguous(memory_format=last), x, w, None,
+                                                                  *_SAME, (*which, False))[:2]
         return None, *grads
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #0121aa32
 class Level(nn.Module):
-    "One decoder level: every source to this level's size and to `width` channels, concatenated and fused (arXiv 2004.08790, eq. 1)."
+    ("One decoder level: every source to this level's size and to `width` channels, concatenated and fused (arXiv "
+     "2004.08790, eq. 1).")
     def __init__(self,
         sources: list[int],  # channels of each source, finest first
         index: int,  # which of the sources has this level's size
@@ -108,30 +118,36 @@ class Level(nn.Module):
         "One branch."
         finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
         if self.after and not finer: return resize_to(block(x), size, align_corners=True)
-        if finer or not self.fast or _watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward: return block(resize_to(x, size))
+        if finer or not self.fast or _watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward:
+            return block(resize_to(x, size))
         return block.relu(block.bn(self._conv(x, block.conv.weight, block.conv.bias, size)))
 
     def _together(self, maps, size):
         "All branches, those of this size normalised at once."
         n = self.index + 1 if self.after else len(maps)
-        last, blocks = lambda x: x.contiguous(memory_format=torch.channels_last), self.branches[:n]
+        last = lambda x: x.contiguous(memory_format=torch.channels_last)
+        blocks = self.branches[:n]
         norms, biases = [b.bn for b in blocks], [b.conv.bias for b in blocks]
         if torch.is_grad_enabled() or self.training:
-            enlarge = lambda b, x: x.shape[2] <= size[0] and x.shape[3] <= size[1] and taps_win(x.shape, b.conv.weight.shape, size)
+            enlarge = lambda b, x: x.shape[2] <= size[0] and x.shape[3] <= size[1] and taps_win(x.shape,
+                    b.conv.weight.shape, size)
             sources = [last(x if enlarge(b, x) else resize_to(x, size)) for b, x in zip(blocks, maps)]
             here = batch_norm_relu(_Branches.apply(size, *sources, *(b.conv.weight for b in blocks)), norms, biases)
         else:   # each convolution does its batch norm and ReLU, and writes into the concatenation
             widths, (factor, bias) = [b.num_features for b in norms], folded(norms, biases)
             here = maps[0].new_empty(len(maps[0]), *size, sum(widths)).permute(0, 3, 1, 2)
-            for b, x, f, shift, out in zip(blocks, maps, factor.split(widths), bias.split(widths), here.split(widths, 1)):
+            for b, x, f, shift, out in zip(blocks, maps, factor.split(widths), bias.split(widths),
+                                           here.split(widths, 1)):
                 self._conv(x, b.conv.weight * f.view(-1, 1, 1, 1), shift, size, relu=True, out=out)
-        return torch.cat([here, *(last(self._source(b, x, size)) for b, x in zip(self.branches[n:], maps[n:]))], 1) if n < len(maps) else here
+        return torch.cat([here, *(last(self._source(b, x, size)) for b, x in zip(self.branches[n:], maps[n:]))],
+                         1) if n < len(maps) else here
 
     def forward(self, maps):
         size = tuple(maps[self.index].shape[-2:])
         if self.fast and _shortcut(maps[self.index], self.branches): x = self._together(maps, size)
         else: x = torch.cat([self._source(b, m, size) for b, m in zip(self.branches, maps)], 1)
-        mine = type(self.fuse) is ConvBlock and not torch.is_grad_enabled() and not _watched(self.dropout, self.fuse)   # nobody else has seen this map
+        # nobody else has seen this map
+        mine = type(self.fuse) is ConvBlock and not torch.is_grad_enabled() and not _watched(self.dropout, self.fuse)
         return self.fuse(self.dropout(x), inplace=True) if mine else self.fuse(self.dropout(x))
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #ca9f309d
@@ -139,7 +155,8 @@ def gate(
     logits: Tensor,  # class logits, (batch, classes, height, width)
     presence: Tensor,  # presence logits, (batch, classes)
 ) -> Tensor:  # gated logits, same shape as logits
-    "Multiply each class's probability by the probability that the class is present at all (the classification-guided module, for any number of classes)."
+    ("Multiply each class's probability by the probability that the class is present at all (the classification-guided "
+     "module, for any number of classes).")
     log_there = F.logsigmoid(presence)[..., None, None]
     if logits.shape[1] > 1: return logits + log_there
     log_p = F.logsigmoid(logits) + log_there   # one class: the logit of a product of two probabilities
@@ -147,37 +164,50 @@ def gate(
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #d8b80807
 class UNet3Plus(nn.Module):
-    "UNet 3+ (arXiv 2004.08790) on any encoder: logits in evaluation mode, a list of logits (finest first) in training mode with deep supervision."
+    ("UNet 3+ (arXiv 2004.08790) on any encoder: logits in evaluation mode, a list of logits (finest first) in "
+     "training mode with deep supervision.")
     def __init__(self,
         encoder: nn.Module,  # images -> list of feature maps, finest first
         n_classes: int,  # number of classes, background included; 1 for a binary mask
         width: int = 64,  # channels per source in the decoder; 64 as published
-        upsample: str = 'before',  # coarse maps are upsampled 'before' (the paper) or 'after' (the weight-perturbation code) their convolution
+        # coarse maps are upsampled 'before' (the paper) or 'after' (the weight-perturbation code) their convolution
+        upsample: str = 'before',
         deep_supervision: bool = True,  # a head on every level
         cgm: bool = False,  # the classification-guided module
         compress: tuple = None,  # reduce the encoder's maps to these channels by 1×1 convolutions first
         dropout: float = 0.,  # before each fusion
         bias: bool = True,  # biases in the decoder's convolutions, as in the authors' code
         in_channels: int = 3,  # channels of the images
-        checkpoint: bool = False,  # in training, keep of each decoder level only what comes in, and compute the rest again backwards: less memory, more time
-        decoder: str = 'fast',  # 'fast': on a CPU, convolutions by taps and by Winograd, the same to within rounding; 'plain': as they are written
+        # in training, keep of each decoder level only what comes in, and compute the rest again backwards: less
+        # memory, more time
+        checkpoint: bool = False,
+        # 'fast': on a CPU, convolutions by taps and by Winograd, the same to within rounding; 'plain': as they are
+        # written
+        decoder: str = 'fast',
     ):
         super().__init__()
         if upsample not in ('before', 'after'): raise ValueError(f"upsample= is 'before' or 'after', got {upsample!r}")
         for name, v in (('n_classes', n_classes), ('width', width), ('in_channels', in_channels)):
             if not isinstance(v, int) or v < 1: raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
         channels = _encoder_channels(encoder, in_channels)
-        if len(channels) < 2: raise ValueError(f"UNet3+ needs an encoder with at least 2 feature maps, got {len(channels)}")
+        if len(channels) < 2:
+            raise ValueError(f"UNet3+ needs an encoder with at least 2 feature maps, got {len(channels)}")
         if compress is not None and len(compress) != len(channels):
-            raise ValueError(f"compress= needs one number for each of the encoder's {len(channels)} maps, got {compress!r}")
-        self.n_classes, self.in_channels, self.align_corners = n_classes, in_channels, upsample == 'after'
+            raise ValueError(f"compress= needs one number for each of the encoder's {len(channels)} maps, got "
+                             f"{compress!r}")
+        self.n_classes = n_classes
+        self.in_channels = in_channels
+        self.align_corners = upsample == 'after'
         self.encoder, self.checkpoint = encoder, checkpoint
         self.compress = nn.ModuleList([nn.Conv2d(c, o, 1) for c, o in zip(channels, compress)]) if compress else None
         channels, n = list(compress or channels), len(channels)
         wide = width * n
-        self.decoder = nn.ModuleList([Level(channels[:i + 1] + [wide] * (n - 2 - i) + channels[-1:], i, width, upsample, dropout, bias) for i in range(n - 1)])
-        self.heads = nn.ModuleList([nn.Conv2d(wide if i < n - 1 else channels[-1], n_classes, 3, padding=1) for i in range(n if deep_supervision else 1)])
-        self.presence = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(channels[-1], n_classes, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten()) if cgm else None
+        self.decoder = nn.ModuleList([Level(channels[:i + 1] + [wide] * (n - 2 - i) + channels[-1:], i, width,
+                                            upsample, dropout, bias) for i in range(n - 1)])
+        self.heads = nn.ModuleList([nn.Conv2d(wide if i < n - 1 else channels[-1], n_classes, 3, padding=1)
+                                    for i in range(n if deep_supervision else 1)])
+        self.presence = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(channels[-1], n_classes, 1), nn.AdaptiveMaxPool2d(1),
+                                      nn.Flatten()) if cgm else None
         self._init()
         self.set_decoder(decoder)
 
@@ -200,6 +230,7 @@ def set_decoder(self:UNet3Plus,
     if isinstance(self.encoder, _Encoder): self.encoder.fast = decoder == 'fast'
     return self
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #eb99831f
 @patch
 def maps(self:UNet3Plus,
     x: Tensor,  # images, (batch, in_channels, height, width), normalised
@@ -214,19 +245,24 @@ def maps(self:UNet3Plus,
     if x.device.type == 'cpu' and self.decoder[0].fast and not _watched():   # pooling is faster with channels last, too
         maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
     smaller = _pyramid(maps)
-    run = _checkpointed if self.checkpoint and self.training and torch.is_grad_enabled() else lambda level, maps: level(maps)
-    for i in reversed(range(len(maps) - 1)): maps[i] = run(self.decoder[i], smaller[i] + maps[i:])   # from i on they are the decoder's
+    run = _checkpointed if self.checkpoint and self.training and torch.is_grad_enabled() else lambda level, maps: level(
+            maps)
+    # from i on they are the decoder's
+    for i in reversed(range(len(maps) - 1)): maps[i] = run(self.decoder[i], smaller[i] + maps[i:])
     return maps
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #64b5379b
 def _pyramid(maps):
     "For each level, all finer maps pooled to its size. Where a pooled map serves as well, the next is pooled from it."
     levels = [[]]
     for i in range(1, len(maps) - 1):
         size = tuple(maps[i].shape[-2:])
-        halved = all(m.shape[-2:] == (math.ceil(maps[0].shape[-2] / 2**j), math.ceil(maps[0].shape[-1] / 2**j)) for j, m in enumerate(maps[:i + 1]))
+        halved = all(m.shape[-2:] == (math.ceil(maps[0].shape[-2] / 2**j), math.ceil(maps[0].shape[-1] / 2**j)) for j,
+                     m in enumerate(maps[:i + 1]))
         levels.append([pool_to(m, size) for m in ((levels[-1] + [maps[i - 1]]) if halved else maps[:i])])
     return levels
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #b9127e85
 @contextmanager
 def _statistics_kept(module):
     "Batch norms that see a batch for the second time are not to learn from it again."
@@ -235,6 +271,7 @@ def _statistics_kept(module):
     finally:
         for b, old in kept: b.copy_(old)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #b1f96f46
 def _checkpointed(level, maps):
     again = False
     def run(*maps):
@@ -245,15 +282,19 @@ def _checkpointed(level, maps):
         with _statistics_kept(level): return level(maps)
     return run_checkpointed(run, *maps, use_reentrant=False)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #0d1cf029
 @patch
 def forward(self:UNet3Plus,
     x: Tensor,  # images, (batch, in_channels, height, width), normalised; any height and width
     all_levels: bool = None,  # return every head's logits; by default in training mode with deep supervision
-):  # logits (batch, n_classes, height, width), or a list of them; with cgm and all levels, (list, presence logits (batch, n_classes))
+# logits (batch, n_classes, height, width), or a list of them; with cgm and all levels, (list, presence logits (batch,
+# n_classes))
+):
     "Segment a batch of images."
     size, maps = x.shape[-2:], self.maps(x)
     every = (self.training and len(self.heads) > 1) if all_levels is None else all_levels
-    out = [F.interpolate(h(m), size=size, mode='bilinear', align_corners=self.align_corners) if m.shape[-2:] != size else h(m)
+    out = [F.interpolate(h(m), size=size, mode='bilinear', align_corners=self.align_corners) if m.shape[-2:] != size
+           else h(m)
            for h, m in zip(self.heads if every else self.heads[:1], maps)]
     if self.presence is None: return out if every else out[0]
     presence = self.presence(maps[-1])
@@ -263,6 +304,7 @@ def forward(self:UNet3Plus,
 # %% ../../nbs/nets/03_unet3plus.ipynb #e5ae5f71
 FACTORIES = {}
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #3d5a90ef
 def _factory(f):
     "Register a model factory and have its models remember how they were made."
     @wraps(f)
@@ -271,56 +313,81 @@ def _factory(f):
         bound.apply_defaults()
         model, recipe = f(*args, **kwargs), dict(bound.arguments)
         recipe |= recipe.pop('kwargs', {})
-        model.recipe = {'factory': f.__name__, 'args': {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()}}
+        model.recipe = {'factory': f.__name__, 'args': {k: list(v) if isinstance(v, tuple) else v for k,
+                                                        v in recipe.items()}}
         return model
     FACTORIES[f.__name__] = make
     return make
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #b65e4d96
 @_factory
 def unet3plus_paper(n_classes: int, in_channels: int = 3, width: int = 64, **kwargs) -> UNet3Plus:
     "UNet3+ as its paper draws it: VGG-like encoder with 64 to 1024 channels. `kwargs` go to `UNet3Plus`."
     return UNet3Plus(PlainEncoder(in_channels), n_classes, width, in_channels=in_channels, **kwargs)
 
 @_factory
-def unet3plus_resnet(n_classes: int, in_channels: int = 3, width: int = 64, encoder: str = 'resnet34', pretrained: bool = False, **kwargs) -> UNet3Plus:
+def unet3plus_resnet(n_classes: int, in_channels: int = 3, width: int = 64, encoder: str = 'resnet34',
+                     pretrained: bool = False, **kwargs) -> UNet3Plus:
     "UNet3+ on a torchvision ResNet. `kwargs` go to `UNet3Plus`."
-    return UNet3Plus(resnet_encoder(encoder, in_channels, pretrained), n_classes, width, in_channels=in_channels, **kwargs)
+    return UNet3Plus(resnet_encoder(encoder, in_channels, pretrained), n_classes, width, in_channels=in_channels,
+                     **kwargs)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #6a1bee6d
 @_factory
-def unet3plus_resnet34(n_classes: int, in_channels: int = 3, width: int = 64, pretrained: bool = True, **kwargs) -> UNet3Plus:
+def unet3plus_resnet34(n_classes: int, in_channels: int = 3, width: int = 64, pretrained: bool = True,
+                       **kwargs) -> UNet3Plus:
     "UNet3+ on a ResNet34, from ImageNet weights where they can be had. `kwargs` go to `UNet3Plus`."
-    return UNet3Plus(resnet_encoder('resnet34', in_channels, pretrained), n_classes, width, in_channels=in_channels, **kwargs)
+    return UNet3Plus(resnet_encoder('resnet34', in_channels, pretrained), n_classes, width, in_channels=in_channels,
+                     **kwargs)
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #790a773b
 @_factory
-def unet3plus_seed(n_classes: int, in_channels: int = 3, width: int = 64, pretrained: bool = True, **kwargs) -> UNet3Plus:
-    "As in 'Enhancing UNet3+ Robustness with Weight Perturbation': ResNet34, compressed maps, upsampling last. `kwargs` go to `UNet3Plus`."
+def unet3plus_seed(n_classes: int, in_channels: int = 3, width: int = 64, pretrained: bool = True,
+                   **kwargs) -> UNet3Plus:
+    ("As in 'Enhancing UNet3+ Robustness with Weight Perturbation': ResNet34, compressed maps, upsampling last. "
+     "`kwargs` go to `UNet3Plus`.")
     kwargs = dict(upsample='after', compress=(32, 64, 128, 256, 512), dropout=0.3, bias=False) | kwargs
-    return UNet3Plus(resnet_encoder('resnet34', in_channels, pretrained), n_classes, width, in_channels=in_channels, **kwargs)
+    return UNet3Plus(resnet_encoder('resnet34', in_channels, pretrained), n_classes, width, in_channels=in_channels,
+                     **kwargs)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #ae15c708
 @_factory
-def unet3plus_small(n_classes: int, in_channels: int = 3, width: int = 16, filters: tuple = (16, 32, 48, 64, 96), **kwargs) -> UNet3Plus:
-    "Half a million weights, five levels from half the resolution down: trains on a CPU in minutes. `kwargs` go to `UNet3Plus`."
-    return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width, in_channels=in_channels, **kwargs)
+def unet3plus_small(n_classes: int, in_channels: int = 3, width: int = 16, filters: tuple = (16, 32, 48, 64, 96),
+                    **kwargs) -> UNet3Plus:
+    ("Half a million weights, five levels from half the resolution down: trains on a CPU in minutes. `kwargs` go to "
+     "`UNet3Plus`.")
+    return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width,
+                     in_channels=in_channels, **kwargs)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #71c1f143
 @_factory
-def unet3plus_tiny(n_classes: int, in_channels: int = 3, width: int = 8, filters: tuple = (16, 24, 32, 48), **kwargs) -> UNet3Plus:
-    "A hundred thousand weights, four levels from half the resolution down: trains on a laptop while you watch. `kwargs` go to `UNet3Plus`."
-    return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width, in_channels=in_channels, **kwargs)
+def unet3plus_tiny(n_classes: int, in_channels: int = 3, width: int = 8, filters: tuple = (16, 24, 32, 48),
+                   **kwargs) -> UNet3Plus:
+    ("A hundred thousand weights, four levels from half the resolution down: trains on a laptop while you watch. "
+     "`kwargs` go to `UNet3Plus`.")
+    return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width,
+                     in_channels=in_channels, **kwargs)
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #beb23a84
 @_factory
-def unet3plus_slim(n_classes: int, in_channels: int = 3, width: int = 8, encoder_width: int = 16, layers: tuple = (2, 2, 2, 2), **kwargs) -> UNet3Plus:
-    "On a ResNet18 with a quarter of its channels: 0.8 million weights, residual blocks, trains on a laptop. `kwargs` go to `UNet3Plus`."
-    return UNet3Plus(slim_resnet_encoder(encoder_width, tuple(layers), in_channels), n_classes, width, in_channels=in_channels, **kwargs)
+def unet3plus_slim(n_classes: int, in_channels: int = 3, width: int = 8, encoder_width: int = 16,
+                   layers: tuple = (2, 2, 2, 2), **kwargs) -> UNet3Plus:
+    ("On a ResNet18 with a quarter of its channels: 0.8 million weights, residual blocks, trains on a laptop. `kwargs` "
+     "go to `UNet3Plus`.")
+    return UNet3Plus(slim_resnet_encoder(encoder_width, tuple(layers), in_channels), n_classes, width,
+                     in_channels=in_channels, **kwargs)
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #952a0fd3
 _PUBLISHED = [  # (pattern on the authors' names, ours); their levels count from 1
-    (r'conv(\d)\.conv(\d)\.([01])\.(.*)', lambda k, j, part, p: f"encoder.levels.{int(k) - 1}.{int(j) - 1}.{('conv', 'bn')[int(part)]}.{p}"),
-    (r'hd?(\d)_(?:PT|Cat|UT)_hd(\d)_(conv|bn)\.(.*)', lambda s, k, part, p: f"decoder.{int(k) - 1}.branches.{int(s) - 1}.{part}.{p}"),
+    (r'conv(\d)\.conv(\d)\.([01])\.(.*)', lambda k, j, part,
+     p: f"encoder.levels.{int(k) - 1}.{int(j) - 1}.{('conv', 'bn')[int(part)]}.{p}"),
+    (r'hd?(\d)_(?:PT|Cat|UT)_hd(\d)_(conv|bn)\.(.*)', lambda s, k, part,
+     p: f"decoder.{int(k) - 1}.branches.{int(s) - 1}.{part}.{p}"),
     (r'(conv|bn)(\d)d_1\.(.*)', lambda part, k, p: f"decoder.{int(k) - 1}.fuse.{part}.{p}"),
     (r'outconv(\d)\.(.*)', lambda k, p: f"heads.{int(k) - 1}.{p}"),
 ]
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #abf846f5
 def from_published(
     state: dict,  # state dict of the authors' UNet_3Plus or UNet_3Plus_DeepSup
 ) -> dict:  # state dict for unet3plus_paper, with deep_supervision as theirs

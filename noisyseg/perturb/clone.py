@@ -26,7 +26,8 @@ _active = []  # weak references to the clones that hold noise now, oldest first
 _claiming = threading.RLock()  # held while a clone enters that list
 
 class _Shift(nn.Module):
-    "Adds a fixed tensor: the last step of a parametrization while noise is in. Not a buffer, so that state dicts do not see it."
+    ("Adds a fixed tensor: the last step of a parametrization while noise is in. Not a buffer, so that state dicts do "
+     "not see it.")
     def __init__(self, shift): super().__init__(); self.shift = (shift,)
     def forward(self, w): return w + self.shift[0]
 
@@ -35,6 +36,7 @@ def _as_generator(generator):
     if isinstance(generator, int) and not isinstance(generator, bool): return torch.Generator().manual_seed(generator)
     raise TypeError(f"generator= takes a torch.Generator, a seed (int) or None, got {generator!r}")
 
+# %% ../../nbs/perturb/02_clone.ipynb #a5931d68
 def _fill_normal(z, generator):
     if generator is None or generator.device == z.device: return z.normal_(generator=generator)
     return z.copy_(torch.empty(z.shape, device=generator.device).normal_(generator=generator))
@@ -46,7 +48,8 @@ def _forget_casts():
 
 # %% ../../nbs/perturb/02_clone.ipynb #96eeb9d8
 class WeightClone:
-    "A clone of some weights of a model, and what may be done with it: `inject`, `rescale`, `recover`. Make one with `clone_weights`."
+    ("A clone of some weights of a model, and what may be done with it: `inject`, `rescale`, `recover`. Make one with "
+     "`clone_weights`.")
     def __init__(self,
         model: nn.Module,  # any module, on any device, in any floating-point dtype
         where=conv_and_norm,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
@@ -56,13 +59,18 @@ class WeightClone:
         for name, v, allowed in (('gradient', gradient, ('noisy', 'recovered')), ('rng', rng, ('normal', 'table'))):
             if v not in allowed: raise ValueError(f"{name}= is {allowed[0]!r} or {allowed[1]!r}, got {v!r}")
         with torch.inference_mode(False): sites = select(model, where)
-        self.gradient, self.rng, self.law, self.injected = gradient, rng, None, False
+        self.gradient = gradient
+        self.rng = rng
+        self.law = None
+        self.injected = False
         self._sites = [s for s in sites if not s.parametrized]
         self._params = [getattr(s.module, s.attr) for s in self._sites]
         self._computed = [s for s in sites if s.parametrized]
-        self._shifts = {}  # number of a computed weight -> the _Shift at the end of its parametrizations, while noise is in
+        # number of a computed weight -> the _Shift at the end of its parametrizations, while noise is in
+        self._shifts = {}
         with torch.inference_mode(False), torch.no_grad():
-            self._clean = [torch.empty_like(p) for p in self._params] + [s.value().detach().clone() for s in self._computed]
+            self._clean = [torch.empty_like(p) for p in self._params] + [s.value().detach().clone()
+                    for s in self._computed]
         self._z = self._unit = None
         self._block = _ALL  # how many elements are worked on at a time
         self._versions = []
@@ -76,7 +84,8 @@ class WeightClone:
         "Can this clone go on serving `model`?"
         own = {s.name: s for s in weight_sites(model)}
         weights = [own[n].value() if n in own else None for n in self.names]
-        return all(w is not None and w.device == c.device and w.shape == c.shape for w, c in zip(weights, self._clean)) and all(
+        return all(w is not None and w.device == c.device and w.shape == c.shape for w,
+                   c in zip(weights, self._clean)) and all(
             w is p for w, p in zip(weights, self._params))
 
     @property
@@ -86,11 +95,15 @@ class WeightClone:
         state = f'perturbed by {self.law}' if self.injected else 'clean'
         return f"WeightClone({len(self._clean)} tensors, {self.n_weights:,} weights, {state})"
 
+# %% ../../nbs/perturb/02_clone.ipynb #00f184bf
 def clone_weights(
     model: nn.Module,  # any module, on any device, in any floating-point dtype
     where=conv_and_norm,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
-    gradient: str = 'noisy',  # 'noisy': recover after backward; 'recovered': recover between forward and backward, as published code does
-    rng: str = 'normal',  # 'normal': every number drawn anew; 'table': stretches of a fixed table of normal numbers, from random places; cheaper
+    # 'noisy': recover after backward; 'recovered': recover between forward and backward, as published code does
+    gradient: str = 'noisy',
+    # 'normal': every number drawn anew; 'table': stretches of a fixed table of normal numbers, from random places;
+    # cheaper
+    rng: str = 'normal',
 ) -> WeightClone:  # clean until something is injected
     "Clone the selected weights of `model`, ready to be perturbed and recovered."
     clone = WeightClone(model, where, gradient, rng)
@@ -104,19 +117,22 @@ def _changes_weights(f):
     def wrapped(self, *args, **kwargs):
         with torch.inference_mode(False), torch.no_grad(): return f(self, *args, **kwargs)
     return wrapped
+# elements that PyTorch leaves to one thread, and enough of them for all threads that do not outgrow the cache
+_ONE, _ALL = 2**15 - 1, 2**17
 
-_ONE, _ALL = 2**15 - 1, 2**17  # elements that PyTorch leaves to one thread, and enough of them for all threads that do not outgrow the cache
-
+# %% ../../nbs/perturb/02_clone.ipynb #604d418e
 def _blocks(size, *tensors):
     "Large tensors on a CPU in blocks of the same rows, of about `size` elements."
     t = tensors[0]
     if t.device.type != 'cpu' or t.numel() <= size: return [tensors]
     return zip(*(o.split(max(1, size * len(t) // t.numel())) for o in tensors))
 
+# %% ../../nbs/perturb/02_clone.ipynb #078d1fc1
 @patch
 @_changes_weights
 def store(self:WeightClone):
-    "Take the clone anew from the current weights, in the same buffers. `inject` does so by itself whenever no noise is in."
+    ("Take the clone anew from the current weights, in the same buffers. `inject` does so by itself whenever no noise "
+     "is in.")
     if self.injected: raise RuntimeError("the weights hold noise now: recover() before taking the clone anew")
     n = len(self._params)
     if all(p.device.type == 'cpu' for p in self._params):
@@ -126,13 +142,16 @@ def store(self:WeightClone):
     for c, s in zip(self._clean[n:], self._computed): c.copy_(s.value())
     self._unit = None
 
+# %% ../../nbs/perturb/02_clone.ipynb #403c9f64
 TABLE = 2**22  # normal numbers in the table of rng='table'
 
 @lru_cache
 def _table(device): return torch.empty(TABLE).normal_(generator=torch.Generator().manual_seed(0)).to(device)
 
+# %% ../../nbs/perturb/02_clone.ipynb #f9481d9a
 def _from_table(like, generator):
-    "For each tensor a stretch of the table, from a random place: views, so they cost nothing. Larger tensors take several."
+    ("For each tensor a stretch of the table, from a random place: views, so they cost nothing. Larger tensors take "
+     "several.")
     pieces = [-(-w.numel() // TABLE) for w in like]
     device = 'cpu' if generator is None else generator.device
     places = iter(torch.randint(2**31, (sum(pieces),), generator=generator, device=device).tolist())
@@ -141,20 +160,25 @@ def _from_table(like, generator):
         return table[start:start + n]
     def draw(w, k):
         t, n = _table(w.device), w.numel()
-        return stretch(t, n) if k == 1 else torch.cat([stretch(t, min(TABLE, n - i * TABLE)) for i in range(k)]) if k else t[:0]
+        return stretch(t, n) if k == 1 else torch.cat([stretch(t, min(TABLE, n - i * TABLE))
+                                                       for i in range(k)]) if k else t[:0]
     return [draw(w, k).view(w.shape) for w, k in zip(like, pieces)]
 
+# %% ../../nbs/perturb/02_clone.ipynb #300b5fc1
 @patch
 @contextmanager
 def _drawing(self:WeightClone, generator, redraw):
-    "The draws, one tensor after another; on a CPU, for large models, a thread begins at once and runs ahead of the law."
+    ("The draws, one tensor after another; on a CPU, for large models, a thread begins at once and runs ahead of the "
+     "law.")
     if not redraw and self._z is not None: yield iter(self._z); return
     if self.rng == 'table':
         self._z = _from_table(self._clean, generator)
         yield iter(self._z)
         return
     if self._z is None: self._z = [torch.empty(c.shape, device=c.device) for c in self._clean]
-    if self.n_weights < 2**20 or any(z.device.type != 'cpu' for z in self._z): yield (_fill_normal(z, generator) for z in self._z); return
+    if self.n_weights < 2**20 or any(z.device.type != 'cpu' for z in self._z):
+        yield (_fill_normal(z, generator) for z in self._z)
+        return
     with ThreadPoolExecutor(1) as pool:
         self._block = _ONE   # the others belong to the drawing
         futures = [pool.submit(_fill_normal, z, generator) for z in self._z]
@@ -170,9 +194,11 @@ def _apply(law, clean, z):
     new = law(clean.to(dtype), z.to(dtype))
     if not isinstance(new, Tensor) or new.shape != clean.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
-        raise ValueError(f"a law takes (weight, z) and returns a tensor of the weight's shape {tuple(clean.shape)}, but {law} returned {got}")
+        raise ValueError(f"a law takes (weight, z) and returns a tensor of the weight's shape {tuple(clean.shape)}, "
+                         f"but {law} returned {got}")
     return new
 
+# %% ../../nbs/perturb/02_clone.ipynb #c29855eb
 @patch
 def _write(self:WeightClone, i, new):
     "Put `new` in the place of weight `i`."
@@ -184,11 +210,13 @@ def _write(self:WeightClone, i, new):
         self._shifts[i] = plist, added = s.module.parametrizations[s.attr], _Shift(shift)
         plist.append(added)
 
+# %% ../../nbs/perturb/02_clone.ipynb #b378db61
 @patch
 @_changes_weights
 def inject(self:WeightClone,
     law: Callable[[Tensor, Tensor], Tensor],  # (clean weight, standard normal draw of its shape) -> perturbed weight
-    generator=None,  # torch.Generator, a seed, or None for torch's global generator; one on the CPU gives the same noise on any device
+    # torch.Generator, a seed, or None for torch's global generator; one on the CPU gives the same noise on any device
+    generator=None,
     redraw: bool = True,  # False keeps the last draw: the same noise, applied to the weights as they are now
 ) -> WeightClone:  # itself
     "Write `law`'s noise into the weights, starting from the clean ones; noise that was in is replaced."
@@ -199,11 +227,13 @@ def inject(self:WeightClone,
         self._begin()
         for i, z in enumerate(draws):
             if i >= len(self._params): self._write(i, _apply(law, self._clean[i], z)); continue
-            weights, rowwise = (self._params[i], self._clean[i], z), getattr(law, 'rowwise', lambda w: False)(self._clean[i])
+            weights = (self._params[i], self._clean[i], z)
+            rowwise = getattr(law, 'rowwise', lambda w: False)(self._clean[i])
             for p, c, zb in _blocks(self._block, *weights) if rowwise else [weights]: p.copy_(_apply(law, c, zb))
         if any(t._version != v for t, v in tables):
             _table.cache_clear()
-            raise RuntimeError(f"{law} changes z in place; with rng='table' others use the same numbers: let it make a new tensor")
+            raise RuntimeError(f"{law} changes z in place; with rng='table' others use the same numbers: let it make a "
+                               f"new tensor")
     self.law, self._unit = law, None
     self._settle()
     return self
@@ -219,16 +249,19 @@ def _shares(self:WeightClone, other):
     "Do two clones hold a weight in common?"
     return not set(self._places()).isdisjoint(other._places())
 
+# %% ../../nbs/perturb/02_clone.ipynb #13330755
 @patch
 def _claim(self:WeightClone):
     "Enter the list of those that hold noise, unless another thread is at these weights."
     with _claiming:
         others = [c for c in (r() for r in _active) if c is not None and c._thread != threading.get_ident()]
         if any(c is self or self._shares(c) for c in others):
-            raise RuntimeError("another thread holds noise in these weights now: give each thread a model of its own (copy.deepcopy), or let them take turns")
+            raise RuntimeError("another thread holds noise in these weights now: give each thread a model of its own "
+                               "(copy.deepcopy), or let them take turns")
         self._thread = threading.get_ident()
         if not self.injected: _active.append(weakref.ref(self))
 
+# %% ../../nbs/perturb/02_clone.ipynb #253d7091
 @patch
 def _disclaim(self:WeightClone):
     with _claiming: _active[:] = [r for r in _active if r() is not None and r() is not self]
@@ -243,6 +276,7 @@ def _changing(self:WeightClone):
         self.recover() if self.injected else self._disclaim()
         raise
 
+# %% ../../nbs/perturb/02_clone.ipynb #bc6599c3
 @patch
 def _begin(self:WeightClone):
     if not self.injected: self.store()
@@ -254,26 +288,35 @@ def _settle(self:WeightClone):
     _forget_casts()
     self._versions = [p._version for p in self._params]
 
+# %% ../../nbs/perturb/02_clone.ipynb #37e14d26
 @patch
 def _replaced(self:WeightClone):
-    "Weights that are another tensor by now: copies of the noisy one, as conversions make them, and parametrized ones, with clean values; names of others."
-    copies, late, lost = [], [], []
+    ("Weights that are another tensor by now: copies of the noisy one, as conversions make them, and parametrized "
+     "ones, with clean values; names of others.")
+    copies = []
+    late = []
+    lost = []
     for i, s in enumerate(self._sites + self._computed):
         if i < len(self._params):
             old = noisy = self._params[i]
             if getattr(s.module, s.attr, None) is old and old.shape == self._clean[i].shape: continue
             if s.parametrized: late.append((s, self._clean[i])); continue
-        elif i not in self._shifts or (s.parametrized and s.module.parametrizations[s.attr] is self._shifts[i][0]): continue
+        elif i not in self._shifts or (s.parametrized and s.module.parametrizations[s.attr] is self._shifts[i][0]):
+            continue
         else: noisy = self._clean[i] + self._shifts[i][1].shift[0]
         new = getattr(s.module, s.attr, None)
-        same = isinstance(new, Tensor) and not new.is_meta and new.shape == noisy.shape == self._clean[i].shape and torch.equal(new, noisy.to(new))
+        same = isinstance(new, Tensor) and not new.is_meta and new.shape == noisy.shape == self._clean[
+                i].shape and torch.equal(new, noisy.to(new))
         copies.append((new, self._clean[i])) if same else lost.append(s.name)
     return copies, late, lost
 
+# %% ../../nbs/perturb/02_clone.ipynb #68386704
 @patch
 def _restore(self:WeightClone, inherited, copies, late):
-    pairs = [(p, c) for i, (p, c) in enumerate(zip(self._params, self._clean)) if i not in inherited and p.shape == c.shape] + copies
-    if pairs: torch._foreach_copy_([p.data if self.gradient == 'recovered' else p for p, _ in pairs], [c for _, c in pairs])
+    pairs = [(p, c) for i, (p, c) in enumerate(zip(self._params, self._clean)) if i not in inherited and p.shape
+             == c.shape] + copies
+    if pairs:
+        torch._foreach_copy_([p.data if self.gradient == 'recovered' else p for p, _ in pairs], [c for _, c in pairs])
     for s, c in late:   # what the parametrization made of the noisy weight, it makes again of the clean one
         with suppress(NotImplementedError, RuntimeError): setattr(s.module, s.attr, c.clone())
     for plist, shift in self._shifts.values():
@@ -281,20 +324,24 @@ def _restore(self:WeightClone, inherited, copies, late):
             if step is shift: del plist[i]; break
     self._shifts = {}
 
+# %% ../../nbs/perturb/02_clone.ipynb #be023207
 @patch
 def _above(self:WeightClone):
     "The clones that perturbed some of these weights later, and still do."
     active = [c for c in (r() for r in _active) if c is not None and c.injected]
     return [c for c in active[active.index(self) + 1:] if self._shares(c)]
 
+# %% ../../nbs/perturb/02_clone.ipynb #d6336a42
 @patch
 @_changes_weights
 def recover(self:WeightClone) -> WeightClone:
     "Put the clean weights back, bit for bit. Does nothing when nothing is injected."
     if not self.injected: return self
-    if self._above(): raise RuntimeError("these weights were perturbed again after this clone: recover the later clone first")
+    if self._above():
+        raise RuntimeError("these weights were perturbed again after this clone: recover the later clone first")
     return self._recover()
 
+# %% ../../nbs/perturb/02_clone.ipynb #787f0ee2
 @patch
 @_changes_weights
 def _end(self:WeightClone):
@@ -309,9 +356,12 @@ def _end(self:WeightClone):
             later._unit = None
             inherited.add(i)
     self._recover(inherited)
-    if inherited: warnings.warn(f"this block ended before a later one that perturbs {len(inherited)} of its weights: they hold the later noise until that "
+    if inherited:
+        warnings.warn(f"this block ended before a later one that perturbs {len(inherited)} of its weights: they hold "
+                      f"the later noise until that "
                                 "ends, and are clean then", stacklevel=4)
 
+# %% ../../nbs/perturb/02_clone.ipynb #50619b47
 @patch
 def _recover(self:WeightClone, inherited=()):
     touched = sum(p._version != v for i, (p, v) in enumerate(zip(self._params, self._versions)) if i not in inherited)
@@ -322,14 +372,19 @@ def _recover(self:WeightClone, inherited=()):
     _forget_casts()
     for c in (r() for r in _active):
         if c is not None and self._shares(c): c._settle()
-    if touched: warnings.warn(f"{touched} of {len(self._params)} weights were changed while they were perturbed (an optimizer step inside?); "
+    if touched:
+        warnings.warn(f"{touched} of {len(self._params)} weights were changed while they were perturbed (an optimizer "
+                      f"step inside?); "
                               "that change is undone", stacklevel=4)
-    if lost: warnings.warn(f"{', '.join(lost)}: replaced while perturbed, and so not recovered: what is there now was left as it is", stacklevel=4)
+    if lost:
+        warnings.warn(f"{', '.join(lost)}: replaced while perturbed, and so not recovered: what is there now was left "
+                      f"as it is", stacklevel=4)
     return self
 
 # %% ../../nbs/perturb/02_clone.ipynb #8f1103ae
 class HoldInterrupts:
-    "While installed, Ctrl-C waits for functions marked with `@HoldInterrupts.within` to end; elsewhere it works as always."
+    ("While installed, Ctrl-C waits for functions marked with `@HoldInterrupts.within` to end; elsewhere it works as "
+     "always.")
     marked = set()  # code objects
 
     @classmethod
@@ -344,7 +399,9 @@ class HoldInterrupts:
         old = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
         if callable(old) and not self.installed:
             self.mine = self.handle   # one bound method, to know it again
-            self.old, self.waiting, self.installed = old, None, True
+            self.old = old
+            self.waiting = None
+            self.installed = True
             signal.signal(signal.SIGINT, self.mine)
 
     def handle(self, signum, frame):
@@ -357,28 +414,40 @@ class HoldInterrupts:
         "Give the handler back, and let an interrupt that waited happen now."
         if not self.installed: return
         self.installed, old = False, self.old
-        # blocks may end in another order than they began: then this one goes on passing interrupts down, until the later one ends
-        while isinstance(below := getattr(old, '__self__', None), HoldInterrupts) and not below.installed: old = below.old
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == self.mine: signal.signal(signal.SIGINT, old)
+        # blocks may end in another order than they began: then this one goes on passing interrupts down, until the
+        # later one ends
+        while isinstance(below := getattr(old, '__self__', None), HoldInterrupts) and not below.installed:
+            old = below.old
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == self.mine:
+            signal.signal(signal.SIGINT, old)
         # an outer block asks who is at work: not the marked function that calls this, for it is done
         if self.waiting: old(self.waiting[0], sys._getframe(1).f_back)
 
 # %% ../../nbs/perturb/02_clone.ipynb #aecf700e
 class perturbed:
-    "The three steps in one: within the block the weights of `model` hold noise, after it they are what they were, whatever happened inside."
+    ("The three steps in one: within the block the weights of `model` hold noise, after it they are what they were, "
+     "whatever happened inside.")
     def __init__(self,
         model: nn.Module,  # any module, on any device, in any floating-point dtype
-        law: Callable[[Tensor, Tensor], Tensor],  # (clean weight, standard normal draw of its shape) -> perturbed weight
+        # (clean weight, standard normal draw of its shape) -> perturbed weight
+        law: Callable[[Tensor, Tensor], Tensor],
         where=conv_and_norm,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
         generator=None,  # torch.Generator, a seed, or None for torch's global generator
-        gradient: str = 'noisy',  # 'noisy': call backward inside the block; 'recovered': call it after the block, as published code does
-        rng: str = 'normal',  # 'normal': every number drawn anew; 'table': stretches of a fixed table of normal numbers, from random places; cheaper
+        # 'noisy': call backward inside the block; 'recovered': call it after the block, as published code does
+        gradient: str = 'noisy',
+        # 'normal': every number drawn anew; 'table': stretches of a fixed table of normal numbers, from random
+        # places; cheaper
+        rng: str = 'normal',
     ):
-        self.clone, self.law, self.generator, self.hold = WeightClone(model, where, gradient, rng), law, generator, HoldInterrupts()
+        self.clone = WeightClone(model, where, gradient, rng)
+        self.law = law
+        self.generator = generator
+        self.hold = HoldInterrupts()
 
     @HoldInterrupts.within
     def __enter__(self) -> WeightClone:
-        if self.clone.injected: raise RuntimeError("this block is open already: to nest, make another perturbed(model, law)")
+        if self.clone.injected:
+            raise RuntimeError("this block is open already: to nest, make another perturbed(model, law)")
         self.hold.install()
         try:
             self.clone.inject(self.law, self.generator)
@@ -402,20 +471,26 @@ def rescale(self:WeightClone,
     level: float,  # the law's new level, in its own unit: n, strength, sigma
 ) -> WeightClone:  # itself
     "The same draw at another level of the same law."
-    if self._z is None or self.law is None: raise RuntimeError("nothing was drawn yet: inject(law) first, then rescale(level)")
-    if not hasattr(self.law, 'at'): raise TypeError(f"{self.law} has no level to change: rescale needs a law with .at(level), such as those in noisyseg.perturb.laws")
+    if self._z is None or self.law is None:
+        raise RuntimeError("nothing was drawn yet: inject(law) first, then rescale(level)")
+    if not hasattr(self.law, 'at'):
+        raise TypeError(f"{self.law} has no level to change: rescale needs a law with .at(level), such as those in "
+                        f"noisyseg.perturb.laws")
     law = self.law.at(level)
     with self._changing():
         self._begin()
-        if hasattr(law, 'noise') and self._unit is None: self._unit = [_unit_noise(law, c, z) for c, z in zip(self._clean, self._z)]
+        if hasattr(law, 'noise') and self._unit is None:
+            self._unit = [_unit_noise(law, c, z) for c, z in zip(self._clean, self._z)]
         for i, c in enumerate(self._clean):
             if self._unit is None: self._write(i, _apply(law, c, self._z[i]))
-            elif i < len(self._params) and c.dtype == self._unit[i].dtype: torch.add(c, self._unit[i], alpha=level, out=self._params[i])
+            elif i < len(self._params) and c.dtype == self._unit[i].dtype:
+                torch.add(c, self._unit[i], alpha=level, out=self._params[i])
             else: self._write(i, c + level * self._unit[i])
     self.law = law
     self._settle()
     return self
 
+# %% ../../nbs/perturb/02_clone.ipynb #90ba682d
 def _unit_noise(law, clean, z):
     "What the law adds at level one, laid out in memory like the weight, so that adding it is one sweep."
     dtype = torch.promote_types(clean.dtype, torch.float32)

@@ -20,9 +20,13 @@ from torch import Tensor
 def _number(law, name, low, strict=False):
     "Check that a field of a law is a finite number, at least (or above) `low`; nothing is coerced."
     v = getattr(law, name)
-    ok = isinstance(v, (int, float)) and not isinstance(v, bool) and (v > low if strict else v >= low) and (v < 2**1023 or v == math.inf)
-    if not ok: raise ValueError(f"{type(law).__name__}: {name} is a number {'above' if strict else 'of at least'} {low}, got {v!r}")
+    ok = isinstance(v, (int, float)) and not isinstance(v, bool) and (v > low if strict else v >= low) and (v < 2**1023
+            or v == math.inf)
+    if not ok:
+        raise ValueError(f"{type(law).__name__}: {name} is a number {'above' if strict else 'of at least'} {low}, got "
+                         f"{v!r}")
 
+# %% ../../nbs/perturb/04_laws.ipynb #54a228f2
 @dataclass(frozen=True)
 class Law:
     "Base of all laws: a dataclass whose first field is the level, and `(weight, z) -> perturbed weight`."
@@ -40,13 +44,15 @@ class Law:
         z: Tensor,  # standard normal draw, same shape
     ) -> Tensor:  # perturbed weight, same shape
         "Perturb one weight."
-        raise TypeError(f"{type(self).__name__} does not say what it does to a weight: define __call__(self, weight, z), "
+        raise TypeError(f"{type(self).__name__} does not say what it does to a weight: define __call__(self, weight, "
+                        f"z), "
                         "or noise(self, weight, z) on an AdditiveLaw")
 
     def rowwise(self,
         weight: Tensor,  # clean weight
     ) -> bool:  # may it be given a few rows (along dimension 0) at a time, with the same result?
-        "A promise that makes large weights faster: in pieces they stay in the processor's cache. A law that must see all of a weight says no."
+        ("A promise that makes large weights faster: in pieces they stay in the processor's cache. A law that must see "
+         "all of a weight says no.")
         return False
 
     @property
@@ -61,7 +67,7 @@ class Law:
     def describe(self) -> str:
         "One line for plots and tables."
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return f"{type(self).__name__}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in values.items())})"
+        return (f"{type(self).__name__}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in values.items())})")
 
     __str__ = describe
 
@@ -82,16 +88,22 @@ class AdditiveLaw(Law):
 
     def __call__(self, weight: Tensor, z: Tensor) -> Tensor: return weight + self.noise(weight, z)
 
+# %% ../../nbs/perturb/04_laws.ipynb #05e54252
 def law_from_dict(
     d: dict,  # as `Law.to_dict` made it
 ) -> Law:
     "The law that a dictionary describes."
-    if not isinstance(d, dict) or 'law' not in d: raise ValueError(f"a law's dictionary has a key 'law' with its class name, got {d!r}")
+    if not isinstance(d, dict) or 'law' not in d:
+        raise ValueError(f"a law's dictionary has a key 'law' with its class name, got {d!r}")
     d, cls = dict(d), Law.registry.get(d['law'])
-    if cls is None: raise ValueError(f"no law is called {d['law']!r}; there are {', '.join(Law.registry)}. Import the module that defines it first")
+    if cls is None:
+        raise ValueError(f"no law is called {d['law']!r}; there are {', '.join(Law.registry)}. Import the module that "
+                         f"defines it first")
     del d['law']
     unknown = set(d) - {f.name for f in dataclasses.fields(cls)}
-    if unknown: raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; its fields are {', '.join(f.name for f in dataclasses.fields(cls))}")
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; its fields are "
+                         f"{', '.join(f.name for f in dataclasses.fields(cls))}")
     return cls(**d)
 
 # %% ../../nbs/perturb/04_laws.ipynb #7883b0e9
@@ -127,7 +139,8 @@ def clip_normal(
 # %% ../../nbs/perturb/04_laws.ipynb #c3e0df60
 @dataclass(frozen=True)
 class MaxGaussian(AdditiveLaw):
-    "Gaussian noise with sigma = n · max |W| at a grain, clipped at ±alpha · sigma, with the defaults published for UNet3+ under weight perturbation."
+    ("Gaussian noise with sigma = n · max |W| at a grain, clipped at ±alpha · sigma, with the defaults published for "
+     "UNet3+ under weight perturbation.")
     n: float = 0.02  # sigma as a share of max |W|: 0.02 is 2 %
     alpha: float = 2.  # clipping bound in sigmas; inf for none
     per: Literal['kernel', 'channel', 'tensor'] = 'kernel'  # grain of the maximum
@@ -137,10 +150,13 @@ class MaxGaussian(AdditiveLaw):
     def __post_init__(self):
         _number(self, 'n', 0); _number(self, 'alpha', 0, strict=True)
         if self.per not in GRAINS: raise ValueError(f"MaxGaussian: per is one of {', '.join(GRAINS)}, got {self.per!r}")
-        if self.clip not in ('clamp', 'truncate'): raise ValueError(f"MaxGaussian: clip is 'clamp' or 'truncate', got {self.clip!r}")
+        if self.clip not in ('clamp', 'truncate'):
+            raise ValueError(f"MaxGaussian: clip is 'clamp' or 'truncate', got {self.clip!r}")
 
-    # Sigma is formed before it meets z, as in the published code: so the noise agrees with torch.normal(0, sigma) to the last bit.
-    def noise(self, weight: Tensor, z: Tensor) -> Tensor: return clip_normal(z, self.alpha, self.clip) * (self.n * max_abs(weight, self.per))
+    # Sigma is formed before it meets z, as in the published code: so the noise agrees with torch.normal(0, sigma) to
+    # the last bit.
+    def noise(self, weight: Tensor, z: Tensor) -> Tensor:
+        return clip_normal(z, self.alpha, self.clip) * (self.n * max_abs(weight, self.per))
     def rowwise(self, weight: Tensor) -> bool: return _first_reduced(weight, self.per) > 0
 
 # %% ../../nbs/perturb/04_laws.ipynb #5f6a9175
@@ -154,6 +170,7 @@ class AbsoluteGaussian(AdditiveLaw):
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.strength * z
     def rowwise(self, weight: Tensor) -> bool: return True
 
+# %% ../../nbs/perturb/04_laws.ipynb #fda3a17e
 @dataclass(frozen=True)
 class MultiplicativeGaussian(AdditiveLaw):
     "Each weight times its own draw from N(1, sigma²) (DAMP, arXiv 2406.16540, section 3)."

@@ -28,6 +28,7 @@ class Grid(NamedTuple):
     low: int  # smallest number
     high: int  # largest number
 
+# %% ../../nbs/perturb/05_quantization.ipynb #00f9dddd
 def _numbers(bits, scheme):
     "The smallest and the largest number of a grid of `2**bits` values."
     n = round(2**bits)
@@ -35,6 +36,7 @@ def _numbers(bits, scheme):
     q = max((n - 1) // 2, 1)
     return -q, q
 
+# %% ../../nbs/perturb/05_quantization.ipynb #a8cc083e
 def weight_grid(
     weight: Tensor,  # floating point, any shape; (out, in, *spatial) for a convolution
     bits: float,  # above 0; 2**bits is the number of values
@@ -47,18 +49,21 @@ def weight_grid(
     edge = lambda f: getattr(weight, f)(dims, keepdim=True) if dims else weight
     bottom, top = edge('amin').clamp(max=0), edge('amax').clamp(min=0)
     if not (top - bottom).isfinite().all():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds nan or inf, so it has no range to quantize: did training diverge?")
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds nan or inf, so it has no range to quantize: "
+                         f"did training diverge?")
     if scheme == 'symmetric': step = torch.maximum(top, -bottom) / high
     else: step = (top - bottom) / (high - low)
     # below the smallest normal number a step has no inverse: such a group is zero for all purposes
     step = torch.where(step >= torch.finfo(step.dtype).tiny, step, 0)
-    zero = torch.zeros_like(step) if scheme == 'symmetric' else torch.where(step > 0, low - (bottom / step).round(), 0).clamp(low, high)
+    zero = torch.zeros_like(step) if scheme == 'symmetric' else torch.where(step > 0, low - (bottom / step).round(),
+            0).clamp(low, high)
     return Grid(step, zero, low, high)
 
 # %% ../../nbs/perturb/05_quantization.ipynb #d13e6606
 @dataclass(frozen=True)
 class Quantize(Law):
-    "Weights rounded to a uniform grid of 2^bits values (arXiv 1712.05877, eq. 1; arXiv 2106.08295, section 2.2); it ignores the draw."
+    ("Weights rounded to a uniform grid of 2^bits values (arXiv 1712.05877, eq. 1; arXiv 2106.08295, section 2.2); it "
+     "ignores the draw.")
     bits: float = 4.  # bits of a weight, up to 16; 0 leaves weights as they are
     per: Literal['channel', 'tensor'] = 'channel'  # one grid for each output channel, or one for the tensor
     scheme: Literal['symmetric', 'minmax'] = 'symmetric'  # about zero, or from the smallest to the largest weight
@@ -66,9 +71,12 @@ class Quantize(Law):
 
     def __post_init__(self):
         _number(self, 'bits', 0)
-        if self.bits > 16: raise ValueError(f"Quantize: bits is a number from 0 (not quantized) to 16, got {self.bits!r}")
-        if self.per not in ('channel', 'tensor'): raise ValueError(f"Quantize: per is 'channel' or 'tensor', got {self.per!r}")
-        if self.scheme not in SCHEMES: raise ValueError(f"Quantize: scheme is one of {', '.join(SCHEMES)}, got {self.scheme!r}")
+        if self.bits > 16:
+            raise ValueError(f"Quantize: bits is a number from 0 (not quantized) to 16, got {self.bits!r}")
+        if self.per not in ('channel', 'tensor'):
+            raise ValueError(f"Quantize: per is 'channel' or 'tensor', got {self.per!r}")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"Quantize: scheme is one of {', '.join(SCHEMES)}, got {self.scheme!r}")
 
     @property
     def values(self) -> float:
@@ -80,7 +88,8 @@ class Quantize(Law):
     def __call__(self, weight: Tensor, z: Tensor = None) -> Tensor:
         if not self.bits: return weight.clone()
         step, zero, low, high = weight_grid(weight, self.bits, self.per, self.scheme)
-        inverse = torch.where(step > 0, 1 / step, 0)   # times the inverse, as PyTorch's kernels do it: the same ties go the same way
+        # times the inverse, as PyTorch's kernels do it: the same ties go the same way
+        inverse = torch.where(step > 0, 1 / step, 0)
         return (((weight * inverse).round() + zero).clamp(low, high) - zero) * step
 
     def rowwise(self, weight: Tensor) -> bool: return self.per == 'channel'
@@ -90,8 +99,11 @@ class _Inner(_Cut):
     "All but the first and the last layers of another selector's."
     def __init__(self, base, first, last):
         for k in (first, last):
-            if not isinstance(k, int) or isinstance(k, bool) or k < 0: raise ValueError(f"expected a number of layers to leave out, 0 or more, got {k!r}")
-        self.base, self.first_k, self.last_k = base, first, last
+            if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+                raise ValueError(f"expected a number of layers to leave out, 0 or more, got {k!r}")
+        self.base = base
+        self.first_k = first
+        self.last_k = last
         self.label = f'{base} without the first {first} and the last {last}'
 
     def _pick(self, sites):
@@ -100,6 +112,7 @@ class _Inner(_Cut):
         keep = set(layers[self.first_k:len(layers) - self.last_k])
         return [s for s in picked if s.name.rpartition('.')[0] in keep]
 
+# %% ../../nbs/perturb/05_quantization.ipynb #106c348c
 def inner_layers(
     where=conv_and_linear,  # a Selector, a name pattern, or a function (name, module, weight) -> bool
     first: int = 1,  # layers left out at the beginning
@@ -108,6 +121,7 @@ def inner_layers(
     "The weights that `where` picks, without those of its first and last layers, in module order."
     return _Inner(as_selector(where), first, last)
 
+# %% ../../nbs/perturb/05_quantization.ipynb #0fd0d230
 def quantized(
     model: nn.Module,  # stays as it is
     law: Quantize = Quantize(),  # bits, per and scheme
@@ -118,7 +132,8 @@ def quantized(
     sites = select(model, where)
     if computed := [s.name for s in sites if s.parametrized]:
         raise ValueError(f"{computed[0]} is computed by a parametrization, so it cannot be set for good: "
-                         "call torch.nn.utils.parametrize.remove_parametrizations first, or use `with perturbed(model, law)`")
+                         "call torch.nn.utils.parametrize.remove_parametrizations first, or use `with perturbed(model, "
+                         "law)`")
     with torch.no_grad():
         for w in (s.value() for s in sites): w.copy_(law(w.to(torch.promote_types(w.dtype, torch.float32))))
     return model

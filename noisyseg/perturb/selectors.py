@@ -30,7 +30,8 @@ class Site(NamedTuple):
     def parametrized(self) -> bool: return parametrize.is_parametrized(self.module, self.attr)
 
     def value(self) -> Tensor:
-        "The weight as the forward pass sees it; a parametrized one is computed without moving any state (spectral norm's vectors, say)."
+        ("The weight as the forward pass sees it; a parametrized one is computed without moving any state (spectral "
+         "norm's vectors, say).")
         if not self.parametrized: return getattr(self.module, self.attr)
         plist = self.module.parametrizations[self.attr]
         modes = [(m, m.training) for m in plist.modules()]
@@ -40,11 +41,13 @@ class Site(NamedTuple):
         finally:
             for m, mode in modes: m.training = mode
 
+# %% ../../nbs/perturb/01_selectors.ipynb #0c1d1b61
 def weight_sites(
     model: nn.Module,  # any module
 ) -> list[Site]:  # every parameter and every parametrized tensor, in module order
     "All the places in `model` that hold a weight."
-    if not isinstance(model, nn.Module): raise TypeError(f"expected a torch.nn.Module to perturb, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module to perturb, got {type(model).__name__}")
     sites = []
     for mname, module in model.named_modules():
         if 'parametrizations' in mname.split('.'): continue
@@ -55,12 +58,14 @@ def weight_sites(
 
 # %% ../../nbs/perturb/01_selectors.ipynb #c3b493c7
 class Selector:
-    "A set of weights: those for which `test(name, module, weight)` is true. Combine with `|`, `&`, `~`; cut by depth with `first`, `last`."
+    ("A set of weights: those for which `test(name, module, weight)` is true. Combine with `|`, `&`, `~`; cut by depth "
+     "with `first`, `last`.")
     def __init__(self,
         test: Callable[[str, nn.Module, Tensor], bool],  # is this weight one of them?
         label: str = None,  # how error messages and tables call it
     ):
-        if not callable(test): raise TypeError(f"a selector needs a function (name, module, weight) -> bool, got {test!r}")
+        if not callable(test):
+            raise TypeError(f"a selector needs a function (name, module, weight) -> bool, got {test!r}")
         self.test, self.label = test, label or getattr(test, '__name__', 'selector')
 
     def __repr__(self): return self.label
@@ -86,10 +91,13 @@ class Selector:
 
 # %% ../../nbs/perturb/01_selectors.ipynb #9294c427
 class _Cut(Selector):
-    "The first or last layers among those that another selector picks: it needs the whole list, so it picks from sites, not one by one."
+    ("The first or last layers among those that another selector picks: it needs the whole list, so it picks from "
+     "sites, not one by one.")
     def __init__(self, base, k, last):
         if not isinstance(k, int) or k < 1: raise ValueError(f"expected a number of layers of at least 1, got {k!r}")
-        self.base, self.k, self.last = base, k, last
+        self.base = base
+        self.k = k
+        self.last = last
         self.label = f"{'last' if last else 'first'} {k} of {base}"
 
     def _pick(self, sites):
@@ -98,16 +106,21 @@ class _Cut(Selector):
         keep = set(layers[-self.k:] if self.last else layers[:self.k])
         return [s for s in picked if s.name.rpartition('.')[0] in keep]
 
-    def _combine(self, other, sign, f): raise TypeError(f"'{self}' is cut by depth: combine the selectors first, then take .first() or .last() of the result")
+    def _combine(self, other, sign, f):
+        raise TypeError(f"'{self}' is cut by depth: combine the selectors first, then take .first() or .last() of the "
+                        f"result")
 
+# %% ../../nbs/perturb/01_selectors.ipynb #20dbfe38
 def by_name(
     *patterns: str,  # shell-style patterns on full names: 'decoder.*', '*.conv1.weight'
 ) -> Selector:
     "The weights whose full name matches one of the patterns."
-    if not patterns or not all(isinstance(p, str) for p in patterns): raise TypeError(f"by_name takes patterns such as 'decoder.*', got {patterns!r}")
+    if not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"by_name takes patterns such as 'decoder.*', got {patterns!r}")
     label = f"by_name({', '.join(map(repr, patterns))})"
     return Selector(lambda name, module, weight: any(fnmatch.fnmatchcase(name, p) for p in patterns), label)
 
+# %% ../../nbs/perturb/01_selectors.ipynb #6ed8f492
 def as_selector(
     where,  # a Selector, a pattern on names, or a function (name, module, weight) -> bool
 ) -> Selector:
@@ -115,11 +128,13 @@ def as_selector(
     if isinstance(where, Selector): return where
     if isinstance(where, str): return by_name(where)
     if callable(where): return Selector(where)
-    raise TypeError(f"where= takes a Selector (conv_and_norm, …), a name pattern or a function (name, module, weight) -> bool, got {where!r}")
-
+    raise TypeError(f"where= takes a Selector (conv_and_norm, …), a name pattern or a function (name, module, weight) "
+                    f"-> bool, got {where!r}")
 Selector.__or__ = lambda self, o: self._combine(o, '|', lambda a, b: a or b)
 Selector.__and__ = lambda self, o: self._combine(o, '&', lambda a, b: a and b)
 Selector.__invert__ = lambda self: Selector(lambda *a: not self.test(*a), f'~{self}')
+
+# %% ../../nbs/perturb/01_selectors.ipynb #7316023e
 Selector.first = lambda self, k: _Cut(self, k, last=False)
 Selector.last = lambda self, k: _Cut(self, k, last=True)
 
@@ -138,48 +153,67 @@ def _is_scale(name, module, weight):
 
 def _is_conv2d_or_bn(name, module, weight):
     return isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)) and _attr(name) == 'weight'
-
 conv_and_norm = Selector(_is_conv2d_or_bn, 'conv_and_norm')
+
+# %% ../../nbs/perturb/01_selectors.ipynb #6d3c5e88
 conv_and_linear = Selector(_is_kernel, 'conv_and_linear')
 kernels_and_scales = Selector(lambda *a: _is_kernel(*a) or _is_scale(*a), 'kernels_and_scales')
 
 # %% ../../nbs/perturb/01_selectors.ipynb #e73157e5
 def _computed_by_hooks(model):
-    "The weights that torch's hook-based pruning, weight norm and spectral norm recompute before each forward pass: plain tensors, no parameters."
+    ("The weights that torch's hook-based pruning, weight norm and spectral norm recompute before each forward pass: "
+     "plain tensors, no parameters.")
     for mname, m in model.named_modules():
         for suffix in ('_orig', '_v'):
             for a in [a.removesuffix(suffix) for a, _ in m.named_parameters(recurse=False) if a.endswith(suffix)]:
                 if isinstance(m.__dict__.get(a), Tensor): yield Site(f'{mname}.{a}' if mname else a, m, a)
 
+# %% ../../nbs/perturb/01_selectors.ipynb #4cfa0976
 def _check_weight(name, w):
-    if isinstance(w, nn.parameter.UninitializedTensorMixin): raise ValueError(f"{name} has no shape yet: run one batch through the model first")
+    if isinstance(w, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{name} has no shape yet: run one batch through the model first")
     if w.is_meta: raise ValueError(f"{name} is on the meta device and holds no numbers: load the weights first")
-    if w.is_inference(): raise ValueError(f"{name} was made under torch.inference_mode and can't be changed in place: build the model outside of it")
+    if w.is_inference():
+        raise ValueError(f"{name} was made under torch.inference_mode and can't be changed in place: build the model "
+                         f"outside of it")
     if not w.is_floating_point() or w.dtype.itemsize < 2:
-        raise ValueError(f"{name} is {w.dtype}: noise needs floating-point weights of 16 bits or more. Leave it out with where=")
-    if w.layout != torch.strided: raise ValueError(f"{name} is laid out as {w.layout}: noise needs ordinary, dense weights. Leave it out with where=")
+        raise ValueError(f"{name} is {w.dtype}: noise needs floating-point weights of 16 bits or more. Leave it out "
+                         f"with where=")
+    if w.layout != torch.strided:
+        raise ValueError(f"{name} is laid out as {w.layout}: noise needs ordinary, dense weights. Leave it out with "
+                         f"where=")
     if any(n > 1 and step == 0 for n, step in zip(w.shape, w.stride())):
-        raise ValueError(f"{name} of shape {tuple(w.shape)} is expanded: several of its numbers are one. Make it whole with .clone() before it gets noise")
+        raise ValueError(f"{name} of shape {tuple(w.shape)} is expanded: several of its numbers are one. Make it whole "
+                         f"with .clone() before it gets noise")
 
+# %% ../../nbs/perturb/01_selectors.ipynb #06d0a70b
 @torch.no_grad()
 def select(
     model: nn.Module,  # any module
     where=conv_and_norm,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
 ) -> list[Site]:  # at least one, each weight once
-    "The weights of `model` that `where` picks, each once even when modules share it; ValueError when there are none or one can't be perturbed."
-    everything, where, sites, seen = weight_sites(model), as_selector(where), [], set()
+    ("The weights of `model` that `where` picks, each once even when modules share it; ValueError when there are none "
+     "or one can't be perturbed.")
+    everything = weight_sites(model)
+    where = as_selector(where)
+    sites = []
+    seen = set()
     for s in where._pick(_computed_by_hooks(model)):
-        raise ValueError(f"{s.name} is recomputed by a hook before each forward pass (pruning, or the old weight_norm), so noise in it would be lost. "
-                         "Make it permanent (torch.nn.utils.prune.remove), or use torch.nn.utils.parametrizations instead")
+        raise ValueError(f"{s.name} is recomputed by a hook before each forward pass (pruning, or the old "
+                         f"weight_norm), so noise in it would be lost. "
+                         "Make it permanent (torch.nn.utils.prune.remove), or use torch.nn.utils.parametrizations "
+                         "instead")
     for s in where._pick(everything):
         w = s.value()
         _check_weight(s.name, w)
         if w.numel() == 0: continue
-        place = (w.device, w.data_ptr(), w.shape)  # tied weights share their storage, whether or not they are one Parameter
+        # tied weights share their storage, whether or not they are one Parameter
+        place = (w.device, w.data_ptr(), w.shape)
         if s.parametrized or place not in seen: sites.append(s)
         seen.add(place)
     if not sites:
         kinds = sorted({type(s.module).__name__ for s in everything})
-        raise ValueError(f"where={where} selects no weights in {type(model).__name__}, whose weights are in {', '.join(kinds) or 'no layer at all'}. "
+        raise ValueError(f"where={where} selects no weights in {type(model).__name__}, whose weights are in "
+                         f"{', '.join(kinds) or 'no layer at all'}. "
                          "Try kernels_and_scales, by_name('*') or a function (name, module, weight) -> bool")
     return sites

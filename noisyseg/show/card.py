@@ -33,20 +33,26 @@ from ..measure.sweeps import _check_count, _check_models, noise_sweep
 WEIGHTS = {'weight noise': (MaxGaussian(), conv_and_norm), 'relative attack': (RelativeGaussian(), conv_and_linear),
            'absolute attack': (AbsoluteGaussian(), conv_and_linear), 'fewer bits': (Quantize(), conv_and_linear)}
 STRENGTHS = {  # by score: a classifier's, and a segmentation network's
-    'accuracy': {'weight noise': (.05, .1, .2), 'relative attack': (.1, .2, .5), 'absolute attack': (.01, .02, .05), 'fewer bits': (4, 3, 2)},
-    'mIoU': {'weight noise': (.02, .05, .1), 'relative attack': (.05, .1, .2), 'absolute attack': (.005, .01, .02), 'fewer bits': (6, 4, 3)}}
+    'accuracy': {'weight noise': (.05, .1, .2), 'relative attack': (.1, .2, .5), 'absolute attack': (.01, .02, .05),
+                 'fewer bits': (4, 3, 2)},
+    'mIoU': {'weight noise': (.02, .05, .1), 'relative attack': (.05, .1, .2), 'absolute attack': (.005, .01, .02),
+             'fewer bits': (6, 4, 3)}}
 
+# %% ../../nbs/show/04_card.ipynb #a5ed3428
 def _strengths(given, metric):
     "The levels of each disturbance of the weights: the defaults, with those that were given instead."
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not set(given) <= set(WEIGHTS):
-        raise ValueError(f"strengths: expected a dict with some of {', '.join(map(repr, WEIGHTS))}, such as {{'fewer bits': (4, 2)}}, got {given!r}")
+        raise ValueError(f"strengths: expected a dict with some of {', '.join(map(repr, WEIGHTS))}, such as {{'fewer "
+                         f"bits': (4, 2)}}, got {given!r}")
     levels = {k: [v] if isinstance(v, (int, float)) else list(v) for k, v in {**STRENGTHS[metric], **given}.items()}
     for k, v in levels.items():
         if any(isinstance(l, bool) or not isinstance(l, (int, float)) or not 0 < l < math.inf for l in v):
-            raise ValueError(f"strengths: expected numbers above 0 for {k!r}, or () to leave it out, got {v!r}; the clean score is always measured")
+            raise ValueError(f"strengths: expected numbers above 0 for {k!r}, or () to leave it out, got {v!r}; the "
+                             f"clean score is always measured")
     return {k: v for k, v in levels.items() if v}
 
+# %% ../../nbs/show/04_card.ipynb #9c6e3106
 def _costs(cost, names, baseline):
     "Training cost of each model as a multiple of the baseline's; nan where it is not known."
     cost = {} if cost is None else cost
@@ -58,32 +64,48 @@ def _costs(cost, names, baseline):
     return {n: cost.get(n, math.nan) / cost.get(baseline, math.nan) for n in names}
 
 # %% ../../nbs/show/04_card.ipynb #ebde3661
-_COLUMNS = ['model', 'train_seed', 'disturbance', 'law', 'where', 'level', 'draw', 'seed', 'metric', 'class', 'value', 'n_pixels', 'cost', 'baseline']
+_COLUMNS = ['model', 'train_seed', 'disturbance', 'law', 'where', 'level', 'draw', 'seed', 'metric', 'class', 'value',
+            'n_pixels', 'cost', 'baseline']
 
+# %% ../../nbs/show/04_card.ipynb #e2b41d31
 def robustness_card(
-    models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
-    dl,  # batches (images, labels) or (images, masks), in the same order each time: a DataLoader, DataLoaders (their valid part), a list
-    strengths: dict = None,  # such as {'weight noise': (.1, .2), 'fewer bits': ()}: () leaves one out, those not named are as in `STRENGTHS`
+    # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    models,
+    # batches (images, labels) or (images, masks), in the same order each time: a DataLoader, DataLoaders (their valid
+    # part), a list
+    dl,
+    # such as {'weight noise': (.1, .2), 'fewer bits': ()}: () leaves one out, those not named are as in `STRENGTHS`
+    strengths: dict = None,
     corruptions=STANDARD_15,  # of the images, by name; () for none
     severities=(1, 2, 3, 4, 5),  # of the corruptions; mCE is defined over all five
     draws: int = 10,  # noise draws for each strength
     baseline: str = None,  # the model by which mCE and cost are measured; None: the first
-    cost: dict = None,  # model -> training time, in seconds or as a multiple of the baseline's; what is left out is unknown
+    # model -> training time, in seconds or as a multiple of the baseline's; what is left out is unknown
+    cost: dict = None,
     seed: int = 0,  # fixes noise and corruptions
-    table: str = None,  # settings of the corruptions, 'cifar' or 'imagenet'; None: 'cifar' for images of up to 64 pixels
-    stats: tuple = None,  # (mean, std) that images are normalised with; None: as the loader says, else they are in [0, 1]
+    # settings of the corruptions, 'cifar' or 'imagenet'; None: 'cifar' for images of up to 64 pixels
+    table: str = None,
+    # (mean, std) that images are normalised with; None: as the loader says, else they are in [0, 1]
+    stats: tuple = None,
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # folder that keeps the rows as they come, in Parquet if its name ends in .parquet; the same call resumes
+    # folder that keeps the rows as they come, in Parquet if its name ends in .parquet; the same call resumes
+    store=None,
     progress: bool = True,  # show progress bars
     cache_mb: int = 1024,  # batches are held in memory up to this size
     on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
-) -> pd.DataFrame:  # tidy: the rows of all sweeps, with the columns disturbance ('clean', …), level (strength or severity), cost and baseline
-    "Score every model under every disturbance, on paired draws and the same corrupted images; models come out as they went in."
+# tidy: the rows of all sweeps, with the columns disturbance ('clean', …), level (strength or severity), cost and
+# baseline
+) -> pd.DataFrame:
+    ("Score every model under every disturbance, on paired draws and the same corrupted images; models come out as "
+     "they went in.")
     named = list(dict.fromkeys(n for n, _ in _check_models(models)))
-    draws, baseline = _check_count('draws', draws, 1), named[0] if baseline is None else baseline
-    if baseline not in named: raise ValueError(f"baseline: expected one of the models {', '.join(map(repr, named))}, got {baseline!r}")
-    if store is not None and not isinstance(store, (str, os.PathLike)): raise TypeError(f"store: expected the path of a folder or None, got {store!r}")
+    draws = _check_count('draws', draws, 1)
+    baseline = named[0] if baseline is None else baseline
+    if baseline not in named:
+        raise ValueError(f"baseline: expected one of the models {', '.join(map(repr, named))}, got {baseline!r}")
+    if store is not None and not isinstance(store, (str, os.PathLike)):
+        raise TypeError(f"store: expected the path of a folder or None, got {store!r}")
     costs = _costs(cost, named, baseline)
     if stats is None: stats = getattr(dl.valid if isinstance(dl, DataLoaders) else dl, 'stats', None)
     found = Batches(dl, cache_mb)
@@ -91,20 +113,26 @@ def robustness_card(
     levels = _strengths(strengths, 'accuracy' if y.ndim == 1 else 'mIoU')
     corruptions = [corruptions] if isinstance(corruptions, str) else list(corruptions)
     table = table or ('cifar' if max(x.shape[2:]) <= 64 else 'imagenet')
-    common = dict(seed=seed, ignore_index=ignore_index, class_names=class_names, progress=progress, cache_mb=cache_mb, on=on)
-    def noise(law, at, n, where, name): return noise_sweep(models, found, law, at, n, where, store=_file_in(store, name.replace(' ', '-')), **common)
+    common = dict(seed=seed, ignore_index=ignore_index, class_names=class_names, progress=progress, cache_mb=cache_mb,
+                  on=on)
+    def noise(law, at, n, where, name):
+        return noise_sweep(models, found, law, at, n, where, store=_file_in(store, name.replace(' ', '-')), **common)
     with connected(on):
         frames = [noise(MaxGaussian(), 0, 1, conv_and_norm, 'clean').assign(disturbance='clean', law='', where='')]
         for name, at in levels.items():
             law, where = WEIGHTS[name]
             df = noise(law, at, 1 if name == 'fewer bits' else draws, where, name)
-            if name == 'fewer bits': df = df.sort_values('level', ascending=False, kind='stable')  # mild to strong, like the others
+            # mild to strong, like the others
+            if name == 'fewer bits': df = df.sort_values('level', ascending=False, kind='stable')
             frames.append(df.assign(disturbance=name))
         if corruptions:
-            folder = store and Path(store)/f"corruptions-{table}{'.parquet' if Path(store).suffix == '.parquet' else ''}"
-            df = corruption_sweep(models, found, corruptions, severities, table=table, stats=stats, store=folder, **common)
+            folder = (store
+                      and Path(store)/f"corruptions-{table}{'.parquet' if Path(store).suffix == '.parquet' else ''}")
+            df = corruption_sweep(models, found, corruptions, severities, table=table, stats=stats, store=folder,
+                                  **common)
             df = df[df['severity'] > 0].rename(columns={'corruption': 'law', 'severity': 'level'})
-            frames.append(df.assign(disturbance='corrupted inputs', where=f'input, {table} settings', draw=0).astype({'level': float}))
+            frames.append(df.assign(disturbance='corrupted inputs', where=f'input, {table} settings',
+                                    draw=0).astype({'level': float}))
     out = pd.concat(frames, ignore_index=True).assign(cost=lambda d: d['model'].map(costs), baseline=baseline)[_COLUMNS]
     out.attrs['models'] = named
     return out
@@ -115,67 +143,91 @@ def _metric(df):
     if need: raise ValueError(f"df: expected the rows of robustness_card; there is no column {', '.join(need)}")
     return 'accuracy' if (df['metric'] == 'accuracy').any() else 'mIoU'
 
+# %% ../../nbs/show/04_card.ipynb #9be85de7
 def _mean_corruptions(d):
     "With one row for each model and severity, the mean over the corruptions, in place of one for each corruption."
     is_corruption = d['disturbance'] == 'corrupted inputs'
     c = d[is_corruption]
     if c.empty: return d
     by = [k for k in d if k not in ('law', 'value', 'n_pixels')]
-    means = c.groupby(by, sort=False, dropna=False).agg(value=('value', 'mean'), n_pixels=('n_pixels', 'first')).reset_index()
-    return pd.concat([d[~is_corruption], means.assign(law=f"mean of {c['law'].nunique()} corruptions")], ignore_index=True)
+    means = c.groupby(by, sort=False, dropna=False).agg(value=('value', 'mean'),
+                                                        n_pixels=('n_pixels', 'first')).reset_index()
+    return pd.concat([d[~is_corruption], means.assign(law=f"mean of {c['law'].nunique()} corruptions")],
+                     ignore_index=True)
 
+# %% ../../nbs/show/04_card.ipynb #1eb7a148
 def card_summary(
     df: pd.DataFrame,  # rows of `robustness_card`
-    unit: str = 'draw',  # the interval is over noise draws (these networks), or over training seeds (this way of training): 'seed'
+    # the interval is over noise draws (these networks), or over training seeds (this way of training): 'seed'
+    unit: str = 'draw',
     confidence: float = 0.95,  # of the interval
-) -> pd.DataFrame:  # a line for each model, disturbance and level: mean, low, high, half, sd, n, lost (the model's clean score minus the mean), cost
+# a line for each model, disturbance and level: mean, low, high, half, sd, n, lost (the model's clean score minus the
+# mean), cost
+) -> pd.DataFrame:
     "Mean score and Student's t interval of each model under each disturbance."
     metric = _metric(df)
     d = _mean_corruptions(df[df['metric'] == metric])
-    s = pd.concat([summarise(part, ('model', 'disturbance', 'law', 'level'), metric, unit, confidence) for _, part in d.groupby('disturbance', sort=False)])
-    clean, cost = s[s['disturbance'] == 'clean'].set_index('model')['mean'], df.drop_duplicates('model').set_index('model')['cost']
-    return s.assign(lost=s['model'].map(clean) - s['mean'], metric=metric, cost=s['model'].map(cost)).reset_index(drop=True)
+    s = pd.concat([summarise(part, ('model', 'disturbance', 'law', 'level'), metric, unit, confidence) for _,
+                   part in d.groupby('disturbance', sort=False)])
+    clean = s[s['disturbance'] == 'clean'].set_index('model')['mean']
+    cost = df.drop_duplicates('model').set_index('model')['cost']
+    return s.assign(lost=s['model'].map(clean) - s['mean'], metric=metric,
+                    cost=s['model'].map(cost)).reset_index(drop=True)
 
 # %% ../../nbs/show/04_card.ipynb #0968204c
 def _mce(df):
     "mCE and clean error of each model, mean over training seeds; None without corruptions."
     metric = _metric(df)
-    c = df[df['disturbance'].isin(['clean', 'corrupted inputs'])].rename(columns={'law': 'corruption', 'level': 'severity'})
+    c = df[df['disturbance'].isin(['clean', 'corrupted inputs'])].rename(columns={'law': 'corruption',
+            'level': 'severity'})
     if not (c['disturbance'] == 'corrupted inputs').any(): return None
-    c = c.assign(corruption=c['corruption'].where(c['disturbance'] != 'clean', 'clean'), severity=c['severity'].astype(int))
+    c = c.assign(corruption=c['corruption'].where(c['disturbance'] != 'clean', 'clean'),
+                 severity=c['severity'].astype(int))
     m = mean_corruption_error(c, df['baseline'].iloc[0], metric)
-    return m[m['corruptions'] == m['corruptions'].iloc[0]].groupby(['corruptions', 'model'])['mCE'].mean().reset_index('corruptions')
+    return m[m['corruptions'] == m['corruptions'].iloc[0]].groupby(['corruptions',
+            'model'])['mCE'].mean().reset_index('corruptions')
 
+# %% ../../nbs/show/04_card.ipynb #edc3db82
 def _level_text(disturbance, level):
-    form = {'clean': 'as trained', 'weight noise': 'n = {:g}', 'fewer bits': '{:g} bits', 'corrupted inputs': 'severity {:g}'}
+    form = {'clean': 'as trained', 'weight noise': 'n = {:g}', 'fewer bits': '{:g} bits',
+            'corrupted inputs': 'severity {:g}'}
     return form.get(disturbance, '{:g}').format(level)
 
+# %% ../../nbs/show/04_card.ipynb #a3f45d84
 def card_table(
     df: pd.DataFrame,  # rows of `robustness_card`
     unit: str = 'draw',  # the interval is over noise draws, or over training seeds: 'seed'
-) -> pd.DataFrame:  # a line for each model, a column for each disturbance and strength, of text such as '71.8 ± 6.5'; then mCE and training cost
+# a line for each model, a column for each disturbance and strength, of text such as '71.8 ± 6.5'; then mCE and
+# training cost
+) -> pd.DataFrame:
     "The card in numbers: mean score and half of the 95 % interval, in percent."
-    s, models = card_summary(df, unit), list(dict.fromkeys([*df.attrs.get('models', []), *df['model']]))
+    s = card_summary(df, unit)
+    models = list(dict.fromkeys([*df.attrs.get('models', []), *df['model']]))
     text = [f'{100 * m:.1f}' + (f' ± {100 * h:.1f}' if n > 1 else '') for m, h, n in zip(s['mean'], s['half'], s['n'])]
     columns = list(dict.fromkeys(zip(s['disturbance'], map(_level_text, s['disturbance'], s['level']))))
     s = s.assign(text=text, strength=list(map(_level_text, s['disturbance'], s['level'])))
     out = s.pivot(index='model', columns=['disturbance', 'strength'], values='text').reindex(models)[columns]
     base, mce = df['baseline'].iloc[0], _mce(df)
     if mce is not None: out['mCE', f"{mce['corruptions'].iloc[0]}; {base} = 1"] = mce['mCE'].map('{:.3f}'.format)
-    out['training cost', f'{base} = 1'] = [f'{c:.2f}×' if c == c else 'unknown' for c in s.drop_duplicates('model').set_index('model')['cost'].reindex(models)]
+    out['training cost', f'{base} = 1'] = [f'{c:.2f}×' if c == c else 'unknown'
+                                           for c in s.drop_duplicates('model').set_index('model')['cost'].reindex(
+            models)]
     return out.rename_axis(columns=[s['metric'].iloc[0] + ' (%)', ''])
 
 # %% ../../nbs/show/04_card.ipynb #97b03e2a
 def _panel(s, models):
     "Scores, points lost and hover texts of one disturbance, models in rows and levels in columns."
     levels = list(dict.fromkeys(s['level']))
-    wide = {c: s.pivot(index='model', columns='level', values=c).reindex(index=models, columns=levels) for c in ('mean', 'half', 'lost', 'n')}
+    wide = {c: s.pivot(index='model', columns='level', values=c).reindex(index=models, columns=levels)
+            for c in ('mean', 'half', 'lost', 'n')}
     def tell(m, l):
         half, n = wide['half'].loc[m, l], wide['n'].loc[m, l]
         interval = f' ± {100 * half:.1f} (95 %, n = {n})' if half > 0 else ''
-        return f"<b>{m}</b><br>{100 * wide['mean'].loc[m, l]:.1f} %{interval}<br>{100 * wide['lost'].loc[m, l]:.1f} points below its clean score"
+        return (f"<b>{m}</b><br>{100 * wide['mean'].loc[m, l]:.1f} %{interval}<br>{100 * wide['lost'].loc[m, l]:.1f} "
+                f"points below its clean score")
     return levels, wide['mean'], wide['lost'], [[tell(m, l) for l in levels] for m in models]
 
+# %% ../../nbs/show/04_card.ipynb #2eb0daf2
 def plot_card(
     df: pd.DataFrame,  # rows of `robustness_card`
     unit: str = 'draw',  # the interval is over noise draws, or over training seeds: 'seed'
@@ -183,27 +235,37 @@ def plot_card(
 ) -> go.Figure:
     "Each model's score under each disturbance, coloured by the points it lost, with mCE and training cost."
     s, table = card_summary(df, unit), card_table(df, unit)
-    models, metric, panels = list(table.index), s['metric'].iloc[0], list(dict.fromkeys(s['disturbance']))
+    models = list(table.index)
+    metric = s['metric'].iloc[0]
+    panels = list(dict.fromkeys(s['disturbance']))
     extra = [c for c in table if c[0] in ('mCE', 'training cost')]
     sizes = [max(s[s['disturbance'] == p]['level'].nunique(), 1.2) for p in panels] + [1.6] * len(extra)
     names = [p.replace(' ', '<br>') for p in panels] + [c[0].replace(' ', '<br>') for c in extra]
-    fig = make_subplots(1, len(names), shared_yaxes=True, column_widths=sizes, horizontal_spacing=0.012, subplot_titles=names)
+    fig = make_subplots(1, len(names), shared_yaxes=True, column_widths=sizes, horizontal_spacing=0.012,
+                        subplot_titles=names)
     top = max(100 * s['lost'].max(), 1)
     for i, p in enumerate(panels, 1):
         levels, mean, lost, tell = _panel(s[s['disturbance'] == p], models)
         fig.add_heatmap(row=1, col=i, x=['' if p == 'clean' else f'{l:g}'.replace('0.', '.') for l in levels], y=models,
-                        z=(100 * lost).round(2).to_numpy(), text=(100 * mean).map('{:.0f}'.format).to_numpy(), texttemplate='%{text}',
+                        z=(100 * lost).round(2).to_numpy(), text=(100 * mean).map('{:.0f}'.format).to_numpy(),
+                        texttemplate='%{text}',
                         hovertext=tell, hoverinfo='text', coloraxis='coloraxis', xgap=1, ygap=1)
     for i, c in enumerate(extra, len(panels) + 1):
         text = [t if t != 'unknown' else '?' for t in table[c]]
-        fig.add_heatmap(row=1, col=i, x=[''], y=models, z=[[0]] * len(models), text=[[t] for t in text], texttemplate='%{text}',
-                        hovertext=[[f'<b>{m}</b><br>{c[0]}: {t}<br>{c[1]}'] for m, t in zip(models, table[c])], hoverinfo='text',
+        fig.add_heatmap(row=1, col=i, x=[''], y=models, z=[[0]] * len(models), text=[[t] for t in text],
+                        texttemplate='%{text}',
+                        hovertext=[[f'<b>{m}</b><br>{c[0]}: {t}<br>{c[1]}'] for m, t in zip(models, table[c])],
+                        hoverinfo='text',
                         colorscale=[[0, LINE], [1, LINE]], showscale=False, xgap=1, ygap=1)
-    told = f"colour: points below the model's own clean score; on hover: 95 % interval over {'noise draws' if unit == 'draw' else 'training seeds'}"
-    fig.update_layout(template=noisyseg_template, height=190 + 30 * len(models), hovermode='closest', margin=dict(l=40, r=10, t=130, b=40),
+    told = (f"colour: points below the model's own clean score; on hover: 95 % interval over "
+            f"{'noise draws' if unit == 'draw' else 'training seeds'}")
+    fig.update_layout(template=noisyseg_template, height=190 + 30 * len(models), hovermode='closest',
+                      margin=dict(l=40, r=10, t=130, b=40),
                       title=dict(text=f'Robustness card: {metric} (%)' if title is None else title,
                                  subtitle=dict(text=told + (' · ?: unknown' if df['cost'].isna().any() else ''))),
-                      coloraxis=dict(cmin=0, cmax=top, colorscale=[[0, 'rgba(0,114,178,0.10)'], [0.5, 'rgba(230,159,0,0.55)'], [1, 'rgba(213,94,0,0.9)']],
+                      coloraxis=dict(cmin=0, cmax=top, colorscale=[[0, 'rgba(0,114,178,0.10)'],
+            [0.5, 'rgba(230,159,0,0.55)'], [1, 'rgba(213,94,0,0.9)']],
                                      colorbar=dict(title=dict(text='points<br>lost', font_size=12), thickness=10)))
-    fig.update_xaxes(type='category', showgrid=False, ticks='', title=None, tickangle=0).update_yaxes(autorange='reversed', showgrid=False)
+    fig.update_xaxes(type='category', showgrid=False, ticks='', title=None,
+                     tickangle=0).update_yaxes(autorange='reversed', showgrid=False)
     return fig.update_annotations(font=dict(size=12, color=INK), yshift=4)

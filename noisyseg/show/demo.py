@@ -30,6 +30,7 @@ from ..nets.unet3plus import unet3plus_tiny
 LEVELS = (0, 0.05, 0.1, 0.15, 0.2, 0.3)  # of the sweep, as shares of each kernel's largest weight
 TRAIN_AT = 0.15  # the level that the second network is trained at
 
+# %% ../../nbs/show/09_demo.ipynb #0e90ac99
 def train_tiny(
     dls,  # DataLoaders from noisyseg.data.datasets
     law=None,  # train under this law's weight noise; None trains clean
@@ -40,8 +41,10 @@ def train_tiny(
 ):  # a fastai Learner, trained
     "Train a tiny UNet3+ that a laptop finishes while you watch."
     set_seed(seed)
-    learn = segmentation_learner(dls, unet3plus_tiny, law, loss_func=DeepSupervisionLoss(HybridLoss(msssim=0, ignore_index=dls.ignore_index)),
-                                 arch_args=dict(upsample='after', deep_supervision=False), noise_args=dict(seed=seed) if law else None, **kwargs)
+    learn = segmentation_learner(dls, unet3plus_tiny, law, loss_func=DeepSupervisionLoss(HybridLoss(msssim=0,
+            ignore_index=dls.ignore_index)),
+                                 arch_args=dict(upsample='after', deep_supervision=False), noise_args=dict(seed=seed)
+                                 if law else None, **kwargs)
     learn.fit_one_cycle(epochs, lr)
     return learn
 
@@ -78,31 +81,38 @@ def run_demo(
     print(f'\nNow both under the same {draws} noise draws at each of {len(LEVELS) - 1} levels')
     df = noise_sweep(models, dls.valid, law, LEVELS, draws=draws)
     table, level = sweep_table(df), holds_from(df, 'noise-trained', 'clean-trained')
-    verdict = (f'From {level:.0%} of each kernel\'s largest weight on, the noise-trained network is clearly better.' if level else
+    verdict = (f'From {level:.0%} of each kernel\'s largest weight on, the noise-trained network is clearly better.'
+               if level else
                'At no level is the noise-trained network clearly better: train longer (--epochs).')
     print(f'\n{table.to_string()}\n\n{verdict}')
     items = [('Under noise', plot_sweep(df)), table, verdict,
              ('What it looks like', _pictures(models, dls, law.at(0.2))), ('Which classes go first', plot_classes(df))]
-    meta = {'data': f'{n_train} + {n_valid} procedural scenes, 64×64', 'law': str(law.at(0)).replace('n=0, ', ''), 'draws': draws, 'epochs': epochs,
-            'training seconds': ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), 'device': str(default_device()), 'torch': torch.__version__}
+    meta = {'data': f'{n_train} + {n_valid} procedural scenes, 64×64', 'law': str(law.at(0)).replace('n=0, ', ''),
+            'draws': draws, 'epochs': epochs,
+            'training seconds': ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), 'device': str(default_device()),
+            'torch': torch.__version__}
     path = report_html(items, out, 'noisyseg: what weight noise costs', meta)
     print(f'\n{time.time() - start:.0f} s. Open {path} in a browser.')
     return path
 
+# %% ../../nbs/show/09_demo.ipynb #2bbd2766
 def _pictures(models, dls, law, i=0):
     "One held-out scene as both networks see it under one draw of a law's noise."
     x, y = dls.valid.one_batch()
     preds = {}
     for name, m in models.items():
         with torch.no_grad(), perturbed(m, law, generator=0): preds[name] = m(x[i:i + 1])[0].argmax(0).cpu()
-    return plot_prediction(x[i].cpu(), y[i].cpu(), preds, dls.palette, dls.vocab, stats=dls.stats, title=f'with {law} in the weights')
+    return plot_prediction(x[i].cpu(), y[i].cpu(), preds, dls.palette, dls.vocab, stats=dls.stats,
+                           title=f'with {law} in the weights')
 
 # %% ../../nbs/show/09_demo.ipynb #b5dc4a45
 def main(
     argv: list = None,  # arguments; None takes those of the process
 ):
     "The command line: python -m noisyseg.show.demo"
-    p = argparse.ArgumentParser(prog='python -m noisyseg.show.demo', description='Train a tiny UNet3+ clean and under weight noise, and see what the noise costs.')
+    p = argparse.ArgumentParser(prog='python -m noisyseg.show.demo',
+                                description='Train a tiny UNet3+ clean and under weight noise, and see what the noise '
+                                            'costs.')
     p.add_argument('--out', default='noisyseg-report.html', help='where the report goes')
     p.add_argument('--epochs', type=int, default=30, help='of each network')
     p.add_argument('--draws', type=int, default=10, help='noise draws for each level')
@@ -110,4 +120,5 @@ def main(
     if a.epochs < 1 or a.draws < 2: p.error('--epochs is at least 1 and --draws at least 2')
     run_demo(a.out, a.epochs, a.draws)
 
+# %% ../../nbs/show/09_demo.ipynb #6af52a0a
 if __name__ == '__main__' and globals().get('__spec__'): main()   # with python -m, and not in this notebook

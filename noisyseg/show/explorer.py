@@ -32,20 +32,27 @@ from ..train.learner import load_model
 def demo_models() -> dict:  # 'clean-trained' and 'noise-trained' -> UNet3Plus for 128×128 scenes
     "The two small networks that come with the package; their cards say how they were trained."
     folder = Path(noisyseg.__file__).parent/'show'/'models'
-    return {name: load_model(folder/f'scenes_{file}.safetensors') for name, file in (('clean-trained', 'clean'), ('noise-trained', 'noise_trained'))}
+    return {name: load_model(folder/f'scenes_{file}.safetensors') for name,
+            file in (('clean-trained', 'clean'), ('noise-trained', 'noise_trained'))}
 
+# %% ../../nbs/show/06_explorer.ipynb #bd5cd4a2
 def _models(models):
     if models is None: return demo_models()
-    models = {'model': models} if isinstance(models, nn.Module) else dict(models) if isinstance(models, Mapping) else models
+    models = {'model': models} if isinstance(models, nn.Module) else dict(models) if isinstance(models,
+            Mapping) else models
     if not isinstance(models, dict) or not models or not all(isinstance(m, nn.Module) for m in models.values()):
-        raise TypeError(f"models: expected a module, a dict name -> module, or None for the ones that come with noisyseg, got {type(models).__name__}")
+        raise TypeError(f"models: expected a module, a dict name -> module, or None for the ones that come with "
+                        f"noisyseg, got {type(models).__name__}")
     return {str(k): m for k, m in models.items()}
 
+# %% ../../nbs/show/06_explorer.ipynb #e4f5cbc1
 def _samples(data, n):
-    "The first `n` images and masks (or None) of data in any of the forms that NoiseExplorer takes, and what is known of them."
+    ("The first `n` images and masks (or None) of data in any of the forms that NoiseExplorer takes, and what is known "
+     "of them.")
     if data is None: data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
     if isinstance(data, torch.Tensor): return _checked(data[:n], None), {}
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data): return _checked(data[0][:n], data[1][:n]), {}
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data):
+        return _checked(data[0][:n], data[1][:n]), {}
     found, held = Batches(data, cache_mb=0), []
     for b in found:
         held.append(b)
@@ -55,6 +62,7 @@ def _samples(data, n):
     about = {k: getattr(data, k, getattr(dl, k, None)) for k in ('vocab', 'palette', 'ignore_index', 'stats')}
     return _checked(x, y), about
 
+# %% ../../nbs/show/06_explorer.ipynb #13633e47
 def _checked(x, y):
     if x.ndim != 4 or not len(x) or (y is not None and y.shape != (len(x), *x.shape[2:])):
         raise ValueError("data: expected images (samples, channels, height, width) and masks (samples, height, width), "
@@ -64,22 +72,37 @@ def _checked(x, y):
 # %% ../../nbs/show/06_explorer.ipynb #0366ea38
 WHERES = {'conv and norm': conv_and_norm, 'conv and linear': conv_and_linear, 'kernels and scales': kernels_and_scales,
           'first 5 layers': conv_and_norm.first(5), 'last 5 layers': conv_and_norm.last(5)}
-STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity', 'opacity', 'mask', 'hidden', 'layer')
+STATE = ('level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity', 'opacity', 'mask',
+         'hidden', 'layer')
 _of_cell = {}  # notebook cell -> (its execution, the explorers that it made)
 
+# %% ../../nbs/show/06_explorer.ipynb #9803b0e9
 class NoiseExplorer(anywidget.AnyWidget):
-    "A live dashboard: models side by side under weight noise, with a slider for its level, on clean or corrupted pictures."
+    ("A live dashboard: models side by side under weight noise, with a slider for its level, on clean or corrupted "
+     "pictures.")
     _esm = Path(noisyseg.__file__).parent/'show'/'explorer.js'
     info = traitlets.Dict().tag(sync=True)
-    level, law, params = traitlets.Float(0.).tag(sync=True), traitlets.Unicode('MaxGaussian').tag(sync=True), traitlets.Dict().tag(sync=True)
-    where, seed, lock = traitlets.Unicode().tag(sync=True), traitlets.Int(0).tag(sync=True), traitlets.Bool(True).tag(sync=True)
-    corruption, severity = traitlets.Unicode(None, allow_none=True).tag(sync=True), traitlets.Int(3).tag(sync=True)
-    sample, opacity, mask = traitlets.Int(0).tag(sync=True), traitlets.Float(0.6).tag(sync=True), traitlets.Bool(True).tag(sync=True)
-    hidden, layer, closed = traitlets.List(traitlets.Int()).tag(sync=True), traitlets.Unicode().tag(sync=True), traitlets.Bool(False).tag(sync=True)
+    level = traitlets.Float(0.).tag(sync=True)
+    law = traitlets.Unicode('MaxGaussian').tag(sync=True)
+    params = traitlets.Dict().tag(sync=True)
+    where = traitlets.Unicode().tag(sync=True)
+    seed = traitlets.Int(0).tag(sync=True)
+    lock = traitlets.Bool(True).tag(sync=True)
+    corruption = traitlets.Unicode(None, allow_none=True).tag(sync=True)
+    severity = traitlets.Int(3).tag(sync=True)
+    sample = traitlets.Int(0).tag(sync=True)
+    opacity = traitlets.Float(0.6).tag(sync=True)
+    mask = traitlets.Bool(True).tag(sync=True)
+    hidden = traitlets.List(traitlets.Int()).tag(sync=True)
+    layer = traitlets.Unicode().tag(sync=True)
+    closed = traitlets.Bool(False).tag(sync=True)
 
     def __init__(self,
-        models=None,  # a module, or a dict name -> module, in the order of the panels; None: the two that come with noisyseg
-        data=None,  # DataLoaders (their valid part), a loader, (images, masks) or images, as the models take them; None: procedural scenes
+        # a module, or a dict name -> module, in the order of the panels; None: the two that come with noisyseg
+        models=None,
+        # DataLoaders (their valid part), a loader, (images, masks) or images, as the models take them; None:
+        # procedural scenes
+        data=None,
         law: Law = None,  # law and level to begin with; None: MaxGaussian(0.)
         wheres: dict = None,  # name -> selector, for the menu of layers; the first one is chosen; None: WHERES
         classes: list = None,  # names; None: the data's, or numbers
@@ -92,24 +115,32 @@ class NoiseExplorer(anywidget.AnyWidget):
         **state,  # further traits to begin with: seed, sample, corruption, severity, opacity, hidden, layer, …
     ):
         law = MaxGaussian(0.) if law is None else law
-        if not isinstance(law, Law): raise TypeError(f"law: expected a law from noisyseg.perturb.laws, such as MaxGaussian(0.1), got {law!r}")
+        if not isinstance(law, Law):
+            raise TypeError(f"law: expected a law from noisyseg.perturb.laws, such as MaxGaussian(0.1), got {law!r}")
         models, ((x, y), about) = _models(models), _samples(data, samples)
         wheres = _fitting(WHERES if wheres is None else wheres, models)
         about = {k: given if given is not None else about.get(k) for k, given in
                  dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats).items()}
         self._stats = about['stats'] and tuple(torch.as_tensor(s).flatten().tolist() for s in about['stats'])
-        self._not_corruptible = "it was made with corruptions=False" if corruptions is False else not_corruptible(x, self._stats)
+        self._not_corruptible = "it was made with corruptions=False" if corruptions is False else not_corruptible(x,
+                self._stats)
         self.lens, self._images, self._truth = NoisyPredictor(models, x, wheres, cache_mb), to_rgb(x, self._stats), y
         n = 1 + max(int(self.lens(m, 0, law.at(0.), next(iter(wheres)), 0)[0][0].max()) for m in models)
-        if y is not None: n = max(n, 1 + int(torch.where(y == about['ignore_index'], 0, y).max() if about['ignore_index'] is not None else y.max()))
+        if y is not None:
+            n = max(n, 1 + int(torch.where(y == about['ignore_index'], 0, y).max() if about['ignore_index'] is not None
+                               else y.max()))
         vocab = list(map(str, about['vocab'] or range(n)))
-        if len(vocab) < n: raise ValueError(f"classes: {len(vocab)} names, but there is a class number {n - 1} in the masks or predictions")
+        if len(vocab) < n:
+            raise ValueError(f"classes: {len(vocab)} names, but there is a class number {n - 1} in the masks or "
+                             f"predictions")
         palette = [list(map(int, c)) for c in (about['palette'] or distinct_palette(len(vocab)))]
         if len(palette) < len(vocab): raise ValueError(f"palette: {len(palette)} colours for {len(vocab)} classes")
         names = [[s.name for s in weight_sites(m)] for m in models.values()]
         layers = [k for k in names[0] if all(k in others for others in names)]
-        info = dict(models=list(models), classes=vocab, palette=palette, ignore=about['ignore_index'], truth=y is not None, samples=len(x),
-                    laws=[law_form(v) for v in dict.fromkeys([*usable_laws(), type(law)])], wheres=list(wheres), layers=layers,
+        info = dict(models=list(models), classes=vocab, palette=palette, ignore=about['ignore_index'],
+                    truth=y is not None, samples=len(x),
+                    laws=[law_form(v) for v in dict.fromkeys([*usable_laws(), type(law)])], wheres=list(wheres),
+                    layers=layers,
                     corruptions=_offered(corruptions, self._not_corruptible))
         begin = dict(where=info['wheres'][0], layer=layers[0] if layers else '', **law_values(law))
         super().__init__(info=info, **{**begin, **state})
@@ -121,24 +152,31 @@ class NoiseExplorer(anywidget.AnyWidget):
 
     @traitlets.observe('law')
     def _other_law(self, change):
-        "Another law has other parameters: those that it does not know give way to its defaults; so does a level that makes no sense in its unit."
+        ("Another law has other parameters: those that it does not know give way to its defaults; so does a level that "
+         "makes no sense in its unit.")
         form = law_form(Law.registry[self.law])
         fields = {f['name']: f['default'] for f in form['fields']}
         if set(self.params) - set(fields): self.params = fields
         old = Law.registry.get(change['old'])     # None while the explorer is made
-        if old and form['step'] != law_form(old)['step'] and (0 < self.level < 1 if form['step'] else self.level > form['top']): self.level = form['level']
+        if old and form['step'] != law_form(old)['step'] and (0 < self.level < 1 if form['step'] else self.level
+                                                              > form['top']):
+            self.level = form['level']
 
     def close(self):
         "Take the explorer off the page, and let go of models, clones, predictions and pictures."
         if hasattr(self, 'lens'): self.lens.close()
-        self.closed, self._images, self._truth, layout = True, None, None, self.layout
+        self.closed = True
+        self._images = None
+        self._truth = None
+        layout = self.layout
         super().close()
         if layout is not None: layout.close()
 
 # %% ../../nbs/show/06_explorer.ipynb #9fbb305f
 def _fitting(wheres, models):
     "The selectors that find weights in every model."
-    if not isinstance(wheres, Mapping) or not wheres: raise TypeError(f"wheres: expected a dict name -> selector, got {wheres!r}")
+    if not isinstance(wheres, Mapping) or not wheres:
+        raise TypeError(f"wheres: expected a dict name -> selector, got {wheres!r}")
     def fits(where):
         try: return all(as_selector(where).names(m) for m in models.values())
         except ValueError: return False
@@ -146,42 +184,59 @@ def _fitting(wheres, models):
     if not found: raise ValueError(f"wheres: none of {', '.join(map(str, wheres))} finds a weight in every model")
     return found
 
+# %% ../../nbs/show/06_explorer.ipynb #58f05097
 def _offered(given, not_corruptible):
     "The corruptions for the menu, with their families."
     if isinstance(given, bool): given = list(CORRUPTIONS) if given and not not_corruptible else []
-    if isinstance(given, str) or not isinstance(given, (list, tuple)): raise TypeError(f"corruptions: expected True, False or a list of names, got {given!r}")
-    if unknown := [k for k in given if k not in CORRUPTIONS]: raise ValueError(f"corruptions: there is no {unknown[0]!r}; there are {', '.join(CORRUPTIONS)}")
+    if isinstance(given, str) or not isinstance(given, (list, tuple)):
+        raise TypeError(f"corruptions: expected True, False or a list of names, got {given!r}")
+    if unknown := [k for k in given if k not in CORRUPTIONS]:
+        raise ValueError(f"corruptions: there is no {unknown[0]!r}; there are {', '.join(CORRUPTIONS)}")
     if given and not_corruptible: raise ValueError(f"corruptions: these images cannot be corrupted. {not_corruptible}")
     return [dict(name=k, family=CORRUPTIONS[k].family) for k in given]
 
+# %% ../../nbs/show/06_explorer.ipynb #6ff08cde
 @patch
 def _asked(self:NoiseExplorer, s):
     "Sample, law, selector's name, seed and corruption of a state, checked."
-    if s['where'] not in self.info['wheres']: raise ValueError(f"where: one of {', '.join(self.info['wheres'])}, got {s['where']!r}")
+    if s['where'] not in self.info['wheres']:
+        raise ValueError(f"where: one of {', '.join(self.info['wheres'])}, got {s['where']!r}")
     for k, low, n in (('sample', 0, self.info['samples']), ('seed', 0, 2**63), ('severity', 1, 6)):
-        if not isinstance(s[k], int) or not low <= s[k] < n: raise ValueError(f"{k}: a whole number from {low} to {n - 1}, got {s[k]!r}")
-    if s['corruption'] not in (names := self._corruptions()): raise ValueError(self._no_such_corruption(names, s['corruption']))
+        if not isinstance(s[k], int) or not low <= s[k] < n:
+            raise ValueError(f"{k}: a whole number from {low} to {n - 1}, got {s[k]!r}")
+    if s['corruption'] not in (names := self._corruptions()):
+        raise ValueError(self._no_such_corruption(names, s['corruption']))
     corruption = s['corruption'] and Corruption(s['corruption'], s['severity'], s['seed'], stats=self._stats)
     return s['sample'], law_of(s['law'], s['level'], s['params']), s['where'], s['seed'], corruption
 
+# %% ../../nbs/show/06_explorer.ipynb #1159d81e
 @patch
 def _corruptions(self:NoiseExplorer): return [None, *(c['name'] for c in self.info.get('corruptions', []))]
+
 @patch
 def _no_such_corruption(self:NoiseExplorer, names, got):
-    return f"corruption: one of {', '.join(map(str, names))}, got {got!r}" + (f". None is offered here: {self._not_corruptible}" if len(names) == 1 else '')
+    return f"corruption: one of {', '.join(map(str, names))}, got {got!r}" + (
+            f". None is offered here: {self._not_corruptible}" if len(names) == 1 else '')
 
+# %% ../../nbs/show/06_explorer.ipynb #6940fa14
 @patch
 def frame(self:NoiseExplorer,
     state: dict = None,  # changes of the state; None: as it is
-) -> dict:  # preds: name -> uint8 (2, height, width), class and confidence; hists: a list of dicts; reference: name -> clean classes, without masks
+# preds: name -> uint8 (2, height, width), class and confidence; hists: a list of dicts; reference: name -> clean
+# classes, without masks
+) -> dict:
     "What the panels show, as arrays."
     s = {**self.state(), **(state or {})}
     sample, law, where, seed, corruption = self._asked(s)
     out = {name: self.lens(name, sample, law, where, seed, s['layer'], corruption) for name in self.info['models']}
-    moved = lambda classes: classes if (source := self.lens.image(sample, corruption)[1]) is None else classes.flatten()[source.numpy()]
-    clean = None if self.info['truth'] else {name: moved(self.lens(name, sample, law.at(0.), where, seed)[0][0]) for name in out}
+    moved = lambda classes: classes if (source := self.lens.image(sample,
+                                                                  corruption)[1]) is None else classes.flatten()[
+            source.numpy()]
+    clean = None if self.info['truth'] else {name: moved(self.lens(name, sample, law.at(0.), where, seed)[0][0])
+                                             for name in out}
     return dict(preds={k: v[0] for k, v in out.items()}, hists=[v[1] for v in out.values() if v[1]], reference=clean)
 
+# %% ../../nbs/show/06_explorer.ipynb #092a7170
 @patch
 def picture(self:NoiseExplorer,
     state: dict = None,  # changes of the state; None: as it is
@@ -194,6 +249,7 @@ def picture(self:NoiseExplorer,
     if truth is not None and source is not None: truth = truth.flatten()[source]
     return to_rgb(x, self._stats)[0], None if truth is None else truth.numpy()
 
+# %% ../../nbs/show/06_explorer.ipynb #861aa32d
 @patch
 def _answer(self:NoiseExplorer, _, message, buffers):
     "A message of the front end: a frame, or all as HTML. Whatever goes wrong is told there, and the explorer lives on."
@@ -203,10 +259,13 @@ def _answer(self:NoiseExplorer, _, message, buffers):
         else:
             s = {**self.state(), **message['state']}
             f, (height, width) = self.frame(s), self._images.shape[1:3]
-            key = s['sample'] if s['corruption'] is None else ' '.join(str(s[k]) for k in ('sample', 'corruption', 'severity', 'seed'))
-            reply |= dict(width=width, height=height, hists=f['hists'], image=message.get('have') != key, picture=key, truth=self.info['truth'])
+            key = s['sample'] if s['corruption'] is None else ' '.join(str(s[k])
+                    for k in ('sample', 'corruption', 'severity', 'seed'))
+            reply |= dict(width=width, height=height, hists=f['hists'], image=message.get('have') != key, picture=key,
+                          truth=self.info['truth'])
             if reply['image']: data = [a.tobytes() for a in self.picture(s) if a is not None]
-            data += [p.tobytes() + (f['reference'][k].tobytes() if f['reference'] else b'') for k, p in f['preds'].items()]
+            data += [p.tobytes() + (f['reference'][k].tobytes() if f['reference'] else b'') for k,
+                     p in f['preds'].items()]
     except Exception as e: reply, data = dict(id=message.get('id'), error=f'{type(e).__name__}: {e}'), []
     self.send(reply, data)
 
@@ -215,19 +274,26 @@ def _answer(self:NoiseExplorer, _, message, buffers):
 def _check(self:NoiseExplorer, proposal):
     "Refuse a trait's value that cannot be shown."
     name, v = proposal['trait'].name, proposal['value']
-    if name == 'corruption' and v not in (names := self._corruptions()): raise traitlets.TraitError(self._no_such_corruption(names, v))
-    known = {'where': self.info.get('wheres'), 'law': list(Law.registry), 'layer': ['', *self.info.get('layers', [])]}.get(name)
-    if known is not None and v not in known: raise traitlets.TraitError(f"{name}: one of {', '.join(map(repr, known))}, got {v!r}")
-    limits = {'level': (0, float('inf')), 'seed': (0, 2**63 - 1), 'sample': (0, self.info.get('samples', 1) - 1), 'opacity': (0, 1),
+    if name == 'corruption' and v not in (names := self._corruptions()):
+        raise traitlets.TraitError(self._no_such_corruption(names, v))
+    known = {'where': self.info.get('wheres'), 'law': list(Law.registry),
+             'layer': ['', *self.info.get('layers', [])]}.get(name)
+    if known is not None and v not in known:
+        raise traitlets.TraitError(f"{name}: one of {', '.join(map(repr, known))}, got {v!r}")
+    limits = {'level': (0, float('inf')), 'seed': (0, 2**63 - 1), 'sample': (0, self.info.get('samples', 1) - 1),
+              'opacity': (0, 1),
               'severity': (1, 5)}.get(name)
-    if limits and not limits[0] <= v <= limits[1]: raise traitlets.TraitError(f"{name}: from {limits[0]} to {limits[1]}, got {v!r}")
+    if limits and not limits[0] <= v <= limits[1]:
+        raise traitlets.TraitError(f"{name}: from {limits[0]} to {limits[1]}, got {v!r}")
     return v
 
+# %% ../../nbs/show/06_explorer.ipynb #616802fa
 @patch
 def state(self:NoiseExplorer) -> dict:  # for JSON
     "All that the controls say: give it to `from_state` to see the same again."
     return {k: getattr(self, k) for k in STATE}
 
+# %% ../../nbs/show/06_explorer.ipynb #6012c277
 @patch(cls_method=True)
 def from_state(cls:NoiseExplorer,
     state: dict,  # as `state` made it
@@ -239,7 +305,8 @@ def from_state(cls:NoiseExplorer,
     unknown = set(state) - set(STATE)
     if unknown: raise ValueError(f"state: there is no {', '.join(sorted(unknown))}; it has {', '.join(STATE)}")
     law = law_of(state.get('law', 'MaxGaussian'), state.get('level', 0.), state.get('params', {}))
-    return cls(models, data, law, **{**kwargs, **{k: v for k, v in state.items() if k not in ('law', 'level', 'params')}})
+    return cls(models, data, law, **{**kwargs, **{k: v for k, v in state.items()
+                                                  if k not in ('law', 'level', 'params')}})
 
 # %% ../../nbs/show/06_explorer.ipynb #eecd4508
 @patch
@@ -247,7 +314,8 @@ def _one_for_each_cell(self:NoiseExplorer):
     "A notebook cell that runs again closes what it showed before."
     shell = get_ipython()
     parent = shell.get_parent() if hasattr(shell, 'get_parent') else {}
-    cell, run = parent.get('metadata', {}).get('cellId'), parent.get('header', {}).get('msg_id')
+    cell = parent.get('metadata', {}).get('cellId')
+    run = parent.get('header', {}).get('msg_id')
     if not cell: return
     before, made = _of_cell.get(cell, (run, []))
     if before != run:
@@ -266,16 +334,19 @@ def pack(
 
 def _xor(a, b): return (int.from_bytes(a, 'little') ^ int.from_bytes(b, 'little')).to_bytes(len(a), 'little')
 
+# %% ../../nbs/show/06_explorer.ipynb #a5a74849
 @patch
 def _file(self:NoiseExplorer, sample, levels, seeds):
     "One sample's frames, compressed."
-    at = lambda level, seed: pack(list(self.frame(dict(sample=sample, level=level, seed=seed, layer=''))['preds'].values()))
+    at = lambda level, seed: pack(list(self.frame(dict(sample=sample, level=level, seed=seed,
+                                                       layer=''))['preds'].values()))
     out = []
     for i, seed in enumerate(seeds):
         if not i or self.corruption:     # without a corruption one picture serves all draws
             (image, truth), clean = self.picture(dict(sample=sample, seed=seed)), at(levels[0], seed)
             out += [image.tobytes(), (image[..., 0] * 0 if truth is None else truth).tobytes(), clean]
-            if self.corruption and truth is None:     # then the models' own predictions for the clean picture are compared with
+            # then the models' own predictions for the clean picture are compared with
+            if self.corruption and truth is None:
                 out += [v.tobytes() for v in self.frame(dict(sample=sample, seed=seed, layer=''))['reference'].values()]
         last = clean
         for level in levels[1:]:
@@ -284,23 +355,33 @@ def _file(self:NoiseExplorer, sample, levels, seeds):
             last = now
     return gzip.compress(b''.join(out), 9, mtime=0)
 
+# %% ../../nbs/show/06_explorer.ipynb #daad4508
 @patch
 def _manifest(self:NoiseExplorer, samples, levels, seeds, layers):
     "What the front end must know besides the files."
-    state = {**self.state(), 'sample': samples.index(self.sample) if self.sample in samples else 0, 'layer': layers[0] if layers else '',
-             'seed': self.seed if self.seed in seeds else seeds[0], 'level': min(levels, key=lambda v: abs(v - self.level))}
+    state = {**self.state(), 'sample': samples.index(self.sample) if self.sample in samples else 0, 'layer': layers[0]
+             if layers else '',
+             'seed': self.seed if self.seed in seeds else seeds[0],
+             'level': min(levels, key=lambda v: abs(v - self.level))}
     law, (height, width) = next(v for v in self.info['laws'] if v['name'] == self.law), self._images.shape[1:3]
-    hists = {k: {f'{seed} {i}': self.frame(dict(level=level, seed=seed, layer=k))['hists'] for seed in seeds for i, level in enumerate(levels)} for k in layers}
-    before = {k: [{n: v for n, v in h.items() if n != 'after'} for h in next(iter(by.values()))] for k, by in hists.items()}
+    hists = {k: {f'{seed} {i}': self.frame(dict(level=level, seed=seed, layer=k))['hists'] for seed in seeds for i,
+                 level in enumerate(levels)} for k in layers}
+    before = {k: [{n: v for n, v in h.items() if n != 'after'} for h in next(iter(by.values()))] for k,
+              by in hists.items()}
     after = {k: {at: [h['after'] for h in hs] for at, hs in by.items()} for k, by in hists.items()}
-    return {**self.info, 'laws': [{**law, 'top': levels[-1]}], 'wheres': [self.where], 'corruptions': [], 'layers': layers, 'samples': len(samples),
-            'state': state, 'width': width, 'height': height, 'fixed': dict(levels=levels, seeds=seeds, before=before, hists=after)}
+    return {**self.info, 'laws': [{**law, 'top': levels[-1]}], 'wheres': [self.where], 'corruptions': [],
+            'layers': layers, 'samples': len(samples),
+            'state': state, 'width': width, 'height': height, 'fixed': dict(levels=levels, seeds=seeds, before=before,
+            hists=after)}
 
+# %% ../../nbs/show/06_explorer.ipynb #56cccd8f
 def _grid(levels, top):
     levels = [round(i * top / 12, 6) for i in range(13)] if levels is None else [float(v) for v in levels]
-    if levels != sorted(set(levels)) or not levels or levels[0] != 0: raise ValueError(f"levels: rising numbers that begin with 0, got {levels}")
+    if levels != sorted(set(levels)) or not levels or levels[0] != 0:
+        raise ValueError(f"levels: rising numbers that begin with 0, got {levels}")
     return levels
 
+# %% ../../nbs/show/06_explorer.ipynb #857c7187
 @patch
 def to_site(self:NoiseExplorer,
     folder,  # made if it is not there; its explorer files are replaced
@@ -309,18 +390,26 @@ def to_site(self:NoiseExplorer,
     seeds: list = (0, 1, 2),  # draws
     layers: list = None,  # for the histogram; None: the one that is chosen
 ) -> int:  # bytes written
-    "Write a page that shows the explorer without a kernel, under its law and corruption: index.html, explorer.js, manifest.json, a file for each sample."
-    folder, levels, samples, seeds = Path(folder), _grid(levels, Law.registry[self.law].top), list(samples), list(seeds)
+    ("Write a page that shows the explorer without a kernel, under its law and corruption: index.html, explorer.js, "
+     "manifest.json, a file for each sample.")
+    folder = Path(folder)
+    levels = _grid(levels, Law.registry[self.law].top)
+    samples = list(samples)
+    seeds = list(seeds)
     files = {f'sample{i + 1}.bin': self._file(s, levels, seeds) for i, s in enumerate(samples)}
-    manifest = {**self._manifest(samples, levels, seeds, [self.layer] if layers is None else list(layers)), 'files': list(files)}
+    manifest = {**self._manifest(samples, levels, seeds, [self.layer] if layers is None else list(layers)),
+                'files': list(files)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items(): write_atomic(folder/name, data)
     write_atomic(folder/'manifest.json', json.dumps(manifest, separators=(',', ':')) + '\n')
-    if not (folder/'explorer.js').is_symlink(): write_atomic(folder/'explorer.js', (Path(noisyseg.__file__).parent/'show'/'explorer.js').read_bytes())
+    if not (folder/'explorer.js').is_symlink():
+        write_atomic(folder/'explorer.js', (Path(noisyseg.__file__).parent/'show'/'explorer.js').read_bytes())
     write_atomic(folder/'index.html', _page('<div class="noisyseg-explorer" data-src="./"></div>\n'
-                                            '<script type="module">import {mountAll} from "./explorer.js"; mountAll()</script>'))
+                                            '<script type="module">import {mountAll} from "./explorer.js"; '
+                                            'mountAll()</script>'))
     return sum(p.stat().st_size for p in folder.iterdir())
 
+# %% ../../nbs/show/06_explorer.ipynb #690a189f
 def _page(body):
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>noisyseg explorer</title><link rel="icon" href="data:,">
@@ -330,6 +419,7 @@ def _page(body):
 </body></html>
 """
 
+# %% ../../nbs/show/06_explorer.ipynb #965b49d3
 @patch
 def to_html(self:NoiseExplorer,
     path=None,  # a file; None: only return the text
@@ -338,12 +428,15 @@ def to_html(self:NoiseExplorer,
     "The sample, the draw and the corruption that are shown, at all levels, as one self-contained page."
     if levels is None: levels = sorted({*_grid(None, max(Law.registry[self.law].top, self.level)), self.level})
     manifest = self._manifest([self.sample], _grid(levels, 1), [self.seed], [self.layer] if self.layer else [])
-    data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels, [self.seed])).decode()]))
+    data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels,
+            [self.seed])).decode()]))
     data = data.replace('<', '\\u003c')   # no text in it can end the script, or begin a comment
     module = (Path(noisyseg.__file__).parent/'show'/'explorer.js').read_text().replace('export default {render}', '')
-    caption = html.escape(f'{law_of(self.law, self.level, self.params)} on {self.where}, seed {self.seed}, sample {self.sample + 1}'
+    caption = html.escape(f'{law_of(self.law, self.level, self.params)} on {self.where}, seed {self.seed}, sample '
+                          f'{self.sample + 1}'
                           + (f', {self.corruption}, severity {self.severity}' if self.corruption else ''))
     text = _page(f'<p style="font:13px system-ui;color:GrayText;text-align:center">saved at {caption}</p>\n'
-                 f'<div id="explorer"></div>\n<script type="module">\n{module}\nmount(document.getElementById("explorer"), {data})\n</script>')
+                 f'<div id="explorer"></div>\n<script '
+                 f'type="module">\n{module}\nmount(document.getElementById("explorer"), {data})\n</script>')
     if path is not None: write_atomic(path, text)
     return text

@@ -39,15 +39,19 @@ from ..train.learner import WeightNoise
 def _held_out(dl, i):
     "Sample `i` of a loader: image (1, channels, height, width) and mask (1, height, width)."
     place = i
-    for n, batch in enumerate(dl.new() if hasattr(dl, 'new') else dl):   # a loader of our own: the learner's has not moved
+    # a loader of our own: the learner's has not moved
+    for n, batch in enumerate(dl.new() if hasattr(dl, 'new') else dl):
         x, y = plain_batch(batch, n)
         if place < len(x): return x[place:place + 1].clone(), y[place:place + 1].clone()
         place -= len(x)
-    raise ValueError(f"sample={i}: the validation set has {i - place} images; expected a number below that, or None to watch none")
+    raise ValueError(f"sample={i}: the validation set has {i - place} images; expected a number below that, or None to "
+                     f"watch none")
 
+# %% ../../nbs/show/07_monitor.ipynb #624d7133
 @torch.no_grad()
 def _masks(model, x, y, law, where, seed):
-    "The predicted masks of one sample by name, (height, width) each: with clean weights and, if there is a law, with noisy ones."
+    ("The predicted masks of one sample by name, (height, width) each: with clean weights and, if there is a law, with "
+     "noisy ones.")
     predict = lambda: to_mask(logits_of(model, x, y))[0].cpu().numpy()
     with untouched([model]):
         masks = {'clean weights': predict()}
@@ -65,8 +69,10 @@ def _img(pixels, alt, side=320):
             'style="display:block;width:100%;max-width:none;margin:0;image-rendering:pixelated">')
 
 def _panel(pixels, title, note, alt):
-    caption = f'<figcaption style="line-height:1.35;margin-top:4px"><b>{escape(title)}</b><br>{escape(note)}</figcaption>'
-    return f'<figure style="margin:0;flex:1 1 100px;min-width:0;max-width:230px;overflow-wrap:anywhere">{_img(pixels, alt)}{caption}</figure>'
+    caption = (f'<figcaption '
+               f'style="line-height:1.35;margin-top:4px"><b>{escape(title)}</b><br>{escape(note)}</figcaption>')
+    return (f'<figure style="margin:0;flex:1 1 '
+            f'100px;min-width:0;max-width:230px;overflow-wrap:anywhere">{_img(pixels, alt)}{caption}</figure>')
 
 # %% ../../nbs/show/07_monitor.ipynb #688e0615
 def _right(mask, truth, ignore_index):
@@ -76,21 +82,30 @@ def _right(mask, truth, ignore_index):
 
 def _key(found, palette, vocab):
     "The colours of some classes, and their names."
-    key = [f'<span style="white-space:nowrap"><span aria-hidden="true" style="display:inline-block;width:.8em;height:.8em;border:1px solid #808080;'
-           f'background:rgb{tuple(int(v) for v in palette[c])}"></span> {escape(str(vocab[c]))}</span>' for c in sorted(found) if c < len(palette)]
+    key = [f'<span style="white-space:nowrap"><span aria-hidden="true" '
+           f'style="display:inline-block;width:.8em;height:.8em;border:1px solid #808080;'
+           f'background:rgb{tuple(int(v) for v in palette[c])}"></span> {escape(str(vocab[c]))}</span>'
+           for c in sorted(found) if c < len(palette)]
     return f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:6px">{"".join(key)}</div>'
 
 def _row(panels): return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(panels)}</div>'
-def _words(html): return f'<div style="color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif">{html}</div>'
 
+# %% ../../nbs/show/07_monitor.ipynb #a8caf989
+def _words(html):
+    return f'<div style="color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif">{html}</div>'
+
+# %% ../../nbs/show/07_monitor.ipynb #67f434ec
 def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
     "Image, truth and predictions side by side, and the classes' colours."
     truth, grey = y[0].cpu().numpy(), (128, 128, 128)
-    paint = lambda m: colorize(m if ignore_index is None else np.where(m == ignore_index, len(palette), m), palette, void=grey)
-    panels = [_panel(to_rgb(x, stats)[0], 'image', 'held out: not trained on', 'The held-out image'), _panel(paint(truth), 'truth', '', 'Its true mask')]
+    paint = lambda m: colorize(m if ignore_index is None else np.where(m == ignore_index, len(palette), m), palette,
+                               void=grey)
+    panels = [_panel(to_rgb(x, stats)[0], 'image', 'held out: not trained on', 'The held-out image'),
+              _panel(paint(truth), 'truth', '', 'Its true mask')]
     for name, m in masks.items():
         note = f'{_right(m, truth, ignore_index):.0%} of pixels right'
-        panels.append(_panel(paint(m), name, ' · '.join(o for o in (note, notes.get(name)) if o), f'Mask predicted with {name}, {note}'))
+        panels.append(_panel(paint(m), name, ' · '.join(o for o in (note, notes.get(name)) if o),
+                             f'Mask predicted with {name}, {note}'))
     found = set().union(*(np.unique(m).tolist() for m in (truth, *masks.values()))) - {ignore_index}
     return _words(_row(panels) + _key(found, palette, vocab))
 
@@ -101,18 +116,23 @@ def _thinned(points, most=400):
     if points and kept[-1] is not points[-1]: kept = [*kept, points[-1]]
     return [p[0] for p in kept], [p[1] for p in kept]
 
+# %% ../../nbs/show/07_monitor.ipynb #52e17a63
 def _curves(series, score, panels=()):
     "The figure of some series of (epoch, value): the losses on the left, then the score, then what `panels` draw."
-    axes = [('loss', {'train_loss': 'training loss, smoothed', 'valid_loss': 'validation loss'})] + [(score, {score: score})] * bool(score)
+    axes = [('loss', {'train_loss': 'training loss, smoothed', 'valid_loss': 'validation loss'})] + [(score,
+            {score: score})] * bool(score)
     axes += [(p.axis, p.curves) for p in panels]
-    fig, colors = make_subplots(1, len(axes), horizontal_spacing=0.28 / len(axes)), cycle(zip(OKABE_ITO, SYMBOLS))
+    fig = make_subplots(1, len(axes), horizontal_spacing=0.28 / len(axes))
+    colors = cycle(zip(OKABE_ITO, SYMBOLS))
     for col, (title, curves) in enumerate(axes, 1):
         for key, name in curves.items():
             (x, y), (color, symbol) = _thinned(series.get(key, [])), next(colors)
-            style = dict(mode='lines') if key == 'train_loss' else dict(mode='lines+markers', marker=dict(symbol=symbol, size=7))
+            style = dict(mode='lines') if key == 'train_loss' else dict(mode='lines+markers',
+                    marker=dict(symbol=symbol, size=7))
             fig.add_scatter(x=x, y=y, name=name, meta=key, line=dict(color=color, width=2), row=1, col=col, **style)
         fig.update_yaxes(title_text=title, col=col)
-    fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320, margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
+    fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320,
+                      margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
     return fig.update_xaxes(title_text='epoch', rangemode='tozero')
 
 # %% ../../nbs/show/07_monitor.ipynb #3ca905e5
@@ -124,15 +144,18 @@ def _in_notebook():
     "Is there a kernel, and so somebody who may look at widgets?"
     return getattr(get_ipython(), 'kernel', None) is not None
 
+# %% ../../nbs/show/07_monitor.ipynb #aa87a351
 class _Dashboard:
     "The widgets: made once, then only changed."
     def __init__(self, figure, on_stop, n_panels=0):
         self.state, self.progress, self.sample, *self.panels = (W.HTML() for _ in range(3 + n_panels))
-        self.stop = W.Button(description='Stop', tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
+        self.stop = W.Button(description='Stop',
+                             tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
         self.stop.on_click(lambda _: on_stop())
         _hear_at_once(self.stop)
         self.figure = go.FigureWidget(figure)
-        self.figure._config = dict(responsive=True, displayModeBar=False)   # as wide as there is room for, and nothing that leads elsewhere
+        # as wide as there is room for, and nothing that leads elsewhere
+        self.figure._config = dict(responsive=True, displayModeBar=False)
         top = W.Box([self.stop, self.state, self.progress], layout=W.Layout(flex_flow='row wrap', align_items='center'))
         for w in (self.state, self.progress): w.layout.margin = '2px 12px'
         self.box = W.VBox([top, self.figure, self.sample, *self.panels], layout=W.Layout(width='100%'))
@@ -149,14 +172,18 @@ def draw(self:_Dashboard, series):
             points = series.get(trace.meta, [])
             if points and (not trace.x or trace.x[-1] != points[-1][0]): trace.x, trace.y = _thinned(points)
 
+# %% ../../nbs/show/07_monitor.ipynb #7efb0406
 @patch
 def tell(self:_Dashboard, state, share, text, stoppable):
     "State, progress, and whether there is something to stop."
-    self.state.value = f'<b role="status" style="{_TEXT};font-weight:600">{escape(state)}</b>'   # read aloud when it changes, progress is not
-    bar = f'<progress aria-label="Progress of the fit" max="1" value="{share:.4f}" style="vertical-align:middle"></progress>'
+    # read aloud when it changes, progress is not
+    self.state.value = f'<b role="status" style="{_TEXT};font-weight:600">{escape(state)}</b>'
+    bar = (f'<progress aria-label="Progress of the fit" max="1" value="{share:.4f}" '
+           f'style="vertical-align:middle"></progress>')
     self.progress.value = f'<span style="{_TEXT}">{bar} {escape(text)}</span>'
     self.stop.disabled = not stoppable
 
+# %% ../../nbs/show/07_monitor.ipynb #b7f675b7
 @patch
 def free(self:_Dashboard):
     "Free all widgets, with the layouts and styles that each brought along."
@@ -172,7 +199,9 @@ class TrainingMonitor(Callback):
     _dash = None
     def __init__(self,
         law=None,  # show the sample under this law's noise; None: that of the learner's WeightNoise, if it has one
-        where=None,  # which weights get it: a Selector, a name pattern or a function; None: as WeightNoise says, else conv_and_norm
+        # which weights get it: a Selector, a name pattern or a function; None: as WeightNoise says, else
+        # conv_and_norm
+        where=None,
         sample: int = 0,  # number of the held-out image in the validation set, from 0; None watches none
         seed: int = 0,  # of the one noise draw
         metric: str = None,  # the score to draw, by its name in fastai's table; None: miou, else the first there is
@@ -180,23 +209,40 @@ class TrainingMonitor(Callback):
         show: bool = None,  # show the dashboard? None: in a notebook, but not in one process of many
         panels=None,  # what else to watch, such as PseudoLabelPanel(); one, or a list
     ):
-        if law is not None and not callable(law): raise TypeError(f"law= is a law such as MaxGaussian(0.05), (weight, z) -> weight, or None, got {law!r}")
-        if metric is not None and not isinstance(metric, str): raise TypeError(f"metric= is a name in fastai's table, such as 'miou', or None, got {metric!r}")
+        if law is not None and not callable(law):
+            raise TypeError(f"law= is a law such as MaxGaussian(0.05), (weight, z) -> weight, or None, got {law!r}")
+        if metric is not None and not isinstance(metric, str):
+            raise TypeError(f"metric= is a name in fastai's table, such as 'miou', or None, got {metric!r}")
         if show not in (None, True, False): raise TypeError(f"show= is True, False or None, got {show!r}")
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)): raise TypeError(f"interval= is a number of seconds, got {interval!r}")
-        if not 0 <= interval < float('inf'): raise ValueError(f"interval= is a number of seconds, 0 or more, got {interval!r}")
+        if isinstance(interval, bool) or not isinstance(interval, (int, float)):
+            raise TypeError(f"interval= is a number of seconds, got {interval!r}")
+        if not 0 <= interval < float('inf'):
+            raise ValueError(f"interval= is a number of seconds, 0 or more, got {interval!r}")
         self.panels = [] if panels is None else list(panels) if isinstance(panels, (list, tuple)) else [panels]
         for p in self.panels:
-            if not all(hasattr(p, k) for k in ('look', 'curves', 'axis')): raise TypeError(f"panels= are objects with look(learn), curves and axis, got {p!r}")
-        self.law, self.where, self.metric, self.interval, self.show = law, None if where is None else as_selector(where), metric, interval, show
-        self.sample, self.seed = sample if sample is None else whole('sample', sample, 0), whole('seed', seed, 0)
-        self.state, self._rows, self._series, self._masks, self._held, self._score, self._pictures = 'waiting', [], {}, {}, None, None, {}
+            if not all(hasattr(p, k) for k in ('look', 'curves', 'axis')):
+                raise TypeError(f"panels= are objects with look(learn), curves and axis, got {p!r}")
+        self.law = law
+        self.where = None if where is None else as_selector(where)
+        self.metric = metric
+        self.interval = interval
+        self.show = show
+        self.sample = sample if sample is None else whole('sample', sample, 0)
+        self.seed = whole('seed', seed, 0)
+        self.state = 'waiting'
+        self._rows = []
+        self._series = {}
+        self._masks = {}
+        self._held = None
+        self._score = None
+        self._pictures = {}
         self._fit = self._batch = self._x = self._n = self._mean = 0
         self._on = self._stopping = False
         self._said, self._cell = (0., ''), None
 
     @property
-    def history(self) -> pd.DataFrame:  # a row for each number: fit, epoch (from 0, fractional), batch, seconds since the fit began, metric, value
+    # a row for each number: fit, epoch (from 0, fractional), batch, seconds since the fit began, metric, value
+    def history(self) -> pd.DataFrame:
         "All that was seen, over all fits of this monitor."
         return pd.DataFrame(self._rows, columns=['fit', 'epoch', 'batch', 'seconds', 'metric', 'value'])
 
@@ -219,6 +265,7 @@ def _noise(self:TrainingMonitor):
     where = self.where or getattr(noise, 'where', None) or conv_and_norm
     return (self.law or getattr(noise, 'law', None)), where
 
+# %% ../../nbs/show/07_monitor.ipynb #9a6784bd
 @patch
 def _look(self:TrainingMonitor):
     "Predict the sample, with clean and with noisy weights, and let the panels look."
@@ -229,6 +276,7 @@ def _look(self:TrainingMonitor):
         for name, v in numbers.items(): self._note(name, v)
         if self._dash: self._dash.panels[i].value = self._pictures[i]
 
+# %% ../../nbs/show/07_monitor.ipynb #a5586ebb
 @patch
 def _look_at_sample(self:TrainingMonitor):
     model = self.learn.model
@@ -236,32 +284,40 @@ def _look_at_sample(self:TrainingMonitor):
     if self._held is None:
         with untouched([]): self._held = _held_out(self.dls.valid, self.sample)
     law, where = self._noise()
-    self._masks, self._notes = _masks(model, *self._held, law, where, self.seed), {'noisy weights': str(law)}
+    self._masks = _masks(model, *self._held, law, where, self.seed)
+    self._notes = {'noisy weights': str(law)}
     get = lambda name: getattr(self.dls, name, None)
     truth, void = self._held[1][0].cpu().numpy(), get('ignore_index')
     top = 1 + max(int(m[m != void].max(initial=0)) for m in (truth, *self._masks.values()))
-    self._paint = dict(palette=get('palette') or distinct_palette(top), vocab=list(get('vocab') or range(top)), ignore_index=void, stats=get('stats'))
+    self._paint = dict(palette=get('palette') or distinct_palette(top), vocab=list(get('vocab') or range(top)),
+                       ignore_index=void, stats=get('stats'))
     for name, m in self._masks.items(): self._note(f'sample, {name}', _right(m, truth, void))
     if self._dash: self._dash.sample.value = _sample_html(*self._held, self._masks, self._notes, **self._paint)
 
+# %% ../../nbs/show/07_monitor.ipynb #5bce8216
 @patch(as_prop=True)
 def picture(self:TrainingMonitor):
     "The sample as it was seen last, and what the panels saw, for a notebook to show."
-    if not self._masks and not self._pictures: raise RuntimeError("there is no picture yet: a fit makes one, unless sample=None")
+    if not self._masks and not self._pictures:
+        raise RuntimeError("there is no picture yet: a fit makes one, unless sample=None")
     sample = [_sample_html(*self._held, self._masks, self._notes, **self._paint)] if self._masks else []
     return HTML('<br>'.join([*sample, *self._pictures.values()]))
 
 # %% ../../nbs/show/07_monitor.ipynb #42372558
-def _clock(seconds): return f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'
+def _clock(seconds):
+    return (f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min' if seconds < 6000
+            else f'{seconds / 3600:.1f} h')
 
 @patch
 def _progress(self:TrainingMonitor):
     "The share of the fit that is done, and the words for it."
     share, passed = min(1., self.learn.pct_train), time.perf_counter() - self._start
     if not self._on: return self._said[0], f'{self._said[1].split(" · about")[0]} · took {_clock(passed)}'
-    text = f'epoch {self.epoch + 1} of {self.n_epoch} · {"batch" if self.training else "validation batch"} {self.iter + 1} of {self.n_iter}'
+    text = (f'epoch {self.epoch + 1} of {self.n_epoch} · {"batch" if self.training else "validation batch"} '
+            f'{self.iter + 1} of {self.n_iter}')
     return share, text + (f' · about {_clock(passed * (1 - share) / share)} left' if share > 0 else '')
 
+# %% ../../nbs/show/07_monitor.ipynb #cf89e24a
 @patch
 def _update(self:TrainingMonitor, now=True):
     "Bring the dashboard up to date, `now` or when it is time."
@@ -273,6 +329,7 @@ def _update(self:TrainingMonitor, now=True):
     end = time.perf_counter()
     self._next = end + max(self.interval, 19 * (end - start))
 
+# %% ../../nbs/show/07_monitor.ipynb #fae5c91f
 @patch
 def _open(self:TrainingMonitor):
     "Make the widgets if there are none, and show them once in a cell."
@@ -283,25 +340,31 @@ def _open(self:TrainingMonitor):
     if self._cell is None or cell != self._cell[0]: display(self._dash.box)
     self._cell = (cell,)
 
+# %% ../../nbs/show/07_monitor.ipynb #add8d321
 @patch
 def state_dict(self:TrainingMonitor) -> dict:
     "What was seen so far, for a fit that will be resumed."
     h = self.history
     names = list(h.metric.unique())
-    return {'names': names, 'rows': torch.tensor(h.assign(metric=h.metric.map(names.index)).to_numpy(float)), 'seconds': time.perf_counter() - self._start,
+    return {'names': names, 'rows': torch.tensor(h.assign(metric=h.metric.map(names.index)).to_numpy(float)),
+            'seconds': time.perf_counter() - self._start,
             **{k: getattr(self, k) for k in ('_fit', '_batch', '_x', '_n', '_mean', '_began')}}
 
+# %% ../../nbs/show/07_monitor.ipynb #e117855c
 @patch
 def load_state_dict(self:TrainingMonitor,
     state: dict,  # from `state_dict`
 ):
     "Go on with what another run has seen."
-    self._rows, self._series, self._start = [], {}, time.perf_counter() - state['seconds']
+    self._rows = []
+    self._series = {}
+    self._start = time.perf_counter() - state['seconds']
     for k in ('_fit', '_batch', '_x', '_n', '_mean', '_began'): setattr(self, k, state[k])
     for fit, x, batch, seconds, i, value in state['rows'].tolist():
         self._rows.append((int(fit), x, int(batch), seconds, state['names'][int(i)], value))
         self._series.setdefault(state['names'][int(i)], []).append((x, value))
 
+# %% ../../nbs/show/07_monitor.ipynb #5ff9141b
 @patch
 def close(self:TrainingMonitor):
     "Free the widgets. What was recorded stays, and another fit makes new ones."
@@ -316,27 +379,36 @@ def _ask(self:TrainingMonitor):
     self._stopping, self.state = True, 'stopping after this batch'
     self._dash.stop.disabled = True
 
+# %% ../../nbs/show/07_monitor.ipynb #3f8fafd2
 @patch
 def _watched(self:TrainingMonitor, run, f, event, *args, **kwargs):
     "`Learner._with_events`, and the reason told when an epoch breaks."
     try: return run(f, event, *args, **kwargs)
     except CancelFitException: raise
     except BaseException as e:
-        why = 'interrupted' if isinstance(e, KeyboardInterrupt) else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
+        why = 'interrupted' if isinstance(e,
+                                          KeyboardInterrupt) else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
         if event == 'epoch' and self._on: self._end(why)
         raise
 
+# %% ../../nbs/show/07_monitor.ipynb #5e48cee2
 @patch
 def before_fit(self:TrainingMonitor):
     if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return   # not a fit to watch
     names = [n for n in self.learn.recorder.metric_names[1:] if n not in ('train_loss', 'valid_loss', 'time')]
-    if self.metric is not None and self.metric not in names: raise ValueError(f"metric={self.metric!r}: the learner's metrics are {names}")
+    if self.metric is not None and self.metric not in names:
+        raise ValueError(f"metric={self.metric!r}: the learner's metrics are {names}")
     score = self.metric or next((n for n in names if n.endswith('miou')), next(iter(names), None))
     if score != self._score: self.close()   # the dashboard draws another one
-    self._score, self._on, self._stopping, self.state, self._fit = score, True, False, 'training', self._fit + 1
+    self._score = score
+    self._on = True
+    self._stopping = False
+    self.state = 'training'
+    self._fit = self._fit + 1
     self._start = self._next = time.perf_counter()
     self._began, self._cancelled = self._x, None
-    if '_with_events' not in self.learn.__dict__: self.learn._with_events = partial(self._watched, self.learn._with_events)
+    if '_with_events' not in self.learn.__dict__:
+        self.learn._with_events = partial(self._watched, self.learn._with_events)
     self._open()
     if self._dash: self._dash.figure.update_xaxes(range=[0, self._began + self.n_epoch])
     self._look()
@@ -355,6 +427,7 @@ def after_batch(self:TrainingMonitor):
     self._update(now=False)
     if self._stopping: raise CancelFitException()
 
+# %% ../../nbs/show/07_monitor.ipynb #7b0cb116
 @patch
 def after_epoch(self:TrainingMonitor):
     if not self._on: return
@@ -364,6 +437,7 @@ def after_epoch(self:TrainingMonitor):
     self._look()
     self._update()
 
+# %% ../../nbs/show/07_monitor.ipynb #808d1d22
 @patch
 def _end(self:TrainingMonitor, state):
     self._on, self.state = False, state
@@ -371,8 +445,10 @@ def _end(self:TrainingMonitor, state):
     self._update()
 
 @patch
-def after_cancel_fit(self:TrainingMonitor): self._cancelled = 'stopped' if self._on and self._stopping else 'stopped by another callback'
+def after_cancel_fit(self:TrainingMonitor):
+    self._cancelled = 'stopped' if self._on and self._stopping else 'stopped by another callback'
 
+# %% ../../nbs/show/07_monitor.ipynb #138ffad5
 @patch
 def after_fit(self:TrainingMonitor):
     if not self._on: return

@@ -26,21 +26,29 @@ OKABE_ITO = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '
 INK, LINE = '#787878', 'rgba(128,128,128,0.22)'
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _FIRM = 'rgba(128,128,128,0.6)'
-_axis = dict(showgrid=False, zeroline=False, zerolinecolor=_FIRM, linecolor=_FIRM, ticks='outside', ticklen=4, tickcolor=_FIRM,
+_axis = dict(showgrid=False, zeroline=False, zerolinecolor=_FIRM, linecolor=_FIRM, ticks='outside', ticklen=4,
+             tickcolor=_FIRM,
              title=dict(standoff=10, font=dict(size=13)), tickfont=dict(size=12), automargin=True,
              spikecolor=_FIRM, spikethickness=1, spikedash='dot')
 
+# %% ../../nbs/show/01_pictures.ipynb #300364a0
 noisyseg_template = go.layout.Template(layout=dict(
-    paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', colorway=OKABE_ITO, font=dict(family=_FONT, size=13, color=INK),
-    title=dict(x=0, xref='paper', xanchor='left', y=1, yref='container', yanchor='top', pad=dict(t=14), font=dict(size=17, weight=600),
+    paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', colorway=OKABE_ITO,
+    font=dict(family=_FONT, size=13, color=INK),
+    title=dict(x=0, xref='paper', xanchor='left', y=1, yref='container', yanchor='top', pad=dict(t=14),
+               font=dict(size=17, weight=600),
                subtitle=dict(font=dict(size=12.5, color=INK))),
-    legend=dict(orientation='h', x=0, xanchor='left', y=1.02, yanchor='bottom', bgcolor='rgba(0,0,0,0)', font=dict(size=13)),
+    legend=dict(orientation='h', x=0, xanchor='left', y=1.02, yanchor='bottom', bgcolor='rgba(0,0,0,0)',
+                font=dict(size=13)),
     margin=dict(l=64, r=24, t=108, b=56), hovermode='x unified',
-    hoverlabel=dict(bgcolor='rgba(34,34,34,0.94)', bordercolor=_FIRM, font=dict(color='#ffffff', size=12.5), namelength=-1),
+    hoverlabel=dict(bgcolor='rgba(34,34,34,0.94)', bordercolor=_FIRM, font=dict(color='#ffffff', size=12.5),
+                    namelength=-1),
     xaxis={**_axis}, yaxis={**_axis, 'showgrid': True, 'gridcolor': LINE, 'linecolor': 'rgba(0,0,0,0)', 'ticks': ''},
     modebar=dict(bgcolor='rgba(0,0,0,0)', color=INK, activecolor=OKABE_ITO[1])))
 
-SYMBOLS, DASHES = ('circle', 'square', 'diamond', 'triangle-up', 'x', 'triangle-down', 'star', 'cross'), ('solid', 'dash', 'dot', 'dashdot')
+# %% ../../nbs/show/01_pictures.ipynb #a186ed41
+SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'x', 'triangle-down', 'star', 'cross')
+DASHES = ('solid', 'dash', 'dot', 'dashdot')
 
 def model_colors(
     models,  # rows of a sweep, or names in order
@@ -52,11 +60,13 @@ def model_colors(
 # %% ../../nbs/show/01_pictures.ipynb #36aee5b8
 def _picture(image, stats):
     "An image tensor or array as uint8 (height, width, 3)."
-    a = image.detach().cpu().as_subclass(torch.Tensor) if isinstance(image, torch.Tensor) else torch.as_tensor(np.asarray(image))
+    a = image.detach().cpu().as_subclass(torch.Tensor) if isinstance(image,
+            torch.Tensor) else torch.as_tensor(np.asarray(image))
     if a.ndim == 2: a = a[None]
     if a.ndim == 3 and a.shape[0] not in (1, 3) and a.shape[-1] in (1, 3): a = a.permute(2, 0, 1)
     if a.ndim != 3 or a.shape[0] not in (1, 3):
-        raise ValueError(f"image: expected (3, height, width), (1, height, width) or (height, width, 3), got {tuple(a.shape)}")
+        raise ValueError(f"image: expected (3, height, width), (1, height, width) or (height, width, 3), got "
+                         f"{tuple(a.shape)}")
     a = a.float() / 255 if a.dtype == torch.uint8 else a.float()
     if stats is not None: a = denormalize(a, stats)
     if not (a.min() >= -0.01 and a.max() <= 1.01):
@@ -64,6 +74,7 @@ def _picture(image, stats):
                          "For a normalised image pass stats=dls.stats")
     return (a.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
+# %% ../../nbs/show/01_pictures.ipynb #0f633861
 def _mask(mask, shape, name):
     "A mask, or logits, as an int array of `shape`."
     m = mask.detach().cpu() if isinstance(mask, torch.Tensor) else torch.as_tensor(np.asarray(mask))
@@ -73,6 +84,7 @@ def _mask(mask, shape, name):
                          f"got {tuple(mask.shape)} {m.dtype}")
     return m.numpy().astype(np.int64)
 
+# %% ../../nbs/show/01_pictures.ipynb #8ceebc98
 def _data_uri(pixels, side):
     "Pixels as a data URI, shrunk to at most `side`; a photograph's size as JPEG, a small picture exactly."
     im = Image.fromarray(pixels)
@@ -85,8 +97,10 @@ def _data_uri(pixels, side):
 def _default_palette(n):
     "The eight colours, then the same ones paler, then darker."
     base = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in OKABE_ITO], float)
-    return np.concatenate([base, 0.5 * base + 127, 0.55 * base, 0.25 * base + 190])[np.arange(n) % 32].astype(np.uint8).tolist()
+    return np.concatenate([base, 0.5 * base + 127, 0.55 * base, 0.25 * base + 190])[np.arange(n)
+            % 32].astype(np.uint8).tolist()
 
+# %% ../../nbs/show/01_pictures.ipynb #1aa9f93f
 def _hover(shape, size, text):
     "An invisible coarse grid that tells the classes under the pointer."
     step = max(1, math.ceil(max(shape) / 28))
@@ -96,10 +110,13 @@ def _hover(shape, size, text):
     return go.Heatmap(z=np.zeros((len(ys), len(xs)), np.uint8), x=xs * scale, y=ys * scale, text=grid,
                       hovertemplate='%{text}<extra></extra>', opacity=0, showscale=False)
 
+# %% ../../nbs/show/01_pictures.ipynb #95bc159b
 def plot_prediction(
     image,  # (3, height, width) or (height, width, 3), values 0..1 or uint8; normalised with `stats`
     mask,  # the truth, (height, width) class numbers; None when there is none
-    preds,  # prediction: class numbers (height, width) or logits (classes, height, width); a dict name -> prediction for several
+    # prediction: class numbers (height, width) or logits (classes, height, width); a dict name -> prediction for
+    # several
+    preds,
     palette=None,  # RGB triples, one for each class (`dls.palette`)
     vocab=None,  # class names (`dls.vocab`)
     ignore_index: int = None,  # label in the truth of pixels that do not count (`dls.ignore_index`)
@@ -117,10 +134,12 @@ def plot_prediction(
     masks |= {name: _mask(p, pixels.shape[:2], f'prediction {name!r}') for name, p in preds.items()}
     found = sorted(set().union(*(np.unique(m).tolist() for m in masks.values())))
     counted = [c for c in found if c != ignore_index]
-    palette = _default_palette(max([*counted, 0]) + 1) if palette is None else [tuple(int(v) for v in c) for c in palette]
+    palette = _default_palette(max([*counted, 0]) + 1) if palette is None else [tuple(int(v) for v in c)
+            for c in palette]
     vocab = [str(i) for i in range(len(palette))] if vocab is None else [str(v) for v in vocab]
     if counted and (counted[0] < 0 or counted[-1] >= min(len(palette), len(vocab))):
-        raise ValueError(f"masks: found the classes {counted}, but there are {len(vocab)} names and {len(palette)} colours. "
+        raise ValueError(f"masks: found the classes {counted}, but there are {len(vocab)} names and {len(palette)} "
+                         f"colours. "
                          "Is one of them the ignore_index?")
     return _panels(pixels, masks, palette, vocab, ignore_index, alpha, title, side)
 
@@ -131,6 +150,7 @@ def _blend(pixels, m, truth, palette, ignore_index, alpha):
     counts = ((m if truth is None else truth) != ignore_index)[..., None]
     return np.where(counts, (1 - alpha) * pixels + alpha * colours, 0.35 * pixels + 80).astype(np.uint8)
 
+# %% ../../nbs/show/01_pictures.ipynb #587c57c4
 def _titles(masks, ignore_index):
     "The image, the truth, and each prediction with the share of pixels that it has right."
     truth = masks.get('truth')
@@ -140,6 +160,7 @@ def _titles(masks, ignore_index):
         if not np.any(counts): yield key
         else: yield f"{key}<br><span style='font-size:11.5px'>{(m == truth)[counts].mean():.0%} of pixels right</span>"
 
+# %% ../../nbs/show/01_pictures.ipynb #a2a9d81d
 def _panels(pixels, masks, palette, vocab, ignore_index, alpha, title, side):
     name = lambda c: 'not counted' if c == ignore_index else vocab[c]
     first = next(iter(masks.values()))  # the truth, where there is one; the plain image tells its classes

@@ -25,11 +25,13 @@ _all_ = ['model_colors', 'noisyseg_template', 'plot_prediction']  # one import s
 
 # %% ../../nbs/show/02_plots.ipynb #3f733b0a
 def _check(df):
-    if not isinstance(df, pd.DataFrame): raise TypeError(f"df: expected the rows of a sweep, a DataFrame, got {type(df).__name__}")
+    if not isinstance(df, pd.DataFrame):
+        raise TypeError(f"df: expected the rows of a sweep, a DataFrame, got {type(df).__name__}")
     if missing := [c for c in ('law', 'model', 'level', 'metric', 'value') if c not in df]:
         raise ValueError(f"df: expected the rows of a sweep; there is no column {', '.join(missing)}")
     if df.empty: raise ValueError("df: there are no rows to draw")
 
+# %% ../../nbs/show/02_plots.ipynb #cab7f14f
 class _Level(NamedTuple):
     "What the levels of a sweep are."
     title: str  # of the axis
@@ -39,10 +41,12 @@ class _Level(NamedTuple):
     def __str__(self): return f'{self.name} = %{{x:.3~g}}{self.suffix}'  # for plotly to fill in
     def text(self, level): return f'{self.name} = {level * self.factor:g}{self.suffix}'
 
+# %% ../../nbs/show/02_plots.ipynb #ff46ae69
 def _level_of(df):
     kind, name = re.match(r'(\w+)\(?(\w*)', str(df['law'].iloc[0])).groups()
     if kind == 'MaxGaussian': return _Level(f'noise level {name}, in % of max |W|', name, 100, ' %')
-    what = {'AbsoluteGaussian': 'absolute noise, standard deviation', 'MultiplicativeGaussian': 'multiplicative noise, standard deviation',
+    what = {'AbsoluteGaussian': 'absolute noise, standard deviation',
+            'MultiplicativeGaussian': 'multiplicative noise, standard deviation',
             'RelativeGaussian': 'relative noise, share of std W', 'Quantize': 'bits of a weight'}
     return _Level(f'noise level {name} ({what.get(kind, kind)})', name)
 
@@ -60,16 +64,21 @@ def _layout(df, title, subtitle, y, height=440, **kw):
     title = dict(text=title, subtitle=dict(text=f"{subtitle} · {df['law'].iloc[0]}"))
     return dict(template=noisyseg_template, height=height, title=title, xaxis=_x_axis(df), yaxis=dict(title=y), **kw)
 
+# %% ../../nbs/show/02_plots.ipynb #24e0e3e4
 def _percent(s, decimals=1):
     "Mean ± half of the interval, as text, for each line of a summary."
-    for m, h in zip(s['mean'], s['half']): yield f'{100 * m:.{decimals}f}' + (f' ± {100 * h:.{decimals}f}' if h > 0 else '')
+    for m, h in zip(s['mean'], s['half']):
+        yield f'{100 * m:.{decimals}f}' + (f' ± {100 * h:.{decimals}f}' if h > 0 else '')
 
+# %% ../../nbs/show/02_plots.ipynb #83a6e647
 def _curve(s, factor, name, colour, i):
     "A band, and a line with markers of kind `i`, for the lines `s` of a summary."
     s = s.sort_values('level')
-    b, rgb = s.dropna(subset='half'), ','.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))
+    b = s.dropna(subset='half')
+    rgb = ','.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))
     x = (factor * b['level']).tolist()
-    band = go.Scatter(x=x + x[::-1], y=[*(100 * b['high']), *(100 * b['low'])[::-1]], fill='toself', fillcolor=f'rgba({rgb},0.16)',
+    band = go.Scatter(x=x + x[::-1], y=[*(100 * b['high']), *(100 * b['low'])[::-1]], fill='toself',
+                      fillcolor=f'rgba({rgb},0.16)',
                       line=dict(width=0), mode='lines', hoverinfo='skip', showlegend=False, legendgroup=name)
     line = go.Scatter(x=factor * s['level'], y=100 * s['mean'], name=name, legendgroup=name, mode='lines+markers',
                       line=dict(color=colour, width=2.5, dash=DASHES[i // len(SYMBOLS) % len(DASHES)]),
@@ -113,7 +122,8 @@ def plot_protocols(
     clean = next((m for m, n in trained_at.items() if n == 0), None)
     own = dict(zip(PROTOCOLS, (OKABE_ITO[2], OKABE_ITO[1], model_colors(df).get(clean, OKABE_ITO[0]))))
     title = f'{metric}: where the noise is' if title is None else title
-    fig = go.Figure(layout=_layout(p.assign(level=p['noise']), title, f'mean over {_over(s, unit)}, band: 95 % interval', f'{metric} (%)'))
+    fig = go.Figure(layout=_layout(p.assign(level=p['noise']), title,
+                                   f'mean over {_over(s, unit)}, band: 95 % interval', f'{metric} (%)'))
     for i, name in enumerate(PROTOCOLS):
         lines = s[s['protocol'] == name]
         if len(lines): fig.add_traces(_curve(lines, _level_of(df).factor, name, {**own, **(colors or {})}[name], 2 - i))
@@ -121,7 +131,8 @@ def plot_protocols(
 
 # %% ../../nbs/show/02_plots.ipynb #48c6fc28
 def _spread(values, gap, low=-math.inf, high=math.inf):
-    "Positions as near to `values` as can be, in the same order, at least `gap` apart and if possible between `low` and `high`."
+    ("Positions as near to `values` as can be, in the same order, at least `gap` apart and if possible between `low` "
+     "and `high`.")
     if not len(values): return []
     order, steps = np.argsort(values, kind='stable'), gap * np.arange(len(values))
     free = isotonic_regression(np.asarray(values, float)[order] - steps).x
@@ -133,33 +144,44 @@ def _spread(values, gap, low=-math.inf, high=math.inf):
 def _class_colours(classes, palette):
     "Hex colours by class: of a palette of RGB triples if given, else the eight colours in turn."
     if palette is None: return {c: OKABE_ITO[i % len(OKABE_ITO)] for i, c in enumerate(classes)}
-    if len(palette) < len(classes): raise ValueError(f"palette: expected a colour for each of {len(classes)} classes, got {len(palette)}")
+    if len(palette) < len(classes):
+        raise ValueError(f"palette: expected a colour for each of {len(classes)} classes, got {len(palette)}")
     return {c: '#' + ''.join(f'{int(v):02x}' for v in rgb[:3]) for c, rgb in zip(classes, palette)}
 
+# %% ../../nbs/show/02_plots.ipynb #8f6f6330
 def _end_labels(fig, lines, colours, width, gap, limits, col):
     "The names of `lines` beside their right ends, with leaders; `width` is that of the panel in units of x."
     ends = {t.name: (t.x[-1], t.y[-1]) for t in lines}
-    x, at = max(e[0] for e in ends.values()), dict(zip(ends, _spread([e[1] for e in ends.values()], gap, *limits)))
+    x = max(e[0] for e in ends.values())
+    at = dict(zip(ends, _spread([e[1] for e in ends.values()], gap, *limits)))
     for c, (x0, y0) in ends.items():
-        fig.add_scatter(x=[x0, x + 0.02 * width, x + 0.045 * width], y=[y0, at[c], at[c]], mode='lines', hoverinfo='skip', showlegend=False,
+        fig.add_scatter(x=[x0, x + 0.02 * width, x + 0.045 * width], y=[y0, at[c], at[c]], mode='lines',
+                        hoverinfo='skip', showlegend=False,
                         line=dict(color=colours[c], width=1), row=1, col=col)
-    fig.add_scatter(x=[x + 0.055 * width] * len(at), y=list(at.values()), text=list(at), mode='text', textposition='middle right',
-                    textfont=dict(size=11.5, color=INK), hoverinfo='skip', showlegend=False, cliponaxis=False, row=1, col=col)
+    fig.add_scatter(x=[x + 0.055 * width] * len(at), y=list(at.values()), text=list(at), mode='text',
+                    textposition='middle right',
+                    textfont=dict(size=11.5, color=INK), hoverinfo='skip', showlegend=False, cliponaxis=False, row=1,
+                    col=col)
 
 # %% ../../nbs/show/02_plots.ipynb #67aa5e5e
 def _class_panel(fig, col, s, mean, colours, level, n_panels):
     "One model's panel: a line for each class and the mean, labelled at the end."
     lines = []
     for c, line in s.dropna(subset='mean').groupby('class', sort=False):
-        lines.append(_curve(line, level.factor, c, colours[c], list(colours).index(c))[-1].update(marker_size=5, line_width=2))
-    lines.append(_curve(mean, level.factor, 'mIoU', colours['mIoU'], 0)[-1].update(mode='lines', line=dict(width=4, dash='dot')))
-    for t in lines: fig.add_trace(t.update(hovertemplate=f'<b>{t.name}</b>, {level}<br>%{{customdata}}<extra></extra>'), row=1, col=col)
+        lines.append(_curve(line, level.factor, c, colours[c], list(colours).index(c))[-1].update(marker_size=5,
+                line_width=2))
+    lines.append(_curve(mean, level.factor, 'mIoU', colours['mIoU'], 0)[-1].update(mode='lines',
+            line=dict(width=4, dash='dot')))
+    for t in lines:
+        fig.add_trace(t.update(hovertemplate=f'<b>{t.name}</b>, {level}<br>%{{customdata}}<extra></extra>'), row=1,
+                      col=col)
     x, y = (np.concatenate([np.asarray(t[k], float) for t in lines]) for k in 'xy')
     text = 6.5 * max(len(t.name) for t in lines) + 44  # pixels that the labels need, of about 740 for all panels
     width = (np.ptp(x) or 1) / (1 - min(text * n_panels / 740, 0.6))
     fig.update_xaxes(range=[x.min() - 0.03 * width, x.min() + width], row=1, col=col)
     return lines, width, (y.min(), y.max())
 
+# %% ../../nbs/show/02_plots.ipynb #eb357e1a
 def plot_classes(
     df: pd.DataFrame,  # rows of `noise_sweep`, of one law; one panel for each model in it (at most 4)
     unit: str = 'draw',  # mean over noise draws or over training seeds
@@ -168,13 +190,19 @@ def plot_classes(
 ) -> go.Figure:
     "IoU of each class against the noise level, and their mean."
     _check(df)
-    s, mean, level = summarise(df, metric='IoU', unit=unit), summarise(df, unit=unit), _level_of(df)
+    s = summarise(df, metric='IoU', unit=unit)
+    mean = summarise(df, unit=unit)
+    level = _level_of(df)
     models, classes = list(s['model'].unique()), list(s['class'].unique())
-    if len(models) > 4: raise ValueError(f"df: expected at most 4 models, a panel each; select some of {', '.join(models)}")
-    colours, height = {**_class_colours(classes, palette), 'mIoU': OKABE_ITO[6]}, max(440, 190 + 16 * len(classes))
+    if len(models) > 4:
+        raise ValueError(f"df: expected at most 4 models, a panel each; select some of {', '.join(models)}")
+    colours = {**_class_colours(classes, palette), 'mIoU': OKABE_ITO[6]}
+    height = max(440, 190 + 16 * len(classes))
     if title is None: title = 'IoU by class under weight noise' + (f': {models[0]}' if len(models) == 1 else '')
-    fig = make_subplots(1, len(models), shared_yaxes=True, subplot_titles=models if len(models) > 1 else None, horizontal_spacing=0.03)
-    layout = _layout(df, title, f'mean over {_over(s, unit)}, dotted: mIoU', 'IoU (%)', height, showlegend=False, hovermode='closest')
+    fig = make_subplots(1, len(models), shared_yaxes=True, subplot_titles=models if len(models) > 1 else None,
+                        horizontal_spacing=0.03)
+    layout = _layout(df, title, f'mean over {_over(s, unit)}, dotted: mIoU', 'IoU (%)', height, showlegend=False,
+                     hovermode='closest')
     fig.update_layout(layout, margin_t=100).update_xaxes({**layout['xaxis'], 'title': None})
     fig.update_xaxes(title=level.title, row=1, col=(len(models) + 1) // 2)
     of = lambda d, m: d[d['model'] == m]
@@ -193,25 +221,34 @@ def plot_sensitivity(
 ) -> go.Figure:
     "What noise in each layer group costs, with 95 % intervals, first layers on top."
     _check(df)
-    if not {'group', 'depth', 'n_weights'} <= set(df): raise ValueError("df: expected the rows of layer_sensitivity, which have a group")
-    noisy, clean = df[df['depth'] >= 0].sort_values('depth', kind='stable'), summarise(df[df['depth'] < 0], metric=metric)
-    s, clean = summarise(noisy, by=('model', 'group', 'level'), metric=metric), clean.set_index('model')['mean']
-    size, several = noisy.drop_duplicates('group').set_index('group')['n_weights'], len(clean) > 1
-    colors, level = {**model_colors(df), **(colors or {})}, _level_of(df).text(s['level'].iloc[0])
+    if not {'group', 'depth', 'n_weights'} <= set(df):
+        raise ValueError("df: expected the rows of layer_sensitivity, which have a group")
+    noisy = df[df['depth'] >= 0].sort_values('depth', kind='stable')
+    clean = summarise(df[df['depth'] < 0], metric=metric)
+    s = summarise(noisy, by=('model', 'group', 'level'), metric=metric)
+    clean = clean.set_index('model')['mean']
+    size = noisy.drop_duplicates('group').set_index('group')['n_weights']
+    several = len(clean) > 1
+    colors = {**model_colors(df), **(colors or {})}
+    level = _level_of(df).text(s['level'].iloc[0])
     label = {g: f"{g}  <span style='font-size:11px'>{n:,} weights</span>" for g, n in size.items()}
     fig = go.Figure(layout=dict(
-        template=noisyseg_template, height=150 + max(26, 18 * len(clean)) * len(size), hovermode='closest', bargap=0.35, bargroupgap=0.1,
+        template=noisyseg_template, height=150 + max(26, 18 * len(clean)) * len(size), hovermode='closest',
+        bargap=0.35, bargroupgap=0.1,
         title=dict(text='What noise in one layer group costs' if title is None else title, subtitle=dict(text=
             f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval · {df['law'].iloc[0]}")),
-        xaxis=dict(title=f'{metric} lost (percentage points)', showgrid=True, gridcolor=LINE, zeroline=True, showline=False, ticks=''),
+        xaxis=dict(title=f'{metric} lost (percentage points)', showgrid=True, gridcolor=LINE, zeroline=True,
+                   showline=False, ticks=''),
         yaxis=dict(autorange='reversed', categoryorder='array', categoryarray=list(label.values()), showgrid=False),
         margin_t=108 if several else 76))
     for name, bars in s.groupby('model', sort=False):
         tell = [f"<b>{g}</b>, {size[g]:,} weights<br>{metric} {v} %, without noise {100 * clean[name]:.1f} %"
                 for g, v in zip(bars['group'], _percent(bars))]
-        fig.add_bar(x=100 * (clean[name] - bars['mean']), y=bars['group'].map(label), orientation='h', name=name, showlegend=several,
+        fig.add_bar(x=100 * (clean[name] - bars['mean']), y=bars['group'].map(label), orientation='h', name=name,
+                    showlegend=several,
                     error_x=dict(array=100 * bars['half'], color=INK, thickness=1.4, width=4),
-                    marker=dict(color=colors[name], cornerradius=2), customdata=tell, hovertemplate='%{customdata}<extra></extra>')
+                    marker=dict(color=colors[name], cornerradius=2), customdata=tell,
+                    hovertemplate='%{customdata}<extra></extra>')
     return fig
 
 # %% ../../nbs/show/02_plots.ipynb #aef689b6
@@ -224,6 +261,9 @@ def sweep_table(
     "Mean ± half the 95 % interval, in percent."
     _check(df)
     s, level = summarise(df, metric=metric, unit=unit), _level_of(df)
-    lines, columns = ['model', 'class'] if metric == 'IoU' else ['model'], {l: level.text(l) for l in sorted(s['level'].unique())}
-    table = s.assign(text=list(_percent(s, decimals))).pivot(index=lines, columns='level', values='text').rename(columns=columns)
-    return table.rename_axis(columns=f'{metric} (%)').reindex(s.drop_duplicates(lines).set_index(lines).index).fillna('')
+    lines = ['model', 'class'] if metric == 'IoU' else ['model']
+    columns = {l: level.text(l) for l in sorted(s['level'].unique())}
+    table = s.assign(text=list(_percent(s, decimals))).pivot(index=lines, columns='level',
+                                                             values='text').rename(columns=columns)
+    return table.rename_axis(columns=f'{metric} (%)').reindex(s.drop_duplicates(lines).set_index(lines).index).fillna(
+            '')

@@ -25,21 +25,30 @@ from ..perturb.selectors import as_selector, weight_sites
 
 # %% ../../nbs/show/05_predictor.ipynb #6a677316
 class NoisyPredictor:
-    "What models predict for single images, clean or corrupted, under weight noise: class and confidence of each pixel, remembered."
+    ("What models predict for single images, clean or corrupted, under weight noise: class and confidence of each "
+     "pixel, remembered.")
     def __init__(self,
         models: dict,  # name -> model
         images,  # (samples, channels, height, width), as the models take them
         wheres: dict,  # name -> selector: which weights get noise
         cache_mb: float = 64,  # memory for predictions and corrupted images; the oldest go first
     ):
-        self.models, self.images, self.wheres, self.cache_mb = models, images, {k: as_selector(v) for k, v in wheres.items()}, cache_mb
-        self._clones, self._cache, self._bytes, self.hits = {}, OrderedDict(), 0, 0
+        self.models = models
+        self.images = images
+        self.wheres = {k: as_selector(v) for k, v in wheres.items()}
+        self.cache_mb = cache_mb
+        self._clones = {}
+        self._cache = OrderedDict()
+        self._bytes = 0
+        self.hits = 0
 
     def _inject(self, name, law, where, seed):
         "The clone of a model with `law`'s noise in it; one draw serves all levels and laws."
         clone, drawn = self._clones.get((name, where), (None, None))
-        if clone is None or not clone.fits(self.models[name]): clone, drawn = clone_weights(self.models[name], self.wheres[where]), None
-        self._clones[name, where] = clone, None     # until the injection below has succeeded, nothing is known of the draw
+        if clone is None or not clone.fits(self.models[name]):
+            clone, drawn = clone_weights(self.models[name], self.wheres[where]), None
+        # until the injection below has succeeded, nothing is known of the draw
+        self._clones[name, where] = clone, None
         clone.inject(law, None if drawn == seed else seed, redraw=drawn != seed)
         self._clones[name, where] = clone, seed
         return clone
@@ -53,7 +62,8 @@ class NoisyPredictor:
         value = make()
         self._cache[key] = value, size(value)
         self._bytes += size(value)
-        while self._bytes > self.cache_mb * 2**20 and len(self._cache) > 1: self._bytes -= self._cache.popitem(last=False)[1][1]
+        while self._bytes > self.cache_mb * 2**20 and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1][1]
         return value
 
     def __call__(self,
@@ -72,10 +82,13 @@ class NoisyPredictor:
     def image(self,
         sample: int,  # number of the image
         corruption: Corruption = None,  # None: as it is
-    ) -> tuple:  # (1, channels, height, width); and (height, width) numbers of the pixels that pixels came from, None where nothing moved
+    # (1, channels, height, width); and (height, width) numbers of the pixels that pixels came from, None where
+    # nothing moved
+    ) -> tuple:
         "What a model is given: an image, corrupted once and then remembered."
         if corruption is None: return self.images[sample:sample + 1], None
-        return self._remembered((sample, corruption), lambda: self._corrupt(sample, corruption), lambda v: sum(t.nbytes for t in v if t is not None))
+        return self._remembered((sample, corruption), lambda: self._corrupt(sample, corruption),
+                                lambda v: sum(t.nbytes for t in v if t is not None))
 
     def _corrupt(self, sample, corruption):
         x = self.images[sample:sample + 1]
@@ -86,12 +99,16 @@ class NoisyPredictor:
 
     def close(self):
         "Let go of models, images, clones and predictions."
-        self._clones, self._bytes, self.models, self.images = {}, 0, {}, None
+        self._clones = {}
+        self._bytes = 0
+        self.models = {}
+        self.images = None
         self._cache.clear()
 
 # %% ../../nbs/show/05_predictor.ipynb #92f26999
 BINS = 48  # of the weights' histogram
 
+# %% ../../nbs/show/05_predictor.ipynb #76348639
 @patch
 @torch.no_grad()
 def _predict(self:NoisyPredictor, name, sample, law, where, seed, layer, corruption):
@@ -109,6 +126,7 @@ def _predict(self:NoisyPredictor, name, sample, law, where, seed, layer, corrupt
     confidence, classes = p.max(0)
     return torch.stack([classes.to(torch.uint8), (confidence * 255).round().to(torch.uint8)]).cpu().numpy(), counts
 
+# %% ../../nbs/show/05_predictor.ipynb #366d0904
 def _counts(before, after):
     "Histograms of a weight's values over the same bins, which leave room for noise."
     edge = max(1.4 * before.abs().max().item(), 1e-12)
@@ -126,40 +144,52 @@ def not_corruptible(
     return ''
 
 # %% ../../nbs/show/05_predictor.ipynb #b36279a7
-BITS = dict(label='bits of a weight', step=1, off='not quantized')  # how a level called `bits` is shown; all others are `noise …`, without steps
+# how a level called `bits` is shown; all others are `noise …`, without steps
+BITS = dict(label='bits of a weight', step=1, off='not quantized')
 
+# %% ../../nbs/show/05_predictor.ipynb #b2f31d42
 def law_form(
     law: type,  # a subclass of Law that is a dataclass
-) -> dict:  # name, doc, field and level (name and default of the first), label, step, off, top, random (does it draw?), fields: [{name, type, default, …}]
+# name, doc, field and level (name and default of the first), label, step, off, top, random (does it draw?), fields:
+# [{name, type, default, …}]
+) -> dict:
     "What a front end must know of a law to make controls for it."
     hints, docs = get_type_hints(law), docments(law)
     level, *rest = dataclasses.fields(law)
     def field(f):
         hint = hints[f.name]
-        return dict(name=f.name, default=_jsonable(f.default), choices=list(get_args(hint)) if get_origin(hint) is Literal else None,
+        return dict(name=f.name, default=_jsonable(f.default), choices=list(get_args(hint))
+                    if get_origin(hint) is Literal else None,
                     type='float' if hint in (float, int) else 'text', doc=docs.get(f.name) or '')
     shown = BITS if level.name == 'bits' else dict(label=f'noise {level.name}', step=None, off='')
     random = list(inspect.signature(law.__call__).parameters.values())[-1].default is inspect.Parameter.empty
-    return dict(name=law.__name__, doc=law.__doc__ or '', field=level.name, level=_jsonable(level.default), **shown, top=law.top, random=random,
+    return dict(name=law.__name__, doc=law.__doc__ or '', field=level.name, level=_jsonable(level.default), **shown,
+                top=law.top, random=random,
                 fields=[field(f) for f in rest])
 
+# %% ../../nbs/show/05_predictor.ipynb #320917e8
 def _jsonable(v): return None if v is dataclasses.MISSING else str(v) if v in (float('inf'), -float('inf')) else v
 
 def _usable(law):
     "Can this law be made with its defaults, and does it say what it does?"
-    says = law.__call__ is not Law.__call__ and not (law.__call__ is AdditiveLaw.__call__ and law.noise is AdditiveLaw.noise)
-    return says and dataclasses.is_dataclass(law) and all(f.default is not dataclasses.MISSING for f in dataclasses.fields(law))
+    says = law.__call__ is not Law.__call__ and not (law.__call__ is AdditiveLaw.__call__
+                                                     and law.noise is AdditiveLaw.noise)
+    return says and dataclasses.is_dataclass(law) and all(f.default is not dataclasses.MISSING
+                                                          for f in dataclasses.fields(law))
 
 def usable_laws() -> list:  # classes
     "The laws that there are by now and that can be made with their defaults."
     return [law for law in Law.registry.values() if _usable(law)]
 
+# %% ../../nbs/show/05_predictor.ipynb #d365a69e
 def law_values(
     law: Law,  # any law that is a dataclass
 ) -> dict:  # law, level, params, for JSON
     "A law as the values of its controls; `law_of` is the way back."
-    return dict(law=type(law).__name__, level=float(law.level), params={f.name: _jsonable(getattr(law, f.name)) for f in dataclasses.fields(law)[1:]})
+    return dict(law=type(law).__name__, level=float(law.level),
+                params={f.name: _jsonable(getattr(law, f.name)) for f in dataclasses.fields(law)[1:]})
 
+# %% ../../nbs/show/05_predictor.ipynb #109c378c
 def law_of(
     name: str,  # class name
     level: float,  # value of the first field

@@ -41,41 +41,56 @@ def _sure_colours(
     pixels = np.where((confidence >= threshold)[..., None], sure, grey.clip(0, 255)[..., None])
     return np.where(inside[..., None], pixels, _OUTSIDE).astype(np.uint8)
 
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #ed13bfef
 def _label_colours(labels, confident, inside, palette):
     "Labels as bytes (height, width, 3): those that don't count are mostly grey."
     colours = colorize(labels, palette).astype(float)
     faded = 0.15 * colours + 0.85 * 175
-    return np.where(inside[..., None], np.where(confident[..., None], colours, faded), _OUTSIDE).round().astype(np.uint8)
+    return np.where(inside[..., None], np.where(confident[..., None], colours, faded),
+                    _OUTSIDE).round().astype(np.uint8)
 
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #81cbd8f5
 def _scale(threshold):
     "The legend of the confidence: grey up to τ, colours from there."
     stops = ','.join(f'rgb{tuple(int(255 * v) for v in _LUT[i])}' for i in range(0, 256, 51))
-    bar = lambda colours: ('<span aria-hidden="true" style="display:inline-block;height:.8em;width:5em;vertical-align:middle;'
+    bar = lambda colours: ('<span aria-hidden="true" '
+                           'style="display:inline-block;height:.8em;width:5em;vertical-align:middle;'
                            f'background:linear-gradient(to right,{colours})"></span>')
     return (f'<div style="margin-top:4px;white-space:nowrap">confidence: 0 {bar("rgb(40,40,40),rgb(200,200,200)")} '
             f'<b>τ = {threshold:g}</b> {bar(stops)} 1</div>')
 
 # %% ../../nbs/show/08_pseudo_label_panel.ipynb #ccdd3aa1
 class PseudoLabelPanel:
-    "For `TrainingMonitor(panels=…)`: pseudo-labels and confidence of some unlabelled images, and curves of how many are confident and right."
+    ("For `TrainingMonitor(panels=…)`: pseudo-labels and confidence of some unlabelled images, and curves of how many "
+     "are confident and right.")
     axis = 'share of pixels'
     curves = {'pseudo-labels, confident': 'confident, these images', 'confident': 'confident, training batches',
               'pseudo-labels, right': 'right, of the confident'}
     def __init__(self,
         images=3,  # how many unlabelled images, evenly spread over the set; or their numbers in it
-        truth=None,  # their masks, if known: item of the unlabelled set -> mask (height, width), or a sequence of masks, one for each of the set
+        # their masks, if known: item of the unlabelled set -> mask (height, width), or a sequence of masks, one for
+        # each of the set
+        truth=None,
         threshold: float = None,  # τ in [0, 1]; None: that of the learner's MLPMatch, else 0.95
-        mode: str = None,  # batch norm goes by these images ('train') or by running statistics ('eval'); None: as in MLPMatch(pseudo=…). Distributed: 'eval'
+        # batch norm goes by these images ('train') or by running statistics ('eval'); None: as in MLPMatch(pseudo=…).
+        # Distributed: 'eval'
+        mode: str = None,
     ):
-        if isinstance(images, Iterable) and not isinstance(images, str): images = [whole('images', i, 0) for i in images]
+        if isinstance(images, Iterable) and not isinstance(images, str):
+            images = [whole('images', i, 0) for i in images]
         else: whole('images', images, 1)
         if images == []: raise ValueError("images= names no image: expected how many, or their numbers")
         if not (truth is None or callable(truth) or hasattr(truth, '__getitem__')):
             raise TypeError(f"truth= is a function of an item, or a sequence of masks, got {truth!r}")
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1):
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0
+                                      <= threshold <= 1):
             raise ValueError(f"threshold= is a number from 0 to 1, got {threshold!r}")
         if mode not in (None, 'train', 'eval'): raise ValueError(f"mode= is 'train', 'eval' or None, got {mode!r}")
-        self.images, self.truth, self.threshold, self.mode, self._of = images, truth, threshold, mode, None
+        self.images = images
+        self.truth = truth
+        self.threshold = threshold
+        self.mode = mode
+        self._of = None
 
     def __getstate__(self): return self.__dict__ | dict(_of=None)   # saved without the data
 
@@ -84,13 +99,20 @@ class PseudoLabelPanel:
 def _prepare(self:PseudoLabelPanel, dls):
     "Read the images, once for a set."
     ds = getattr(getattr(dls.train, 'dataset', None), 'unlabelled', None)
-    if ds is None: raise ValueError("there are no unlabelled images in this learner's data: PseudoLabelPanel needs DataLoaders of semi_dataloaders")
+    if ds is None:
+        raise ValueError("there are no unlabelled images in this learner's data: PseudoLabelPanel needs DataLoaders of "
+                         "semi_dataloaders")
     if ds is self._of: return
     n, names = len(ds), list(dls.vocab)
-    self.numbers = self.images if isinstance(self.images, list) else sorted({i * n // min(self.images, n) for i in range(min(self.images, n))})
-    if max(self.numbers) >= n: raise ValueError(f"images={self.images}: there are {n} unlabelled images, numbered 0..{n - 1}")
+    self.numbers = self.images if isinstance(self.images, list) else sorted({i * n // min(self.images, n)
+            for i in range(min(self.images, n))})
+    if max(self.numbers) >= n:
+        raise ValueError(f"images={self.images}: there are {n} unlabelled images, numbered 0..{n - 1}")
     mean, std = (torch.tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in ds.stats)
-    self._seen, self._x, self._inside, self._masks = [], [], [], []
+    self._seen = []
+    self._x = []
+    self._inside = []
+    self._masks = []
     for i in self.numbers:
         image, ones = ds.read(ds.items[i])
         image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
@@ -101,6 +123,7 @@ def _prepare(self:PseudoLabelPanel, dls):
         if self.truth is not None: self._masks.append(self._known(i, image, ds, dls, len(names)))
     self._x, self._of = torch.stack(self._x), ds
 
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #4cf31526
 @patch
 def _known(self:PseudoLabelPanel, i, image, ds, dls, n):
     "The true mask of an image, fitted as the image was; -1 where it doesn't count."
@@ -122,33 +145,39 @@ def _in_mode(model, mode):
         finally:
             for b, old in kept: b.copy_(old)
 
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #e8bde345
 @patch
 def look(self:PseudoLabelPanel,
     learn,  # a Learner on `semi_dataloaders`
 ) -> tuple:  # numbers by name, all in [0, 1]; HTML
     "Pseudo-labels of the images as the network is now."
     self._prepare(learn.dls)
-    model, method = learn.model, next((c.method for c in learn.cbs if isinstance(c, MLPMatch)), None)
+    model = learn.model
+    method = next((c.method for c in learn.cbs if isinstance(c, MLPMatch)), None)
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)): model = model.module
     tau = self.threshold if self.threshold is not None else method.loss.threshold if method else 0.95
     mode = self.mode or (method.pseudo if method else 'eval')
-    if num_distrib() > 1: mode = 'eval'   # one process looks, and batch statistics that are shared by all would wait for the others
+    # one process looks, and batch statistics that are shared by all would wait for the others
+    if num_distrib() > 1: mode = 'eval'
     with _in_mode(model, mode):
         parts = [self._x] if mode == 'train' else [x[None] for x in self._x]
         found = [t for x in parts for t in zip(*(t.cpu() for t in pseudo_labels(logits_of(model, x, x[:, 0]))[:2]))]
     return self._numbers(found, tau), self._html(found, tau, mode, learn.dls)
 
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #a02caecf
 @patch
 def _numbers(self:PseudoLabelPanel, found, tau):
     "Shares over all pixels of all images together."
     (labels, confidence), inside = map(torch.stack, zip(*found)), torch.stack(self._inside)
     share = lambda part, of: float(part.sum() / of.sum()) if of.any() else float('nan')
     sure = (confidence >= tau) & inside
-    numbers = {'pseudo-labels, confident': share(sure, inside), 'pseudo-labels, confidence': share(confidence * inside, inside)}
+    numbers = {'pseudo-labels, confident': share(sure, inside),
+               'pseudo-labels, confidence': share(confidence * inside, inside)}
     if not self._masks: return numbers
     truth = torch.stack(self._masks)
     known, right = inside & (truth >= 0), labels == truth
-    return numbers | {'pseudo-labels, right': share(right & sure & known, sure & known), 'pseudo-labels, right of all': share(right & known, known)}
+    return numbers | {'pseudo-labels, right': share(right & sure & known, sure & known),
+                      'pseudo-labels, right of all': share(right & known, known)}
 
 # %% ../../nbs/show/08_pseudo_label_panel.ipynb #6eb1a92d
 @patch
@@ -156,19 +185,27 @@ def _html(self:PseudoLabelPanel, found, tau, mode, dls):
     "A row of pictures for each image, and their legends."
     rows, classes = [], set()
     for j, (i, (labels, confidence)) in enumerate(zip(self.numbers, found)):
-        labels, confidence, inside = labels.numpy(), confidence.numpy(), self._inside[j].numpy()
+        labels = labels.numpy()
+        confidence = confidence.numpy()
+        inside = self._inside[j].numpy()
         sure = (confidence >= tau) & inside
         share = f'{sure.sum() / max(inside.sum(), 1):.0%} of pixels confident'
         panels = [_panel(self._seen[j], f'unlabelled image {i}', '', f'Unlabelled image {i}'),
-                  _panel(_label_colours(labels, sure, inside, dls.palette), 'pseudo-label', share, f'Pseudo-label of image {i}, {share}'),
-                  _panel(_sure_colours(confidence, tau, inside), 'confidence', f'mean {confidence[inside].mean():.2f}', f'Confidence in image {i}')]
+                  _panel(_label_colours(labels, sure, inside, dls.palette), 'pseudo-label', share,
+                         f'Pseudo-label of image {i}, {share}'),
+                  _panel(_sure_colours(confidence, tau, inside), 'confidence', f'mean {confidence[inside].mean():.2f}',
+                         f'Confidence in image {i}')]
         classes |= set(np.unique(labels[inside]).tolist())
         if self._masks:
             truth = self._masks[j].numpy()
             known = sure & (truth >= 0)
-            right = f'{(labels == truth)[known].mean():.0%} of the confident are right' if known.any() else 'no confident pixel to compare'
-            panels.append(_panel(_label_colours(np.maximum(truth, 0), truth >= 0, inside, dls.palette), 'truth', right, f'True mask of image {i}; {right}'))
+            right = f'{(labels == truth)[known].mean():.0%} of the confident are right' if known.any(
+                    ) else 'no confident pixel to compare'
+            panels.append(_panel(_label_colours(np.maximum(truth, 0), truth >= 0, inside, dls.palette), 'truth', right,
+                                 f'True mask of image {i}; {right}'))
             classes |= set(np.unique(truth).tolist()) - {-1}
         rows.append(_row(panels))
-    title = f'<div style="margin:6px 0"><b>Pseudo-labels</b> in {dict(train="training", eval="evaluation")[mode]} mode · grey below τ = {tau:g}</div>'
-    return _words(title + ''.join(f'<div style="margin-bottom:8px">{r}</div>' for r in rows) + _key(classes, dls.palette, dls.vocab) + _scale(tau))
+    title = (f'<div style="margin:6px 0"><b>Pseudo-labels</b> in {dict(train="training", eval="evaluation")[mode]} '
+             f'mode · grey below τ = {tau:g}</div>')
+    return _words(title + ''.join(f'<div style="margin-bottom:8px">{r}</div>' for r in rows)
+                  + _key(classes, dls.palette, dls.vocab) + _scale(tau))

@@ -35,6 +35,7 @@ footer { margin-top: 56px; border-top: 1px solid var(--line); padding-top: 16px;
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
+# %% ../../nbs/show/03_report.ipynb #262bd873
 def _picture_html(pixels):
     if not isinstance(pixels, Image.Image):
         a = np.asarray(pixels)
@@ -43,27 +44,35 @@ def _picture_html(pixels):
         pixels = Image.fromarray(a)
     out = io.BytesIO()
     pixels.save(out, 'png')
-    return f'<div class="figure"><img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"></div>'
+    return (f'<div class="figure"><img alt="" '
+            f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"></div>')
 
+# %% ../../nbs/show/03_report.ipynb #e2b3e97b
 def _item_html(item, i):
     "One figure, table, picture or paragraph; a pair or a dict puts headings above."
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
         return f'<h2>{html.escape(item[0])}</h2>' + _item_html(item[1], i)
     if isinstance(item, go.Figure):
-        drawn = item.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=f'figure-{i}', default_width='100%',
-                             default_height=f'{item.layout.height or 440}px', config=dict(responsive=True, displaylogo=False))
+        drawn = item.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=f'figure-{i}',
+                             default_width='100%',
+                             default_height=f'{item.layout.height or 440}px',
+                             config=dict(responsive=True, displaylogo=False))
         return f'<div class="figure">{drawn}</div>'
     if isinstance(item, pd.Series): item = item.to_frame()
     if isinstance(item, pd.DataFrame):
-        item = item.rename_axis(index=[None] * item.index.nlevels)  # else pandas spends a line of the table on the index's name
+        # else pandas spends a line of the table on the index's name
+        item = item.rename_axis(index=[None] * item.index.nlevels)
         return f'<div class="wide">{item.to_html(border=0, escape=True)}</div>'
     if isinstance(item, str): return ''.join(f'<p>{html.escape(p)}</p>' for p in item.split('\n\n'))
     if isinstance(item, (Image.Image, np.ndarray)): return _picture_html(item)
-    raise TypeError(f"items: expected figures, DataFrames, pictures, texts or pairs (heading, one of these), got {type(item).__name__}")
+    raise TypeError(f"items: expected figures, DataFrames, pictures, texts or pairs (heading, one of these), got "
+                    f"{type(item).__name__}")
 
 # %% ../../nbs/show/03_report.ipynb #97e3adf3
 def report_html(
-    items,  # figures, DataFrames, pictures (uint8 arrays or PIL) and texts, in order; (heading, item) for a heading; or a dict of these
+    # figures, DataFrames, pictures (uint8 arrays or PIL) and texts, in order; (heading, item) for a heading; or a
+    # dict of these
+    items,
     path,  # where the file goes; folders are made
     title: str = 'noisyseg report',  # heading of the page
     meta: dict = None,  # what the reader should know of the making: law, seeds, versions, command
@@ -72,8 +81,10 @@ def report_html(
     if isinstance(items, Mapping): items = items.items()
     items = [items] if isinstance(items, (go.Figure, pd.DataFrame, str)) else list(items)
     if not items: raise ValueError("items: expected at least one figure, table, picture or text, got none")
-    if meta is not None and not isinstance(meta, Mapping): raise TypeError(f"meta: expected a dict, got {type(meta).__name__}")
-    body, path = '\n'.join(_item_html(item, i) for i, item in enumerate(items)), Path(path)
+    if meta is not None and not isinstance(meta, Mapping):
+        raise TypeError(f"meta: expected a dict, got {type(meta).__name__}")
+    body = '\n'.join(_item_html(item, i) for i, item in enumerate(items))
+    path = Path(path)
     facts = ''.join(f'<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>' for k, v in (meta or {}).items())
     plotly_js = f'<script>{get_plotlyjs()}</script>' if 'Plotly.newPlot' in body else ''
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,10 @@ def _two_stores(store):
     path = Path(store)
     return path.with_stem(f'{path.stem}-relative'), path.with_stem(f'{path.stem}-absolute')
 
+# %% ../../nbs/train/06_attack_sweep.ipynb #55ceafac
 def attack_sweep(
-    models,  # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    # a module, or a dict name -> module; ('name', training seed) -> module when there are several training runs
+    models,
     dl,  # batches (images, labels) or (images, masks), in the same order each time
     relative=(0, 0.1, 0.2, 0.5, 1),  # strengths: standard deviation of the noise over the weight tensor's own
     absolute=(0, 0.02, 0.05, 0.1, 0.2),  # strengths: standard deviation of the noise
@@ -39,42 +41,52 @@ def attack_sweep(
     seed: int = 0,  # fixes the noise
     ignore_index: int = None,  # label of pixels that do not count; None: as the loader says, if it does
     class_names=None,  # names of the classes; None: the loader's vocab, else numbers
-    store=None,  # path such as attacks.csv or attacks.parquet: rows are kept in attacks-relative.csv and attacks-absolute.csv, and the same call resumes
+    # path such as attacks.csv or attacks.parquet: rows are kept in attacks-relative.csv and attacks-absolute.csv, and
+    # the same call resumes
+    store=None,
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size
     on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
 ) -> pd.DataFrame:  # rows of `noise_sweep`, with the column attack: 'relative' or 'absolute'
-    "Score models under Gaussian attacks on their weights, with relative and with absolute strength; they come out as they went in."
+    ("Score models under Gaussian attacks on their weights, with relative and with absolute strength; they come out as "
+     "they went in.")
     if isinstance(draws, int) and draws < 10:
-        raise ValueError(f"draws: expected at least 10, got {draws}; an interval over fewer says little. noise_sweep takes any number for a quick look")
+        raise ValueError(f"draws: expected at least 10, got {draws}; an interval over fewer says little. noise_sweep "
+                         f"takes any number for a quick look")
     found, frames = Batches(dl, cache_mb), []
     attacks = ('relative', RelativeGaussian(), relative), ('absolute', AbsoluteGaussian(), absolute)
     with connected(on):
         for (name, law, levels), path in zip(attacks, _two_stores(store)):
-            df = noise_sweep(models, found, law, levels, draws, where, seed, ignore_index, class_names, path, progress, cache_mb, on)
+            df = noise_sweep(models, found, law, levels, draws, where, seed, ignore_index, class_names, path, progress,
+                             cache_mb, on)
             frames.append(df.assign(attack=name))
     out = pd.concat(frames, ignore_index=True)
     out.attrs = frames[0].attrs
     return out
 
+# %% ../../nbs/train/06_attack_sweep.ipynb #869401c7
 def attack_table(
     df: pd.DataFrame,  # rows of `attack_sweep`
     metric: str = 'accuracy',  # 'accuracy', 'balanced accuracy', 'mIoU' or 'pixel accuracy'
     unit: str = 'draw',  # the interval is over noise draws, or over training seeds: 'seed'
 ) -> pd.DataFrame:  # a line for each model, a column for each attack and strength, of text such as '71.8 ± 6.5'
     "Mean and half of the 95 % interval, in percent, both attacks side by side."
-    if not isinstance(df, pd.DataFrame) or 'attack' not in df: raise ValueError("df: expected the rows of attack_sweep; there is no column attack")
+    if not isinstance(df, pd.DataFrame) or 'attack' not in df:
+        raise ValueError("df: expected the rows of attack_sweep; there is no column attack")
     s = summarise(df, by=('model', 'attack', 'level'), metric=metric, unit=unit)
-    text = [f'{100 * m:.1f} ± {100 * h:.1f}' if l else f'{100 * m:.1f}' for m, h, l in zip(s['mean'], s['half'], s['level'])]
+    text = [f'{100 * m:.1f} ± {100 * h:.1f}' if l else f'{100 * m:.1f}' for m, h,
+            l in zip(s['mean'], s['half'], s['level'])]
     table = s.assign(text=text).pivot(index='model', columns=['attack', 'level'], values='text')
     return table.reindex(s['model'].unique()).sort_index(axis=1)
 
 # %% ../../nbs/train/06_attack_sweep.ipynb #945cc5da
 class AccumulatingNoise(WeightNoise):
-    "Add noise to the weights at each training batch, and leave it there: noise-aware training without recovery, for comparison."
+    ("Add noise to the weights at each training batch, and leave it there: noise-aware training without recovery, for "
+     "comparison.")
     def __init__(self,
         law,  # a law from noisyseg.perturb.laws, or any (weight, z) -> perturbed weight
-        where=conv_and_linear,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
+        # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
+        where=conv_and_linear,
         seed: int = None,  # of the noise; None takes one from torch's global generator. Kept in .seed
     ):
         super().__init__(law, where=where, seed=seed)
@@ -87,14 +99,19 @@ class AccumulatingNoise(WeightNoise):
         if not self.training: return
         if self._generators is None: self._seed_generators()
         for s in select(self._model, self.where):
-            if s.parametrized: raise ValueError(f"{s.name} is computed by a parametrization, so noise cannot stay in it: leave it out with where=")
+            if s.parametrized:
+                raise ValueError(f"{s.name} is computed by a parametrization, so noise cannot stay in it: leave it out "
+                                 f"with where=")
             w = s.value()
             w32 = w.to(torch.promote_types(w.dtype, torch.float32))
-            w.copy_(self.law(w32, torch.randn(w.shape, device=w.device, dtype=w32.dtype, generator=self._generators[True])))
+            w.copy_(self.law(w32, torch.randn(w.shape, device=w.device, dtype=w32.dtype,
+                                              generator=self._generators[True])))
 
+# %% ../../nbs/train/06_attack_sweep.ipynb #eefd40c9
 def weight_std(
     model: nn.Module,  # any module
     where=conv_and_linear,  # which weights
 ) -> pd.Series:  # standard deviation of each weight tensor, by name
     "How large the weights are: what an absolute noise strength should be compared with."
-    return pd.Series({s.name: s.value().detach().float().std(correction=0).item() for s in select(model, where)}, name='std of the weights')
+    return pd.Series({s.name: s.value().detach().float().std(correction=0).item() for s in select(model, where)},
+                     name='std of the weights')

@@ -29,6 +29,7 @@ def _plain(value):
 
 def _number(value): return value.item() if hasattr(value, 'item') else value
 
+# %% ../../nbs/train/05_grid.ipynb #59a0b51b
 class _Runs:
     "The work of a training grid: what one run yields is the two files of its checkpoint."
     uses_gpus = True
@@ -42,7 +43,8 @@ class _Runs:
                 found = self.train(self.methods[name], seed)
             finally: set_random_states(**states)
             learn, row = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
-            run = {'method': name, 'argument': _plain(self.methods[name]), 'seed': seed, 'seconds': round(time.perf_counter() - begun, 3)}
+            run = {'method': name, 'argument': _plain(self.methods[name]), 'seed': seed,
+                   'seconds': round(time.perf_counter() - begun, 3)}
             with TemporaryDirectory() as folder:
                 path = save_model(learn, Path(folder)/'run', run=run, row={k: _number(v) for k, v in row.items()})
                 yield path.read_bytes(), path.with_suffix('.json').read_bytes()
@@ -51,35 +53,47 @@ class _Runs:
 def _paths_of(folder, methods, seeds):
     "(method, seed) -> the weights' file."
     if not isinstance(methods, Mapping) or not methods or not all(isinstance(m, str) and m.strip() for m in methods):
-        raise TypeError(f"methods: expected a dict name -> what `train` gets, such as {{'clean': None, 'noisy': MaxGaussian(0.05)}}, got {methods!r}")
+        raise TypeError(f"methods: expected a dict name -> what `train` gets, such as {{'clean': None, 'noisy': "
+                        f"MaxGaussian(0.05)}}, got {methods!r}")
     seeds = list(range(seeds) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
+    if not seeds or len(set(seeds)) < len(seeds) or any(isinstance(s, bool) or not isinstance(s, int) or s < 0
+                                                        for s in seeds):
         raise ValueError(f"seeds: expected how many, or different whole numbers of at least 0, got {seeds!r}")
     short = {m: re.sub(r'[^\w.=-]+', '-', m).strip('-') for m in methods}
     paths = {(m, s): Path(folder)/f'{short[m]}-{s}.safetensors' for m in methods for s in seeds}
-    if len(set(paths.values())) < len(paths): raise ValueError(f"methods: some of these names would have one file name: {', '.join(methods)}")
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(f"methods: some of these names would have one file name: {', '.join(methods)}")
     return paths
 
+# %% ../../nbs/train/05_grid.ipynb #59540d36
 def _done(path, method, argument, seed):
     "The card of a run that is there; None when it is not."
     if not path.is_file(): return None
     card = read_card(path)
-    found, mine = card.get('run') or {}, {'method': method, 'argument': _plain(argument), 'seed': seed}
+    found = card.get('run') or {}
+    mine = {'method': method, 'argument': _plain(argument), 'seed': seed}
     if other := [f'{k} {found.get(k)!r} there, {v!r} now' for k, v in mine.items() if found.get(k) != v]:
-        raise ValueError(f"folder: {path} is another run ({'; '.join(other)}). Use another folder, or delete this checkpoint")
+        raise ValueError(f"folder: {path} is another run ({'; '.join(other)}). Use another folder, or delete this "
+                         f"checkpoint")
     return card
 
+# %% ../../nbs/train/05_grid.ipynb #6f25e6d2
 def train_grid(
-    train: Callable,  # (the method's argument, seed) -> the trained Learner or module, or a pair of it and a dict of numbers for its row
+    # (the method's argument, seed) -> the trained Learner or module, or a pair of it and a dict of numbers for its
+    # row
+    train: Callable,
     methods: dict,  # name -> what `train` gets as its first argument
     seeds,  # training seeds: how many, or whole numbers of at least 0
-    folder,  # for the checkpoints, made when it does not exist; the same call goes on where it was, more methods or seeds extend
+    # for the checkpoints, made when it does not exist; the same call goes on where it was, more methods or seeds
+    # extend
+    folder,
     on='local',  # where: 'local', 'ray', a Ray address, or an `OnRay`; the weights are the same
     num_gpus: float = None,  # on Ray, for each run; None: 1 where the cluster has GPUs, else none
     progress: bool = True,  # show a progress bar with the remaining time
 ) -> pd.DataFrame:  # a line for each method and seed: model, train_seed, path, seconds, and what `train` told
     "Train each method with each seed."
-    if not callable(train): raise TypeError(f"train: expected a function (method, seed) -> Learner or module, got {train!r}")
+    if not callable(train):
+        raise TypeError(f"train: expected a function (method, seed) -> Learner or module, got {train!r}")
     place, paths = as_place(on), _paths_of(folder, methods, seeds)
     if place is not None and num_gpus is not None: place = dataclasses.replace(place, num_gpus=num_gpus)
     folder = Path(folder)
@@ -91,8 +105,10 @@ def train_grid(
     try:
         missing = [run for run, path in paths.items() if _done(path, run[0], methods[run[0]], run[1]) is None]
         groups = [(m, [run for run in missing if run[0] == m]) for m in methods]
-        run_jobs(_Runs(train, methods), groups, keep, place or 'local', progress, lambda run: f'method {run[0]!r}, seed {run[1]}', folder)
+        run_jobs(_Runs(train, methods), groups, keep, place or 'local', progress,
+                 lambda run: f'method {run[0]!r}, seed {run[1]}', folder)
         cards = {run: _done(path, run[0], methods[run[0]], run[1]) for run, path in paths.items()}
     finally: lock.release()
-    lines = [{'model': m, 'train_seed': s, 'path': str(paths[m, s]), 'seconds': card['run']['seconds'], **card['row']} for (m, s), card in cards.items()]
+    lines = [{'model': m, 'train_seed': s, 'path': str(paths[m, s]), 'seconds': card['run']['seconds'], **card['row']}
+             for (m, s), card in cards.items()]
     return pd.DataFrame(lines)

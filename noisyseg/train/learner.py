@@ -42,18 +42,33 @@ class WeightNoise(Callback):
         gradient: str = 'noisy',  # 'noisy': recover after backward; 'recovered': before it, as the published code does
         seed: int = None,  # of the noise; None takes one from torch's global generator. Kept in .seed
         shared: bool = True,  # distributed: the same noise in all processes, or each its own
-        rng: str = 'normal',  # 'normal': every number drawn anew; 'table': stretches of a fixed table, from random places; cheaper
+        # 'normal': every number drawn anew; 'table': stretches of a fixed table, from random places; cheaper
+        rng: str = 'normal',
     ):
-        if not callable(law): raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as MaxGaussian(0.05), got {law!r}")
-        for name, v, allowed in (('when', when, ('train', 'valid', 'both')), ('draw', draw, ('step', 'epoch')), ('gradient', gradient, ('noisy', 'recovered')),
+        if not callable(law):
+            raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as MaxGaussian(0.05), got "
+                            f"{law!r}")
+        for name, v, allowed in (('when', when, ('train', 'valid', 'both')), ('draw', draw, ('step', 'epoch')),
+                                 ('gradient', gradient, ('noisy', 'recovered')),
                                  ('rng', rng, ('normal', 'table'))):
             if v not in allowed: raise ValueError(f"{name}= is one of {', '.join(allowed)}, got {v!r}")
-        if seed is not None and not isinstance(seed, int): raise TypeError(f"seed= is a whole number or None, got {seed!r}")
-        self.law, self.when, self.draw, self.where, self.gradient = law, when, draw, as_selector(where), gradient
-        self.seed, self.shared, self.rng = seed, shared, rng
-        self._clone, self._generators, self._fitting = None, None, False
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed= is a whole number or None, got {seed!r}")
+        self.law = law
+        self.when = when
+        self.draw = draw
+        self.where = as_selector(where)
+        self.gradient = gradient
+        self.seed = seed
+        self.shared = shared
+        self.rng = rng
+        self._clone = None
+        self._generators = None
+        self._fitting = False
 
-    def describe(self) -> str: return f"{self.law} in {'training and validation' if self.when == 'both' else self.when}, drawn each {self.draw}"
+    def describe(self) -> str:
+        return (f"{self.law} in {'training and validation' if self.when == 'both' else self.when}, drawn each "
+                f"{self.draw}")
 
 # %% ../../nbs/train/02_learner.ipynb #45bcb499
 def _unwrapped(model):
@@ -63,29 +78,35 @@ def _unwrapped(model):
 @patch(as_prop=True)
 def _model(self:WeightNoise): return _unwrapped(self.learn.model)
 
+# %% ../../nbs/train/02_learner.ipynb #9bba85e6
 @patch
 def _seed_generators(self:WeightNoise):
-    "One generator for training and one for validation, on the model's device; seeded once, so that a second fit goes on with new noise."
+    ("One generator for training and one for validation, on the model's device; seeded once, so that a second fit goes "
+     "on with new noise.")
     if self.seed is None: self.seed = int(torch.randint(2**31, ()))
     if num_distrib() > 1:
         box = [self.seed]
         torch.distributed.broadcast_object_list(box)   # where it was None, each process drew one for itself
         self.seed = box[0]
     device = next(self._model.parameters()).device
-    self._generators = {training: torch.Generator(device).manual_seed(self.seed + (0 if training else 2**31)) for training in (True, False)}
+    self._generators = {training: torch.Generator(device).manual_seed(self.seed + (0 if training else 2**31))
+                        for training in (True, False)}
 
+# %% ../../nbs/train/02_learner.ipynb #dc6e7431
 @patch
 def _generator(self:WeightNoise):
     "Of the next draw. Where each process has its own noise, the common generator draws a seed for it."
     g = self._generators[self.training]
     if self.shared or num_distrib() < 2: return g
-    return torch.Generator(g.device).manual_seed(int(torch.randint(2**62, (), generator=g, device=g.device)) + rank_distrib())
+    return torch.Generator(g.device).manual_seed(int(torch.randint(2**62, (), generator=g, device=g.device))
+                                                 + rank_distrib())
 
 @patch
 @HoldInterrupts.within
 def _recover(self:WeightNoise):
     if self._clone is not None: self._clone.recover()
 
+# %% ../../nbs/train/02_learner.ipynb #91ffbd87
 @patch
 @HoldInterrupts.within
 def _leave(self:WeightNoise, hold):
@@ -93,6 +114,7 @@ def _leave(self:WeightNoise, hold):
         if isinstance(c, WeightNoise): c._recover()
     hold.release()
 
+# %% ../../nbs/train/02_learner.ipynb #90853559
 @patch
 def _guarded(self:WeightNoise, one_batch, *args):
     "`Learner.one_batch`, and clean weights after it, whatever happens in it."
@@ -104,6 +126,7 @@ def _guarded(self:WeightNoise, one_batch, *args):
         raise
     finally: self._leave(hold)
 
+# %% ../../nbs/train/02_learner.ipynb #3484df16
 @patch
 def _stand_guard(self:WeightNoise):
     if 'one_batch' not in self.learn.__dict__: self.learn.one_batch = partial(self._guarded, self.learn.one_batch)
@@ -123,27 +146,33 @@ def _begin(self:WeightNoise):
 
 @patch
 def before_fit(self:WeightNoise): self._fitting = True
+
 @patch
 def before_train(self:WeightNoise): self._begin()
+
 @patch
 def before_validate(self:WeightNoise): self._begin()
 
+# %% ../../nbs/train/02_learner.ipynb #5239b527
 @patch
 @HoldInterrupts.within
 def before_batch(self:WeightNoise):
     if self.when != 'both' and (self.when == 'train') != self.training: return
     if self._generators is None: self._seed_generators()
-    if self._clone is None: self._clone, self._fresh = WeightClone(self._model, self.where, self.gradient, self.rng), True
+    if self._clone is None:
+        self._clone, self._fresh = WeightClone(self._model, self.where, self.gradient, self.rng), True
     redraw = self.draw == 'step' or self._fresh
     self._clone.inject(self.law, self._generator() if redraw else None, redraw=redraw)
     self._fresh = False
 
+# %% ../../nbs/train/02_learner.ipynb #fd0f8080
 @patch
 def before_backward(self:WeightNoise):
     if self.gradient == 'recovered': self._recover()
 
 @patch
 def after_backward(self:WeightNoise): self._recover()
+
 @patch
 def after_batch(self:WeightNoise): self._recover()
 
@@ -154,13 +183,16 @@ def after_validate(self:WeightNoise):
 @patch
 def after_fit(self:WeightNoise): self._stand_down()
 
+# %% ../../nbs/train/02_learner.ipynb #847f96cb
 @patch
 def state_dict(self:WeightNoise) -> dict:
     "What a resumed fit needs: the seed, where the generators are, and an epoch's noise."
     kept = self.draw == 'epoch' and self._clone is not None and self._clone._z is not None and not self._fresh
-    return {'seed': self.seed, 'generators': None if self._generators is None else [self._generators[k].get_state() for k in (True, False)],
+    return {'seed': self.seed, 'generators': None if self._generators is None
+            else [self._generators[k].get_state() for k in (True, False)],
             'noise': [z.clone() for z in self._clone._z] if kept else None}
 
+# %% ../../nbs/train/02_learner.ipynb #facf861c
 @patch
 def load_state_dict(self:WeightNoise,
     state: dict,  # from `state_dict`
@@ -196,7 +228,9 @@ def segmentation_learner(
     if isinstance(arch, nn.Module): model = arch
     elif callable(arch): model = arch(n_classes, **(arch_args or {}))
     else: raise TypeError(f"arch= is a model factory such as unet3plus_tiny, or a module, got {arch!r}")
-    if noise_args and law is None: raise ValueError(f"noise_args={noise_args} were given, but no law=: say which noise, such as law=MaxGaussian(0.05)")
+    if noise_args and law is None:
+        raise ValueError(f"noise_args={noise_args} were given, but no law=: say which noise, such as "
+                         f"law=MaxGaussian(0.05)")
     cbs = [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
     if law is not None: cbs.append(WeightNoise(law, **(noise_args or {})))
     if loss_func is None: loss_func = DeepSupervisionLoss(HybridLoss(ignore_index=void), normalize=True)
@@ -206,27 +240,35 @@ def segmentation_learner(
 # %% ../../nbs/train/02_learner.ipynb #8d13c00c
 def _paths(path):
     path = Path(path)
-    if path.suffix not in ('', '.safetensors'): raise ValueError(f"a checkpoint's name ends in .safetensors, got {path.name!r}")
+    if path.suffix not in ('', '.safetensors'):
+        raise ValueError(f"a checkpoint's name ends in .safetensors, got {path.name!r}")
     path = path.with_suffix('.safetensors')
     return path, path.with_suffix('.json')
 
+# %% ../../nbs/train/02_learner.ipynb #4e74e4a0
 def make_card(
     learn,  # a Learner, or a module
     **info,  # whatever else should be known: dataset, split, command, …
 ) -> dict:  # plain data, ready for JSON
     "What a reader must know to use a model: architecture, classes, normalisation, law, seed, metrics, versions."
-    model, card = _unwrapped(getattr(learn, 'model', learn)), {'format': 'noisyseg checkpoint 1'}
+    model = _unwrapped(getattr(learn, 'model', learn))
+    card = {'format': 'noisyseg checkpoint 1'}
     card['architecture'] = getattr(model, 'recipe', None) or {'class': type(model).__name__}
     if dls := getattr(learn, 'dls', None):
         card |= {'classes': list(getattr(dls, 'vocab', None) or []), 'ignore_index': getattr(dls, 'ignore_index', None),
-                 'normalisation': dict(zip(('mean', 'std'), map(list, dls.stats))) if getattr(dls, 'stats', None) else None}
+                 'normalisation': dict(zip(('mean', 'std'), map(list, dls.stats))) if getattr(dls, 'stats', None)
+                 else None}
     noise = next((c for c in getattr(learn, 'cbs', []) if isinstance(c, WeightNoise)), None)
-    card['law'] = noise.law.to_dict() if hasattr(getattr(noise, 'law', None), 'to_dict') else str(noise.law) if noise else None
-    if noise: card['noise'] = {'where': str(noise.where)} | {k: getattr(noise, k) for k in ('when', 'draw', 'gradient', 'rng', 'seed')}
+    card['law'] = noise.law.to_dict() if hasattr(getattr(noise, 'law', None),
+                                                 'to_dict') else str(noise.law) if noise else None
+    if noise:
+        card['noise'] = {'where': str(noise.where)} | {k: getattr(noise, k)
+                                                       for k in ('when', 'draw', 'gradient', 'rng', 'seed')}
     if methods := [c.describe() for c in getattr(learn, 'cbs', []) if hasattr(c, 'describe')]: card['methods'] = methods
     recorder = getattr(learn, 'recorder', None)
     if recorder is not None and getattr(recorder, 'values', None):
-        card['metrics'] = {k: None if v is None else float(v) for k, v in zip(recorder.metric_names[1:-1], recorder.values[-1])}
+        card['metrics'] = {k: None if v is None else float(v) for k,
+                           v in zip(recorder.metric_names[1:-1], recorder.values[-1])}
     return {**card, 'versions': versions(), **info}
 
 # %% ../../nbs/train/02_learner.ipynb #6d334e1c
@@ -238,17 +280,22 @@ def save_model(
 ) -> Path:  # the weights' file; the card is beside it and inside it
     "Save weights and card, atomically; in a run of several processes the first one does it for all."
     model = _unwrapped(getattr(learn, 'model', learn))
-    if not isinstance(model, nn.Module): raise TypeError(f"expected a Learner or a module to save, got {type(learn).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a Learner or a module to save, got {type(learn).__name__}")
     path, beside = _paths(path)
-    if num_distrib() > 1 and rank_distrib(): return path   # without waiting, so that `if rank_distrib() == 0: save_model(...)` can't hang
+    # without waiting, so that `if rank_distrib() == 0: save_model(...)` can't hang
+    if num_distrib() > 1 and rank_distrib(): return path
     if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
-    state = {k: v.detach().cpu().to(torch.float16 if half and v.is_floating_point() else v.dtype).contiguous().clone() for k, v in model.state_dict().items()}
-    card = make_card(learn, **info) | {'weights': {'sha256': state_digest(state), 'numbers': sum(v.numel() for v in state.values()), 'half': half}}
+    state = {k: v.detach().cpu().to(torch.float16 if half and v.is_floating_point() else v.dtype).contiguous().clone()
+             for k, v in model.state_dict().items()}
+    card = make_card(learn, **info) | {'weights': {'sha256': state_digest(state),
+                                                   'numbers': sum(v.numel() for v in state.values()), 'half': half}}
     try: text = json.dumps(card, indent=1)
     except TypeError as e: raise TypeError(f"a card holds plain data (numbers, text, lists, dicts): {e}") from None
     for p in (path, beside): remove_parts(p)
     # never a new file beside an old card, and both as they were while the new one can't be written
-    write_atomic(path, safetensors.torch.save(state, metadata={'card': text}), before=lambda: beside.unlink(missing_ok=True))
+    write_atomic(path, safetensors.torch.save(state, metadata={'card': text}),
+                 before=lambda: beside.unlink(missing_ok=True))
     write_atomic(beside, text + '\n')
     return path
 
@@ -261,16 +308,20 @@ def read_card(
     if not path.is_file(): raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         with safetensors.safe_open(path, 'pt') as f: card = json.loads((f.metadata() or {}).get('card', 'null'))
-    except Exception as e: raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
+    except Exception as e:
+        raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
     if not isinstance(card, dict) or not isinstance(card.get('weights'), dict) or 'sha256' not in card['weights']:
         raise ValueError(f"{path} carries no noisyseg card; load its tensors with safetensors.torch.load_file")
     if beside.is_file():
         try: same = json.loads(beside.read_text()) == card
         except ValueError: same = False
-        if not same: raise ValueError(f"{beside.name} is not the card that {path.name} carries: one of the two was changed or belongs to another checkpoint. "
+        if not same:
+            raise ValueError(f"{beside.name} is not the card that {path.name} carries: one of the two was changed or "
+                             f"belongs to another checkpoint. "
                                       f"Delete {beside.name} to go by the weights' own card")
     return card
 
+# %% ../../nbs/train/02_learner.ipynb #14c7ac80
 def load_model(
     path,  # a checkpoint
     model: nn.Module = None,  # load into this module; None builds the architecture that the card names
@@ -280,31 +331,42 @@ def load_model(
     path, _ = _paths(path)
     card = read_card(path)
     try: state = safetensors.torch.load_file(path)
-    except Exception as e: raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
-    if state_digest(state) != card['weights']['sha256']: raise ValueError(f"{path} is damaged: its numbers are not those that were saved (their digest differs)")
+    except Exception as e:
+        raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
+    if state_digest(state) != card['weights']['sha256']:
+        raise ValueError(f"{path} is damaged: its numbers are not those that were saved (their digest differs)")
     if model is None:
-        with torch.device('meta'): _check_fit(state, _build(card, path), card, path)   # before memory is taken: a card may say anything
+        # before memory is taken: a card may say anything
+        with torch.device('meta'): _check_fit(state, _build(card, path), card, path)
         model = _build(card, path)
     _check_fit(state, model, card, path)
     model.load_state_dict(state)
     model.card = card
     return model.to(device).eval()
 
+# %% ../../nbs/train/02_learner.ipynb #8a07588a
 def _check_fit(state, model, card, path):
     own = model.state_dict()
-    wrong = [f'{k} ({tuple(state[k].shape) if k in state else "missing"} in the file, {tuple(own[k].shape) if k in own else "missing"} in the model)'
-             for k in sorted(own.keys() | state.keys()) if k not in own or k not in state or own[k].shape != state[k].shape]
-    if wrong: raise ValueError(f"{path.name} does not fit this model: {len(wrong)} of {len(own)} tensors differ, first {wrong[0]}. "
+    wrong = [f'{k} ({tuple(state[k].shape) if k in state else "missing"} in the file, '
+             f'{tuple(own[k].shape) if k in own else "missing"} in the model)'
+             for k in sorted(own.keys() | state.keys()) if k not in own or k not in state or own[k].shape
+             != state[k].shape]
+    if wrong:
+        raise ValueError(f"{path.name} does not fit this model: {len(wrong)} of {len(own)} tensors differ, first "
+                         f"{wrong[0]}. "
                                f"The card says {card.get('architecture')}")
 
+# %% ../../nbs/train/02_learner.ipynb #dd66b84c
 def _build(card, path):
     arch = card.get('architecture')
     factory = arch.get('factory') if isinstance(arch, dict) else None
     if not isinstance(factory, str) or factory not in FACTORIES:
-        raise ValueError(f"{path.name} names no architecture of noisyseg ({arch}): build the model yourself and pass it as model=")
+        raise ValueError(f"{path.name} names no architecture of noisyseg ({arch}): build the model yourself and pass "
+                         f"it as model=")
     try:
         args = dict(arch['args'])
         if 'pretrained' in args: args['pretrained'] = False   # the weights come from the file
         return FACTORIES[factory](**args)
     except Exception as e:
-        raise ValueError(f"{path.name}: its card describes no model that can be built ({type(e).__name__}: {e}). Was it changed?") from e
+        raise ValueError(f"{path.name}: its card describes no model that can be built ({type(e).__name__}: {e}). Was "
+                         f"it changed?") from e

@@ -21,21 +21,25 @@ from ..measure.metrics import _index, _ints, finest, to_mask, valid_pixels
 # %% ../../nbs/train/01_losses.ipynb #108eaca8
 def _prepare(logits, y, ignore_index):
     "Checked logits in at least 32 bit and labels with the void pixels set to 0, and which pixels are valid"
-    if not isinstance(logits, Tensor): raise TypeError(f"expected logits as a torch.Tensor, got {type(logits).__name__}; "
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"expected logits as a torch.Tensor, got {type(logits).__name__}; "
         "a network that returns a list of logits needs DeepSupervisionLoss")
     logits, y = logits.as_subclass(Tensor), _ints(y, 'the mask')
     if not logits.is_floating_point(): raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim != 4 or y.ndim != 3 or logits.shape[:1] + logits.shape[2:] != y.shape:
-        raise ValueError(f"expected logits (batch, classes, height, width) and masks (batch, height, width), got {tuple(logits.shape)} and "
+        raise ValueError(f"expected logits (batch, classes, height, width) and masks (batch, height, width), got "
+                         f"{tuple(logits.shape)} and "
             f"{tuple(y.shape)}; a mask with a channel of its own needs .squeeze(1)")
     if not logits.numel(): raise ValueError(f"there is nothing in logits of shape {tuple(logits.shape)}")
     if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
     ok = valid_pixels(y, max(logits.shape[1], 2), ignore_index)
     return logits.masked_fill(~ok[:, None], 0.), y.masked_fill(~ok, 0), ok
 
+# %% ../../nbs/train/01_losses.ipynb #2cb9bf5a
 def _weight(v, name):
     "`v` if it is a finite number >= 0, or an error"
-    if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v < math.inf: raise ValueError(f"{name} must be a number >= 0, got {v!r}")
+    if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v < math.inf:
+        raise ValueError(f"{name} must be a number >= 0, got {v!r}")
     return v
 
 def _probabilities(x): return x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
@@ -53,13 +57,15 @@ class SegmentationLoss(nn.Module):
         reduction: str = 'mean',  # 'mean': one number; 'none': one for each image, (B,)
     ):
         super().__init__()
-        self.ignore_index, self.reduction = _index(ignore_index, 'ignore_index'), reduction
+        self.ignore_index = _index(ignore_index, 'ignore_index')
+        self.reduction = reduction
 
     def forward(self,
         logits: Tensor,  # (B, C, H, W); C = 1: foreground against background
         y: Tensor,  # masks (B, H, W), integers
     ) -> Tensor:
-        if self.reduction not in ('mean', 'none'): raise ValueError(f"reduction must be 'mean' or 'none', got {self.reduction!r}")
+        if self.reduction not in ('mean', 'none'):
+            raise ValueError(f"reduction must be 'mean' or 'none', got {self.reduction!r}")
         x, y, ok = _prepare(logits, y, self.ignore_index)
         with torch.autocast(x.device.type, enabled=False): return self._reduce(x, y, ok)
 
@@ -83,35 +89,44 @@ class FocalLoss(SegmentationLoss):
     "Focal loss (arXiv 1708.02002), averaged over valid pixels. `gamma=0` is cross-entropy."
     def __init__(self,
         gamma: float = 2.,  # how much easy pixels are turned down, 0 or more
-        alpha=None,  # weights of the classes, one each; for a single channel also a number: that of the foreground, 1-alpha for background
+        # weights of the classes, one each; for a single channel also a number: that of the foreground, 1-alpha for
+        # background
+        alpha=None,
         ignore_index: int = None,  # label of void pixels
         reduction: str = 'mean',  # 'mean' over valid pixels; 'none': mean of each image
     ):
         super().__init__(ignore_index, reduction)
-        self.gamma, self.alpha = _weight(gamma, 'gamma'), None if alpha is None else torch.as_tensor(alpha, dtype=torch.float32)
+        self.gamma = _weight(gamma, 'gamma')
+        self.alpha = None if alpha is None else torch.as_tensor(alpha, dtype=torch.float32)
         if alpha is not None:
             if self.alpha.ndim > 1 or not bool(((self.alpha >= 0) & self.alpha.isfinite()).all()):
                 raise ValueError(f"alpha must be a list of weights >= 0, one for each class, or a number; got {alpha}")
-            if self.alpha.ndim == 0 and self.alpha > 1: raise ValueError(f"a single alpha must lie in [0, 1], got {alpha}")
+            if self.alpha.ndim == 0 and self.alpha > 1:
+                raise ValueError(f"a single alpha must lie in [0, 1], got {alpha}")
 
     def _alpha(self, x):
         a, c = self.alpha.to(x), x.shape[1]
         if a.ndim == 0 and c == 1: a = torch.stack([1 - a, a])
-        if a.shape != (max(c, 2),): raise ValueError(f"alpha needs a weight for each of the {max(c, 2)} classes, got {self.alpha.tolist()}")
+        if a.shape != (max(c, 2),):
+            raise ValueError(f"alpha needs a weight for each of the {max(c, 2)} classes, got {self.alpha.tolist()}")
         return a
 
     def pixels(self, x, y):
         "Loss of every pixel (B, H, W)."
         if x.shape[1] == 1: ce = F.binary_cross_entropy_with_logits(x[:, 0], y.to(x.dtype), reduction='none')
         else: ce = F.cross_entropy(x, y, reduction='none')
-        loss = ce if self.gamma == 0 else (-torch.expm1(-ce)).clamp(min=1e-8)**self.gamma * ce   # 1e-8: a root's slope at 0 is infinite
+        # 1e-8: a root's slope at 0 is infinite
+        loss = ce if self.gamma == 0 else (-torch.expm1(-ce)).clamp(min=1e-8)**self.gamma * ce
         return loss if self.alpha is None else loss*self._alpha(x)[y]
 
     def _reduce(self, x, y, ok):
-        loss, dims = self.pixels(x, y)*ok, (1, 2) if self.reduction == 'none' else (0, 1, 2)
+        loss = self.pixels(x, y)*ok
+        dims = (1, 2) if self.reduction == 'none' else (0, 1, 2)
         return loss.sum(dims) / ok.sum(dims).clamp(min=1)
 
-    def extra_repr(self): return f'gamma={self.gamma}, alpha={None if self.alpha is None else self.alpha.tolist()}, {super().extra_repr()}'
+    def extra_repr(self):
+        return (f'gamma={self.gamma}, alpha={None if self.alpha is None else self.alpha.tolist()}, '
+                f'{super().extra_repr()}')
 
 # %% ../../nbs/train/01_losses.ipynb #01179d67
 class IoULoss(SegmentationLoss):
@@ -136,6 +151,7 @@ def n_scales(
     while n < len(_EXPONENTS) and min(height, width) >> n >= _WINDOW: n += 1
     return n
 
+# %% ../../nbs/train/01_losses.ipynb #b7d0b0b4
 def _window(side, like):
     "Gaussian window with sigma 1.5, an odd number of pixels that fits into `side`"
     k = min(_WINDOW, side - 1 + side % 2)
@@ -144,11 +160,13 @@ def _window(side, like):
     return w/w.sum()
 
 def _blur(x, w):
-    "Means under the window, where it fits. One filter a channel: on a CPU 20 times as fast as maps stacked along the batch"
+    ("Means under the window, where it fits. One filter a channel: on a CPU 20 times as fast as maps stacked along the "
+     "batch")
     c, k = x.shape[1], len(w)
     x = F.conv2d(x, w.view(1, 1, k, 1).expand(c, 1, k, 1), groups=c)
     return F.conv2d(x, w.view(1, 1, 1, k).expand(c, 1, 1, k), groups=c)
 
+# %% ../../nbs/train/01_losses.ipynb #485d09c7
 def _similarity(p, g, w, brightness):
     "Mean over the map of cs, or of l*cs, (B, C)"
     mu_g = _blur(g, w)   # apart from the others: the truth needs no gradient
@@ -159,7 +177,8 @@ def _similarity(p, g, w, brightness):
     return s.mean((2, 3))
 
 def _log(s, low=0.02):
-    "log s; below `low` the log of low²/(2 low - s), which meets it there in value and slope, and has a slope at 0 and below too"
+    ("log s; below `low` the log of low²/(2 low - s), which meets it there in value and slope, and has a slope at 0 "
+     "and below too")
     return torch.where(s > low, s.clamp(min=low).log(), 2*math.log(low) - (2*low - s.clamp(max=low)).log())
 
 # %% ../../nbs/train/01_losses.ipynb #c43c3d62
@@ -170,20 +189,25 @@ def ms_ssim(
 ) -> Tensor:  # similarity of each map, (B, C), in [0, 1]; 1 where the two are equal
     "Multi-scale structural similarity of each channel on its own, differentiable everywhere."
     if p.shape != g.shape or p.ndim != 4 or not p.numel():
-        raise ValueError(f"expected two stacks of maps of one shape (batch, channels, height, width), got {(*p.shape,)} and {(*g.shape,)}")
+        raise ValueError(f"expected two stacks of maps of one shape (batch, channels, height, width), got "
+                         f"{(*p.shape,)} and {(*g.shape,)}")
     room, scales = n_scales(*p.shape[2:]), _index(scales, 'scales', 1)
     n = scales or room
     if n > room: raise ValueError(f"{n} scales don't fit into {tuple(p.shape[2:])} pixels, there is room for {room}")
-    w, beta = _window(min(p.shape[2:]), p), torch.tensor(_EXPONENTS[:n], dtype=torch.float64)
+    w = _window(min(p.shape[2:]), p)
+    beta = torch.tensor(_EXPONENTS[:n], dtype=torch.float64)
     beta, total = (beta/beta.sum()).tolist(), 0.
     for i, b in enumerate(beta):
         if i: p, g = F.avg_pool2d(p, 2), F.avg_pool2d(g, 2)
-        if last := i == n - 1: p, g = (F.pad(t, [len(w)//2]*4, mode='reflect') for t in (p, g))   # few pixels are left: use the border too
+        # few pixels are left: use the border too
+        if last := i == n - 1: p, g = (F.pad(t, [len(w)//2]*4, mode='reflect') for t in (p, g))
         total = total + b*_log(_similarity(p, g, w, brightness=last))
     return total.exp()
 
+# %% ../../nbs/train/01_losses.ipynb #cf3cdc47
 class MSSSIMLoss(SegmentationLoss):
-    "1 - MS-SSIM between class probabilities and 0/1 truth (UNet3+, arXiv 2004.08790), mean over classes. Void pixels are equal in both."
+    ("1 - MS-SSIM between class probabilities and 0/1 truth (UNet3+, arXiv 2004.08790), mean over classes. Void pixels "
+     "are equal in both.")
     def per_image(self, x, y, ok): return (1 - ms_ssim(*_maps(x, y, ok))).mean(1)
 
 # %% ../../nbs/train/01_losses.ipynb #370c60ac
@@ -201,7 +225,9 @@ class HybridLoss(SegmentationLoss):
         super().__init__(ignore_index, reduction)
         self.weights = {k: _weight(w, k) for k, w in dict(focal=focal, msssim=msssim, iou=iou).items()}
         if not any(self.weights.values()): raise ValueError("all three weights are 0, nothing is left to learn from")
-        self.focal, self.msssim, self.iou = FocalLoss(gamma, alpha), MSSSIMLoss(), IoULoss()
+        self.focal = FocalLoss(gamma, alpha)
+        self.msssim = MSSSIMLoss()
+        self.iou = IoULoss()
 
     def parts(self, x, y, ok):
         "The losses that have a weight, by name, before weighting."
@@ -233,7 +259,8 @@ def presence_loss(
     ignore_index: int = None,  # label of void pixels; an image with nothing else costs 0: nobody knows what it holds
     reduction: str = 'mean',  # 'mean', or 'none': one number for each image
 ) -> Tensor:
-    "Binary cross-entropy on which classes are present: the loss of the classification-guided module, for any number of classes."
+    ("Binary cross-entropy on which classes are present: the loss of the classification-guided module, for any number "
+     "of classes.")
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(y):
         raise ValueError(f"expected presence logits ({len(y)}, n_classes), got {tuple(getattr(logits, 'shape', ()))}")
     logits, seen = logits.as_subclass(Tensor).float(), class_presence(y, logits.shape[1], ignore_index)
@@ -253,13 +280,17 @@ class DeepSupervisionLoss(SegmentationLoss):
         ignore_index: int = None,  # void label for the presence target; None: the one that `base` has
     ):
         if not callable(base): raise TypeError(f"base must be a loss, called as base(logits, masks), got {base!r}")
-        if isinstance(base, type): raise TypeError(f"base must be a loss object, got the class {base.__name__}: pass {base.__name__}()")
+        if isinstance(base, type):
+            raise TypeError(f"base must be a loss object, got the class {base.__name__}: pass {base.__name__}()")
         # fastai keeps PyTorch's loss in .func
         if ignore_index is None: ignore_index = getattr(getattr(base, 'func', base), 'ignore_index', None)
         super().__init__(ignore_index, getattr(base, 'reduction', 'mean'))
-        self.base, self.presence_weight, self.normalize = base, _weight(presence_weight, 'presence_weight'), normalize
+        self.base = base
+        self.presence_weight = _weight(presence_weight, 'presence_weight')
+        self.normalize = normalize
         self.weights = None if weights is None else [_weight(w, 'a weight') for w in weights]
-        if self.weights is not None and not any(self.weights): raise ValueError(f"one of the weights must be above 0, got {weights}")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError(f"one of the weights must be above 0, got {weights}")
 
     @property
     def reduction(self): return self._reduction
@@ -269,7 +300,8 @@ class DeepSupervisionLoss(SegmentationLoss):
         if hasattr(getattr(self, 'base', None), 'reduction'): self.base.reduction = v
 
     def _one(self, logits, y):
-        kw = {} if hasattr(self.base, 'reduction') or self.reduction == 'mean' else dict(reduction=self.reduction)   # a plain function
+        # a plain function
+        kw = {} if hasattr(self.base, 'reduction') or self.reduction == 'mean' else dict(reduction=self.reduction)
         loss = self.base(logits.as_subclass(Tensor), y, **kw)
         return loss.flatten(1).mean(1) if loss.ndim > 1 else loss   # one number an image, where asked for
 
@@ -283,8 +315,11 @@ class DeepSupervisionLoss(SegmentationLoss):
         finest(outs)
         if len(outs) == 1: w = [1.]   # at validation only the finest output is left
         else: w = self.weights or [1.]*len(outs)
-        if len(w) != len(outs): raise ValueError(f"the network returned {len(outs)} outputs, but there are {len(w)} weights")
+        if len(w) != len(outs):
+            raise ValueError(f"the network returned {len(outs)} outputs, but there are {len(w)} weights")
         total = sum(wi*self._one(o, y) for wi, o in zip(w, outs) if wi) / (sum(w) if self.normalize else 1.)
-        return total if presence is None else total + self.presence_weight*presence_loss(presence, y, self.ignore_index, self.reduction)
+        return total if presence is None else total + self.presence_weight*presence_loss(presence, y,
+                self.ignore_index, self.reduction)
 
-    def extra_repr(self): return f'weights={self.weights}, presence_weight={self.presence_weight}, normalize={self.normalize}'
+    def extra_repr(self):
+        return f'weights={self.weights}, presence_weight={self.presence_weight}, normalize={self.normalize}'

@@ -37,9 +37,12 @@ def _unlisted(model):
 def _model_state(learn):
     grads = {n: p.grad for n, p in learn.model.named_parameters() if p.grad is not None}
     loss = dict(learn.loss_func.state_dict()) if isinstance(learn.loss_func, nn.Module) else {}
-    return {'model': dict(learn.model.state_dict()), 'buffers': _unlisted(learn.model), 'loss': loss, 'opt': learn.opt.state_dict(),
-            'grads': {n: g for n, g in grads.items() if g.any()}, 'zero grads': [n for n, g in grads.items() if not g.any()]}
+    return {'model': dict(learn.model.state_dict()), 'buffers': _unlisted(learn.model), 'loss': loss,
+            'opt': learn.opt.state_dict(),
+            'grads': {n: g for n, g in grads.items() if g.any()},
+            'zero grads': [n for n, g in grads.items() if not g.any()]}
 
+# %% ../../nbs/train/04_resume.ipynb #1a2ebe41
 @torch.no_grad()
 def _set_model_state(learn, s):
     model, opt = learn.model, learn.opt
@@ -47,11 +50,13 @@ def _set_model_state(learn, s):
     for k, b in _unlisted(model).items(): b.copy_(s['buffers'][k])
     if s['loss']: learn.loss_func.load_state_dict(s['loss'])
     for n, p in model.named_parameters():
-        p.grad = torch.zeros_like(p) if n in s['zero grads'] else torch.empty_like(p).copy_(s['grads'][n]) if n in s['grads'] else None
+        p.grad = torch.zeros_like(p) if n in s['zero grads'] else torch.empty_like(p).copy_(s['grads'][n]) if n in s[
+                'grads'] else None
     sd = dict(s['opt'])
     if 'hypers' in sd:   # fastai's own optimizers keep what they are given as it is
         to = lambda v, p: v.to(p.device) if isinstance(v, Tensor) else v
-        sd |= {'hypers': L(dict(h) for h in sd['hypers']), 'state': [{k: to(v, p) for k, v in d.items()} for d, (p, *_) in zip(sd['state'], opt.all_params())]}
+        sd |= {'hypers': L(dict(h) for h in sd['hypers']), 'state': [{k: to(v, p) for k, v in d.items()} for d,
+                (p, *_) in zip(sd['state'], opt.all_params())]}
     opt.load_state_dict(sd)
 
 # %% ../../nbs/train/04_resume.ipynb #92b38059
@@ -62,36 +67,45 @@ def _begins_anywhere(dl): return hasattr(type(dl), 'start') and hasattr(dl, 'epo
 def _own(o): return getattr(o, '__dict__', {})   # fastai's loaders pass questions on to their dataset
 
 def _generators(dl):
-    return [g for g in dict.fromkeys([_own(dl).get('generator'), _own(_own(dl).get('sampler')).get('generator')]) if isinstance(g, torch.Generator)]
+    return [g for g in dict.fromkeys([_own(dl).get('generator'), _own(_own(dl).get('sampler')).get('generator')])
+            if isinstance(g, torch.Generator)]
 
 def _loader_state(dl):
     rng = _own(dl).get('rng')
-    return {'epoch': dl.epoch if _begins_anywhere(dl) else None, 'rng': rng.getstate() if isinstance(rng, random.Random) else None,
+    return {'epoch': dl.epoch if _begins_anywhere(dl) else None, 'rng': rng.getstate()
+            if isinstance(rng, random.Random) else None,
             'generators': [g.get_state() for g in _generators(dl)]}
 
+# %% ../../nbs/train/04_resume.ipynb #6f593972
 def _set_loader_state(dl, s):
     if s['epoch'] is not None: dl.epoch = s['epoch']
     if s['rng'] is not None: dl.rng.setstate(s['rng'])
     for g, v in zip(_generators(dl), s['generators']): g.set_state(v)
 
 # %% ../../nbs/train/04_resume.ipynb #e05288b6
-_attributes = {ParamScheduler: ('hps',), GradientAccumulation: ('count',), TrackerCallback: ('best', 'new_best', 'wait')}
+_attributes = {ParamScheduler: ('hps',), GradientAccumulation: ('count',),
+               TrackerCallback: ('best', 'new_best', 'wait')}
 
 def _recorder_state(r):
-    return {'smooth': [r.smooth_loss.count, r.smooth_loss.val], 'elapsed': time.time() - getattr(r, 'start_epoch', time.time())} | {
+    return {'smooth': [r.smooth_loss.count, r.smooth_loss.val], 'elapsed': time.time()
+            - getattr(r, 'start_epoch', time.time())} | {
         k: list(getattr(r, k)) for k in ('lrs', 'iters', 'losses', 'values')}
 
 def _set_recorder_state(r, s):
     (r.smooth_loss.count, r.smooth_loss.val), r.start_epoch = s['smooth'], time.time() - s['elapsed']
     for k in ('lrs', 'iters', 'losses', 'values'): setattr(r, k, list(s[k]))
 
+# %% ../../nbs/train/04_resume.ipynb #b7a9b836
 def _cb_state(cb):
-    "The state of a callback; None where it has none. Asked of the class: an instance would pass the question on to the model."
+    ("The state of a callback; None where it has none. Asked of the class: an instance would pass the question on to "
+     "the model.")
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     if isinstance(cb, Recorder): return _recorder_state(cb)
     if isinstance(cb, MixedPrecision): return {'scaler': cb.learn.scaler.state_dict(), 'scales': list(cb.scales)}
-    return next(({n: vars(cb)[n] for n in names if n in vars(cb)} for kind, names in _attributes.items() if isinstance(cb, kind)), None)
+    return next(({n: vars(cb)[n] for n in names if n in vars(cb)} for kind, names in _attributes.items()
+                 if isinstance(cb, kind)), None)
 
+# %% ../../nbs/train/04_resume.ipynb #f1752db7
 def _set_cb_state(cb, s):
     if hasattr(type(cb), 'state_dict'): cb.load_state_dict(s)
     elif isinstance(cb, Recorder): _set_recorder_state(cb, s)
@@ -100,27 +114,33 @@ def _set_cb_state(cb, s):
         cb.scales = L(s['scales'])
     else: vars(cb).update({k: dict(v) if isinstance(v, dict) else v for k, v in s.items()})
 
+# %% ../../nbs/train/04_resume.ipynb #464bdb30
 def _cb_states(learn):
     "Name -> state. Two callbacks of one class are told apart by their order."
     out = {}
     for cb in learn.cbs:
-        if (s := _cb_state(cb)) is not None: out[f'{type(cb).__name__} {sum(k.rpartition(" ")[0] == type(cb).__name__ for k in out)}'] = (cb, s)
+        if (s := _cb_state(cb)) is not None:
+            out[f'{type(cb).__name__} {sum(k.rpartition(" ")[0] == type(cb).__name__ for k in out)}'] = (cb, s)
     return out
 
 # %% ../../nbs/train/04_resume.ipynb #602f8ced
 def _moving(learn):
     "Numbers, lengths and generators in the attributes of callbacks that nothing is kept of."
     def look(v):
-        return v.get_state() if isinstance(v, torch.Generator) else v.getstate() if isinstance(v, random.Random) else len(v) if isinstance(v, list) else v
-    others = [cb for cb in learn.cbs if _cb_state(cb) is None and not type(cb).__module__.startswith('fastai.') and not getattr(type(cb), 'watches', False)]
+        return v.get_state() if isinstance(v, torch.Generator) else v.getstate() if isinstance(v,
+                random.Random) else len(v) if isinstance(v, list) else v
+    others = [cb for cb in learn.cbs if _cb_state(cb) is None and not type(cb).__module__.startswith('fastai.')
+              and not getattr(type(cb), 'watches', False)]
     return {f'{type(cb).__name__}.{k}': look(v) for cb in others for k, v in vars(cb).items()
             if type(v) in (int, float, list) or isinstance(v, (torch.Generator, random.Random))}
 
 def _same(a, b): return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b or a is b
 
 # %% ../../nbs/train/04_resume.ipynb #7f7ca235
-def _name(f): return getattr(f, '__name__', type(f).__name__)   # str(f) would hold an address in memory, another one each time
+# str(f) would hold an address in memory, another one each time
+def _name(f): return getattr(f, '__name__', type(f).__name__)
 
+# %% ../../nbs/train/04_resume.ipynb #38c88f26
 def describe_run(
     learn,  # a Learner that is fitting
 ) -> dict:  # plain data
@@ -131,48 +151,71 @@ def describe_run(
     scheds = [cb.scheds for cb in learn.cbs if isinstance(cb, ParamScheduler)]
     inner = getattr(opt, 'opt', opt)
     states = _cb_states(learn)
-    return {'epochs': learn.n_epoch, 'batches': len(learn.dls.train), 'batch size': getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'images': size(data),
-            'seed of the data': getattr(data, 'seed', None), 'model': type(learn.model).__name__, 'loss': type(learn.loss_func).__name__,
-            'optimizer': type(inner).__name__, 'steps of the optimizer': [_name(getattr(c, 'func', c)) for c in getattr(inner, 'cbs', [])],
-            'learning rate': [float(h['lr']) for h in opt.hypers], 'weight decay': [float(h.get('wd') or 0) for h in opt.hypers],
-            'schedule': [{k: [np.asarray(f(p)).tolist() for p in (0., .2, .4, .6, .8, .99)] for k, f in s.items()} for s in scheds],
-            'methods': [re.sub(' at 0x[0-9a-f]+', '', cb.describe()) for cb in learn.cbs if hasattr(type(cb), 'describe')],
+    return {'epochs': learn.n_epoch, 'batches': len(learn.dls.train),
+            'batch size': getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'images': size(data),
+            'seed of the data': getattr(data, 'seed', None), 'model': type(learn.model).__name__,
+            'loss': type(learn.loss_func).__name__,
+            'optimizer': type(inner).__name__, 'steps of the optimizer': [_name(getattr(c, 'func', c))
+            for c in getattr(inner, 'cbs', [])],
+            'learning rate': [float(h['lr']) for h in opt.hypers],
+            'weight decay': [float(h.get('wd') or 0) for h in opt.hypers],
+            'schedule': [{k: [np.asarray(f(p)).tolist() for p in (0., .2, .4, .6, .8, .99)] for k, f in s.items()}
+                         for s in scheds],
+            'methods': [re.sub(' at 0x[0-9a-f]+', '', cb.describe()) for cb in learn.cbs
+                        if hasattr(type(cb), 'describe')],
             'callbacks': sorted(n for n, (cb, _) in states.items() if not getattr(type(cb), 'watches', False)),
             'seeds': {n: getattr(cb, 'seed', None) for n, (cb, _) in states.items() if 'seed' in vars(cb)},
-            'tensors': {k: f'{str(v.dtype)[6:]} {tuple(v.shape)}' for k, v in learn.model.state_dict().items() if isinstance(v, Tensor)}}
+            'tensors': {k: f'{str(v.dtype)[6:]} {tuple(v.shape)}' for k, v in learn.model.state_dict().items()
+                        if isinstance(v, Tensor)}}
 
+# %% ../../nbs/train/04_resume.ipynb #ded1303c
 def _differences(there, here):
     "In words; a seed that is not drawn yet in one of two fits every seed."
     out = []
     for k in ('tensors', 'seeds'):
         a, b = there[k], here[k]
-        wrong = [n for n in sorted(a.keys() | b.keys()) if a.get(n) != b.get(n) and (k == 'tensors' or None not in (a.get(n), b.get(n)))]
-        if wrong: out.append(f'{k}: {wrong[0]} was {a.get(wrong[0])}, is {b.get(wrong[0])}' + (f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''))
-    out += [f'{k}: was {there.get(k)}, is {v}' for k, v in here.items() if k not in ('tensors', 'seeds') and there.get(k) != v]
+        wrong = [n for n in sorted(a.keys() | b.keys()) if a.get(n) != b.get(n)
+                 and (k == 'tensors' or None not in (a.get(n), b.get(n)))]
+        if wrong:
+            out.append(f'{k}: {wrong[0]} was {a.get(wrong[0])}, is {b.get(wrong[0])}'
+                       + (f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''))
+    out += [f'{k}: was {there.get(k)}, is {v}' for k, v in here.items() if k not in ('tensors', 'seeds')
+            and there.get(k) != v]
     return [o if len(o) < 300 else f'{o.split(":")[0]} is another' for o in out]
 
 # %% ../../nbs/train/04_resume.ipynb #3d29c04f
 _units = {'s': 1, 'min': 60, 'h': 3600}
 
+# %% ../../nbs/train/04_resume.ipynb #55d624f0
 class Resumable(Callback):
-    "Save the whole state of a fit, and go on from it: a fit that was killed and called again ends with the same numbers, bit for bit."
+    ("Save the whole state of a fit, and go on from it: a fit that was killed and called again ends with the same "
+     "numbers, bit for bit.")
     order, watches = 1000, True
     def __init__(self,
-        path,  # the file: a name ending in .safetensors, or without an ending. A learner's second fit has its own, with -2 in its name
+        # the file: a name ending in .safetensors, or without an ending. A learner's second fit has its own, with -2
+        # in its name
+        path,
         every='epoch',  # 'epoch'; a number of batches; or a time, such as '30 s', '10 min', '1 h'
         verbose: bool = True,  # say in a line where a fit goes on?
     ):
         path = Path(path)
-        if path.suffix not in ('', '.safetensors'): raise ValueError(f"the name of a saved state ends in .safetensors, got {path.name!r}")
-        self.given, self.every, self.verbose, self._unit, self._each = path.with_suffix('.safetensors'), every, verbose, *self._parse(every)
-        self.resumed, self.costs, self._fits, self._events = None, [], 0, None
+        if path.suffix not in ('', '.safetensors'):
+            raise ValueError(f"the name of a saved state ends in .safetensors, got {path.name!r}")
+        self.given, self.every, self.verbose, self._unit, self._each = path.with_suffix(
+                '.safetensors'), every, verbose, *self._parse(every)
+        self.resumed = None
+        self.costs = []
+        self._fits = 0
+        self._events = None
 
     @staticmethod
     def _parse(every):
         if every == 'epoch': return 'epoch', 1
         if isinstance(every, int) and not isinstance(every, bool) and every > 0: return 'batches', every
-        if isinstance(every, str) and (m := re.fullmatch(r'(\d+\.?\d*) *(s|min|h)', every)): return 'seconds', float(m[1]) * _units[m[2]]
-        raise ValueError(f"every= is 'epoch', a number of batches, or a time such as '30 s', '10 min' or '1 h', got {every!r}")
+        if isinstance(every, str) and (m := re.fullmatch(r'(\d+\.?\d*) *(s|min|h)', every)):
+            return 'seconds', float(m[1]) * _units[m[2]]
+        raise ValueError(f"every= is 'epoch', a number of batches, or a time such as '30 s', '10 min' or '1 h', got "
+                         f"{every!r}")
 
     @property
     def path(self) -> Path:  # of the fit that runs, or of the next one
@@ -180,8 +223,13 @@ class Resumable(Callback):
         return self.given.with_stem(f'{self.given.stem}-{self._fits + 1}') if self._fits else self.given
 
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or self._events: return   # not a fit to save
-        self._begun, self._finished, self._signal, self._handlers, self._saved = False, False, None, {}, None
+        # not a fit to save
+        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or self._events: return
+        self._begun = False
+        self._finished = False
+        self._signal = None
+        self._handlers = {}
+        self._saved = None
         self._below = self.learn.__dict__.get('_with_events')   # a TrainingMonitor's, say
         self._events = self.learn._with_events = partial(self._watch, self.learn._with_events)
 
@@ -200,9 +248,11 @@ def _leave(self:Resumable):
         else: self.learn._with_events = self._below
     self._events = self._saved = None
 
+# %% ../../nbs/train/04_resume.ipynb #420908c0
 @patch
 def _watch(self:Resumable, run, f, event, *args, **kwargs):
-    "`Learner._with_events`: an epoch may be passed over, a training pass may begin in its middle, and what is over may be saved."
+    ("`Learner._with_events`: an epoch may be passed over, a training pass may begin in its middle, and what is over "
+     "may be saved.")
     learn = self.learn
     try:
         if event == 'epoch':
@@ -222,6 +272,7 @@ def _watch(self:Resumable, run, f, event, *args, **kwargs):
         if event == 'epoch': self._leave()
         raise
 
+# %% ../../nbs/train/04_resume.ipynb #a008195d
 @patch
 def _tell(self:Resumable, text):
     if self.verbose: print(text)
@@ -230,43 +281,59 @@ def _tell(self:Resumable, text):
 @patch
 def _begin(self:Resumable):
     learn, path = self.learn, self.path
-    if num_distrib() > 1: raise RuntimeError("Resumable works in one process; in a distributed run save with learn.save or save_model at the ends of epochs")
+    if num_distrib() > 1:
+        raise RuntimeError("Resumable works in one process; in a distributed run save with learn.save or save_model at "
+                           "the ends of epochs")
     if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
     remove_parts(path)
-    self._run, self._rows, self._from, self._said, self._moved = describe_run(learn), [], (0, 0), False, _moving(learn)
-    self._by_epoch = not _begins_anywhere(_loaders(learn)[0]) or learn.recorder.train_metrics   # metrics of a half epoch are not kept
+    self._run = describe_run(learn)
+    self._rows = []
+    self._from = (0, 0)
+    self._said = False
+    self._moved = _moving(learn)
+    # metrics of a half epoch are not kept
+    self._by_epoch = not _begins_anywhere(_loaders(learn)[0]) or learn.recorder.train_metrics
     if self._by_epoch and self._unit != 'epoch':
         warnings.warn(f"every={self.every!r}: this fit can only be resumed from the ends of epochs, because "
                       f"{'its metrics are also taken in training' if learn.recorder.train_metrics else 'its training loader cannot begin in mid-epoch'}; "
                       "it is saved there, when it is time", stacklevel=2)
     if path.exists(): self._go_on(load_state(path))
     else: self._save(0, 0, first=True)
-    self._begun, self._batches, self._time = True, 0, time.monotonic()
+    self._begun = True
+    self._batches = 0
+    self._time = time.monotonic()
     self._listen()
 
+# %% ../../nbs/train/04_resume.ipynb #c4e8a706
 @patch
 def _go_on(self:Resumable, s):
     "Put the state back, or say why not."
     learn, name = self.learn, self.path
     if not isinstance(s, dict) or 'run' not in s: raise ValueError(f"{name} holds a state, but not that of a fit")
     if wrong := _differences(s['run'], self._run):
-        raise ValueError(f"{name} holds another run. {'; '.join(wrong)}. Give this run a path of its own, or delete the file to train anew")
+        raise ValueError(f"{name} holds another run. {'; '.join(wrong)}. Give this run a path of its own, or delete "
+                         f"the file to train anew")
     now = self._where()
     if wrong := [f'{k} {s["where"].get(k)} there, {v} here' for k, v in now.items() if s['where'].get(k) != v]:
-        warnings.warn(f"{name} was saved elsewhere ({', '.join(wrong)}): the fit goes on, but the last bits of its numbers may differ", stacklevel=2)
+        warnings.warn(f"{name} was saved elsewhere ({', '.join(wrong)}): the fit goes on, but the last bits of its "
+                      f"numbers may differ", stacklevel=2)
     self._from, self._rows = (s['epoch'], s['batch']), s['rows']
     self.resumed = self._from
     self._put_back(s)
     if self._from[1]: self._saved = s
-    if self._from[0] == learn.n_epoch: self._tell(f'{name.name} is finished: {learn.n_epoch} epochs, nothing to train. Delete the file to train anew')
-    else: self._tell(f'{name.name}: goes on in epoch {self._from[0]}' + (f' after {self._from[1]} of {s["run"]["batches"]} batches' if self._from[1] else ''))
+    if self._from[0] == learn.n_epoch:
+        self._tell(f'{name.name} is finished: {learn.n_epoch} epochs, nothing to train. Delete the file to train anew')
+    else:
+        self._tell(f'{name.name}: goes on in epoch {self._from[0]}'
+                   + (f' after {self._from[1]} of {s["run"]["batches"]} batches' if self._from[1] else ''))
     for row in self._rows: learn.logger(row)
     self._finished = self._from[0] == learn.n_epoch
 
+# %% ../../nbs/train/04_resume.ipynb #53beb4e9
 @patch
 def _where(self:Resumable):
     v = versions()
-    return {k: v[k] for k in ('noisyseg', 'torch', 'fastai')} | {'device': next(self.learn.model.parameters()).device.type}
+    return ({k: v[k] for k in ('noisyseg', 'torch', 'fastai')} | {'device': next(self.learn.model.parameters()).device.type})
 
 # %% ../../nbs/train/04_resume.ipynb #16cdedc6
 @patch
@@ -274,12 +341,16 @@ def _state(self:Resumable, epoch, batch):
     learn = self.learn
     mine = {*learn.model.parameters(), *learn.model.modules()}
     if any(c is not None and mine & {*c._params, *(s.module for s in c._computed)} for c in (r() for r in _active)):
-        raise RuntimeError("the weights hold noise now, so the fit's state cannot be saved: train under noise with WeightNoise, not inside perturbed(...)")
-    return {'run': self._run, 'where': self._where(), 'epoch': epoch, 'batch': batch, 'finished': epoch == learn.n_epoch, 'rows': self._rows,
-            'progress': [learn.train_iter, float(learn.pct_train)], 'seen': {k: v.detach() for k, v in vars(learn).items() if k in ('loss', 'smooth_loss')},
+        raise RuntimeError("the weights hold noise now, so the fit's state cannot be saved: train under noise with "
+                           "WeightNoise, not inside perturbed(...)")
+    return {'run': self._run, 'where': self._where(), 'epoch': epoch, 'batch': batch, 'finished': epoch
+            == learn.n_epoch, 'rows': self._rows,
+            'progress': [learn.train_iter, float(learn.pct_train)],
+            'seen': {k: v.detach() for k, v in vars(learn).items() if k in ('loss', 'smooth_loss')},
             'learner': _model_state(learn), 'callbacks': {n: s for n, (_, s) in _cb_states(learn).items()},
             'loaders': [_loader_state(dl) for dl in _loaders(learn)], 'random': random_state()}
 
+# %% ../../nbs/train/04_resume.ipynb #c62f0ba3
 @patch
 def _put_back(self:Resumable, s):
     learn = self.learn
@@ -291,6 +362,7 @@ def _put_back(self:Resumable, s):
     for k, v in s['seen'].items(): setattr(learn, k, v)
     set_random_state(s['random'])
 
+# %% ../../nbs/train/04_resume.ipynb #214b7e3c
 class _Ready:
     "A loader's `after_batch` that does something before its first call."
     def __init__(self, f, do): self.f, self.do = f, do
@@ -300,14 +372,19 @@ class _Ready:
         if do: do()
         return self.f(b)
 
+# %% ../../nbs/train/04_resume.ipynb #ada714b2
 @patch
 def _rest(self:Resumable):
     "`Learner.all_batches` from the middle on."
-    learn, s, dl = self.learn, self._saved, _loaders(self.learn)[0]
+    learn = self.learn
+    s = self._saved
+    dl = _loaders(self.learn)[0]
     self._saved = None
     learn.n_iter, learn.iter = len(learn.dl), s['batch'] - 1
     ready = _Ready(dl.after_batch, partial(self._put_back, s))
-    dl.epoch, dl.start, dl.after_batch = s['loaders'][0]['epoch'] - 1, s['batch'], ready
+    dl.epoch = s['loaders'][0]['epoch'] - 1
+    dl.start = s['batch']
+    dl.after_batch = ready
     try:
         for i, b in enumerate(learn.dl, s['batch']): learn.one_batch(i, b)
     finally: dl.after_batch = ready.f
@@ -318,7 +395,8 @@ def _rest(self:Resumable):
 def _over(self:Resumable, epoch, batch):
     "A batch is over, or an epoch: save, if it is time."
     self._batches += batch > 0
-    passed = {'epoch': batch == 0, 'batches': self._batches >= self._each, 'seconds': time.monotonic() - self._time >= self._each}
+    passed = {'epoch': batch == 0, 'batches': self._batches >= self._each, 'seconds': time.monotonic() - self._time
+              >= self._each}
     self._finished = epoch == self.learn.n_epoch
     if not (passed[self._unit] or self._finished or self._signal) or batch and self._by_epoch: return
     if not all(cb.can_save for cb in self.learn.cbs if hasattr(type(cb), 'can_save')): return
@@ -326,18 +404,22 @@ def _over(self:Resumable, epoch, batch):
     self._batches, self._time = 0, time.monotonic()
     if self._signal: self._obey()
 
+# %% ../../nbs/train/04_resume.ipynb #e5b0c006
 @patch
 def _save(self:Resumable, epoch, batch, first=False):
     start = time.perf_counter()
     if not first and not self._said:
         now, self._said = _moving(self.learn), True
         if moved := [k for k, v in now.items() if k not in self._moved or not _same(v, self._moved[k])]:
-            warnings.warn(f"{', '.join(moved)} changes as the fit goes, but is not saved: give the callback state_dict() and load_state_dict(state), "
+            warnings.warn(f"{', '.join(moved)} changes as the fit goes, but is not saved: give the callback "
+                          f"state_dict() and load_state_dict(state), "
                           "or say watches = True in its class if training does not depend on it", stacklevel=2)
     try: save_state(self.path, self._state(epoch, batch))
     except OSError as e:
-        if first: raise type(e)(e.errno, f"the state of a fit cannot be saved there ({e.strerror})", str(self.path)) from None
-        warnings.warn(f"the state after batch {batch} of epoch {epoch} could not be saved ({e}); {self.path} is still the one before, "
+        if first:
+            raise type(e)(e.errno, f"the state of a fit cannot be saved there ({e.strerror})", str(self.path)) from None
+        warnings.warn(f"the state after batch {batch} of epoch {epoch} could not be saved ({e}); {self.path} is still "
+                      f"the one before, "
                       "and training goes on", stacklevel=2)
     else: self.costs.append(time.perf_counter() - start)
 
@@ -356,6 +438,7 @@ def _unlisten(self:Resumable):
         if signal.getsignal(n) == self._heard: signal.signal(n, old)
     self._handlers = {}
 
+# %% ../../nbs/train/04_resume.ipynb #1a726b19
 @patch
 def _heard(self:Resumable, number, frame):
     if self._signal: return self._obey(number)
@@ -363,6 +446,7 @@ def _heard(self:Resumable, number, frame):
     when = 'when this epoch is over' if self._by_epoch or not self.learn.training else 'after this batch'
     self._tell(f'{signal.Signals(number).name}: saves {when}, then stops. Once more stops at once')
 
+# %% ../../nbs/train/04_resume.ipynb #16d728fa
 @patch
 def _obey(self:Resumable, number=None):
     "Do what the signal would have done without us."

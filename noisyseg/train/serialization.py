@@ -27,11 +27,14 @@ def _pack(o, tensors, where):
     if o is None or type(o) in (bool, int, float, str): return o
     if isinstance(o, Tensor): return keep('tensor', o.detach().as_subclass(Tensor))
     if isinstance(o, np.ndarray) and o.dtype != object:
-        return keep('array', torch.from_numpy(np.frombuffer(o.tobytes(), np.uint8).copy()), dtype=o.dtype.str, shape=list(o.shape))
+        return keep('array', torch.from_numpy(np.frombuffer(o.tobytes(), np.uint8).copy()), dtype=o.dtype.str,
+                    shape=list(o.shape))
     if isinstance(o, np.generic) and o.dtype != object: return {'is': 'number', 'of': o.item(), 'dtype': o.dtype.str}
     if type(o) in (list, L):
-        if len(o) > 8 and all(type(v) in (float, np.float64) for v in o): return keep('floats', torch.tensor(list(o), dtype=torch.float64))
-        if len(o) > 8 and all(isinstance(v, Tensor) and not v.ndim and (v.dtype, v.device) == (o[0].dtype, o[0].device) for v in o):
+        if len(o) > 8 and all(type(v) in (float, np.float64) for v in o):
+            return keep('floats', torch.tensor(list(o), dtype=torch.float64))
+        if len(o) > 8 and all(isinstance(v, Tensor) and not v.ndim and (v.dtype, v.device) == (o[0].dtype, o[0].device)
+                              for v in o):
             return keep('scalars', torch.stack([v.detach().as_subclass(Tensor) for v in o]))
         items = [_pack(v, tensors, f'{where}.{i}') for i, v in enumerate(o)]
         return items if type(o) is list else {'is': 'L', 'of': items}
@@ -43,13 +46,15 @@ def _pack(o, tensors, where):
     raise TypeError(f"{where or 'a state'} is {type(o).__module__}.{type(o).__name__}: "
                     "a state is made of tensors, arrays, numbers, text, None, lists, tuples and dicts")
 
+# %% ../../nbs/train/03_serialization.ipynb #bc785dda
 def _unpack(o, tensors):
     if isinstance(o, list): return [_unpack(v, tensors) for v in o]
     if not isinstance(o, dict): return o
     kind, of = o.get('is'), o.get('of')
     if kind is None: return {k: _unpack(v, tensors) for k, v in o.items()}
     if kind == 'tensor': return tensors[of]
-    if kind == 'array': return np.frombuffer(tensors[of].numpy().tobytes(), np.dtype(o['dtype'])).reshape(o['shape']).copy()
+    if kind == 'array':
+        return np.frombuffer(tensors[of].numpy().tobytes(), np.dtype(o['dtype'])).reshape(o['shape']).copy()
     if kind == 'number': return np.dtype(o['dtype']).type(of)
     if kind == 'floats': return tensors[of].tolist()
     if kind == 'scalars': return list(tensors[of].unbind())
@@ -67,6 +72,7 @@ def _on_cpu(tensors):
         out[k] = t
     return out
 
+# %% ../../nbs/train/03_serialization.ipynb #d61e6cbd
 def _flat(state):
     "A state as JSON's text, tensors by name, and a digest of both."
     tensors = {}
@@ -82,14 +88,17 @@ def digest_state(
     "A digest of every bit: two states with the same one are the same."
     return _flat(state)[2]
 
+# %% ../../nbs/train/03_serialization.ipynb #c8514e47
 def save_state(
     path,  # the file; by custom its name ends in .safetensors
     state: dict,  # tensors, arrays, numbers, text, None, in lists, tuples and dicts
 ):
     "Write a state to one file, which is then either the old one or the new one, whatever happens meanwhile."
     text, tensors, seal = _flat(state)
-    write_atomic(path, safetensors.torch.save(tensors, metadata={'format': 'noisyseg state 1', 'state': text, 'seal': seal}))
+    write_atomic(path, safetensors.torch.save(tensors, metadata={'format': 'noisyseg state 1', 'state': text,
+                                                                 'seal': seal}))
 
+# %% ../../nbs/train/03_serialization.ipynb #892e1df0
 def load_state(
     path,  # a file from `save_state`
 ) -> dict:  # what was saved; tensors on the CPU
@@ -97,11 +106,15 @@ def load_state(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no saved state {path}")
     try:
-        with safetensors.safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
+        with safetensors.safe_open(path, 'pt') as f:
+            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as e:
+        raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
     if meta.get('format') != 'noisyseg state 1' or 'state' not in meta:
-        raise ValueError(f"{path} is a safetensors file, but holds no state of a fit; is it a model's checkpoint? That is for load_model")
-    if _seal(meta['state'], tensors) != meta.get('seal'): raise ValueError(f"{path} is damaged: its content is not what was saved (the digest differs)")
+        raise ValueError(f"{path} is a safetensors file, but holds no state of a fit; is it a model's checkpoint? That "
+                         f"is for load_model")
+    if _seal(meta['state'], tensors) != meta.get('seal'):
+        raise ValueError(f"{path} is damaged: its content is not what was saved (the digest differs)")
     return _unpack(json.loads(meta['state']), tensors)
 
 # %% ../../nbs/train/03_serialization.ipynb #80ea3d30

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # %% ../../../nbs/nets/fast/03_bnrelu.ipynb #74579198
-def _rows(x): return x.permute(0, 2, 3, 1).reshape(-1, x.shape[3] * x.shape[1])   # (batch · height, width · channels), a view if channels are last
+# (batch · height, width · channels), a view if channels are last
+def _rows(x): return x.permute(0, 2, 3, 1).reshape(-1, x.shape[3] * x.shape[1])
 
 def _moments(x):
     "Mean and (biased) variance of each channel of x (batch, channels, height, width), in double precision."
-    mean, var = (t.view(x.shape[3], x.shape[1]).double() for t in torch.batch_norm_update_stats(_rows(x), None, None, 0.))
+    mean, var = (t.view(x.shape[3], x.shape[1]).double() for t in torch.batch_norm_update_stats(_rows(x), None, None,
+            0.))
     return mean.mean(0), var.mean(0) + (mean - mean.mean(0)).square().mean(0)
 
 # %% ../../../nbs/nets/fast/03_bnrelu.ipynb #3c8fd5c4
@@ -26,6 +28,7 @@ _PART = 2**18   # numbers to a part of a map
 
 def _parts(x): return x.permute(0, 2, 3, 1).flatten(0, 2).split(max(1, _PART // x.shape[1]))   # (pixels, channels)
 
+# %% ../../../nbs/nets/fast/03_bnrelu.ipynb #4c9cff4a
 class _BatchNormReLU(torch.autograd.Function):
     "In training. Also returns the batch's mean and variance."
     @staticmethod
@@ -42,37 +45,51 @@ class _BatchNormReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, *_):
         x, y, weight, mean, var = ctx.saved_tensors
-        dtype, per_std, n = x.dtype, 1 / (var + ctx.eps).sqrt(), x.numel() // x.shape[1]
-        dx, gw, gb = torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
+        dtype = x.dtype
+        per_std = 1 / (var + ctx.eps).sqrt()
+        n = x.numel() // x.shape[1]
+        dx = torch.empty_like(x)
+        gw = torch.zeros_like(mean)
+        gb = torch.zeros_like(mean)
         scale, shift = per_std.to(dtype), (-mean * per_std).to(dtype)
         for part, grad, out, result in zip(*map(_parts, (x, g.contiguous(memory_format=torch.channels_last), y, dx))):
             torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=result)   # ReLU's
             gb += result.sum(0)
             gw += torch.addcmul(shift, part, scale).mul_(result).sum(0)   # times the normalised map
-        # dx = weight / std · (g - mean of g - normalised x · mean of g · normalised x): a multiple of x and a multiple of g
+        # dx = weight / std · (g - mean of g - normalised x · mean of g · normalised x): a multiple of x and a
+        # multiple of g
         of_g = weight.double() * per_std
         of_x = -of_g * gw / n * per_std
         rest = -of_g * gb / n - of_x * mean
         of_g, of_x, rest = (t.to(dtype) for t in (of_g, of_x, rest))
-        for part, result in zip(_parts(x), _parts(dx)): torch.addcmul(torch.addcmul(rest, part, of_x), result, of_g, out=result)
-        return dx, gw.to(dtype), gb.to(dtype), None, *map(torch.zeros_like, ctx.biases)   # those that the convolutions left out
+        for part, result in zip(_parts(x), _parts(dx)):
+            torch.addcmul(torch.addcmul(rest, part, of_x), result, of_g, out=result)
+        # those that the convolutions left out
+        return dx, gw.to(dtype), gb.to(dtype), None, *map(torch.zeros_like, ctx.biases)
 
 # %% ../../../nbs/nets/fast/03_bnrelu.ipynb #3079ed11
 def _cat(tensors): return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
-def _biases(norms, biases): return [b.bias.new_zeros(b.num_features) if c is None else c for b, c in zip(norms, biases or [None] * len(norms))]
+def _biases(norms, biases):
+    return [b.bias.new_zeros(b.num_features) if c is None else c for b, c in zip(norms, biases or [None] * len(norms))]
 
+# %% ../../../nbs/nets/fast/03_bnrelu.ipynb #1edc7f31
 def batch_norm_relu(
     x: Tensor,  # map, (batch, channels, height, width); best in channels-last memory
     norms: list[nn.BatchNorm2d],  # for consecutive channels of x; all of the same eps, momentum and mode
-    biases: list[Tensor] = None,  # of the convolutions before, where those have left them out: (channels of the norm,) or None for each norm
+    # of the convolutions before, where those have left them out: (channels of the norm,) or None for each norm
+    biases: list[Tensor] = None,
 ) -> Tensor:  # same shape, in channels-last memory
     "ReLU of the batch norm of each group of channels."
     n = [b.num_features for b in norms]
-    if x.ndim != 4 or sum(n) != x.shape[1]: raise ValueError(f"expected a map (batch, {sum(n)}, height, width) for these {len(n)} norms, got {tuple(x.shape)}")
+    if x.ndim != 4 or sum(n) != x.shape[1]:
+        raise ValueError(f"expected a map (batch, {sum(n)}, height, width) for these {len(n)} norms, got "
+                         f"{tuple(x.shape)}")
     if biases and [len(c) for c in _biases(norms, biases)] != n:
         raise ValueError(f"expected biases of {n} channels, got {[c if c is None else len(c) for c in biases]}")
-    if not can_batch_norm_relu(norms): raise ValueError("the norms differ in eps, momentum or mode, or lack statistics or weights: apply them one by one")
+    if not can_batch_norm_relu(norms):
+        raise ValueError("the norms differ in eps, momentum or mode, or lack statistics or weights: apply them one by "
+                         "one")
     first, x = norms[0], x.contiguous(memory_format=torch.channels_last)
     weight, shift = (_cat([getattr(b, name) for b in norms]) for name in ('weight', 'bias'))
     if not first.training:
@@ -80,7 +97,8 @@ def batch_norm_relu(
         if biases: shift = shift + _cat(_biases(norms, biases)) * weight / (var + first.eps).sqrt()
         return F.batch_norm(x, mean, var, weight, shift, False, 0., first.eps).relu_()
     values = x.numel() // x.shape[1]
-    if values < 2: raise ValueError(f"batch norm in training needs more than one value per channel, got {tuple(x.shape)}")
+    if values < 2:
+        raise ValueError(f"batch norm in training needs more than one value per channel, got {tuple(x.shape)}")
     y, mean, var = _BatchNormReLU.apply(x, weight, shift, first.eps, *(c for c in biases or () if c is not None))
     with torch.no_grad():
         for b, c, m, v in zip(norms, _biases(norms, biases), mean.split(n), var.split(n)):
@@ -89,11 +107,14 @@ def batch_norm_relu(
             b.num_batches_tracked += 1
     return y
 
+# %% ../../../nbs/nets/fast/03_bnrelu.ipynb #0c42722c
 def can_batch_norm_relu(
     norms: list,  # modules
 ) -> bool:
     "Are these ordinary batch norms, alike enough to be done as one?"
-    def ordinary(b): return type(b).forward is nn.BatchNorm2d.forward and b.affine and b.track_running_stats and b.momentum is not None
+    def ordinary(b):
+        return (type(b).forward is nn.BatchNorm2d.forward and b.affine and b.track_running_stats
+                and b.momentum is not None)
     return all(ordinary(b) for b in norms) and len({(b.eps, b.momentum, b.training) for b in norms}) == 1
 
 # %% ../../../nbs/nets/fast/03_bnrelu.ipynb #a5c2c8b2
@@ -102,6 +123,7 @@ def folded(
     biases: list[Tensor] = None,  # of the convolutions before: (channels of the norm,) or None for each norm
 ) -> tuple[Tensor, Tensor]:  # (factor of the kernels, bias), one number a channel each
     "What makes a convolution do its batch norm as well."
-    weight, bias, mean, var = (_cat([getattr(b, name) for b in norms]) for name in ('weight', 'bias', 'running_mean', 'running_var'))
+    weight, bias, mean, var = (_cat([getattr(b, name) for b in norms])
+                               for name in ('weight', 'bias', 'running_mean', 'running_var'))
     factor = weight / (var + norms[0].eps).sqrt()
     return factor, bias + ((_cat(_biases(norms, biases)) if biases else 0) - mean) * factor

@@ -14,10 +14,12 @@ import ctypes, sys
 def keep_pages(
     on: bool = True,  # False: freed memory goes back to the system again, what lies unused now included
 ) -> bool:  # was it possible? Elsewhere than on Linux with GNU's C library, nothing is done
-    "Keep freed memory in this process for the next pass. The process then holds on to as much as it ever needed at a time."
+    ("Keep freed memory in this process for the next pass. The process then holds on to as much as it ever needed at a "
+     "time.")
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if not hasattr(libc, 'mallopt'): return False
-    # from what size a piece gets pages of its own, and how much unused memory is given back; without being told, the library works its way up to 32 and 64 MB
+    # from what size a piece gets pages of its own, and how much unused memory is given back; without being told, the
+    # library works its way up to 32 and 64 MB
     own_pages, trim = (2**30, 2**31 - 1) if on else (2**25, 2**26)
     done = libc.mallopt(-3, own_pages) == 1 and libc.mallopt(-1, trim) == 1   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     if not on: libc.malloc_trim(0)

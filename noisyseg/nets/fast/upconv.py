@@ -23,8 +23,10 @@ def taps(
     k: int = 3,  # taps of the convolution, odd
     align_corners: bool = False,  # of the interpolation
 ) -> Tensor:  # (n_out, k, n_in), float64: what each tap of each output pixel takes from each input pixel
-    "The matrices A_k of one dimension: linear interpolation, its rows shifted, zero beyond the edge. Kept for each size: do not write into it."
-    up = F.interpolate(torch.eye(n_in, dtype=torch.float64)[:, None], size=n_out, mode='linear', align_corners=align_corners)[:, 0].T
+    ("The matrices A_k of one dimension: linear interpolation, its rows shifted, zero beyond the edge. Kept for each "
+     "size: do not write into it.")
+    up = F.interpolate(torch.eye(n_in, dtype=torch.float64)[:, None], size=n_out, mode='linear',
+                       align_corners=align_corners)[:, 0].T
     up = F.pad(up, (0, 0, k // 2, k // 2))
     return torch.stack([up[i:i + n_out] for i in range(k)], 1)
 
@@ -33,7 +35,8 @@ BLOCK = 32  # output pixels to a product: fewer waste calls, more multiply zeros
 
 @lru_cache(512)
 def _blocks(n_in, n_out, k, align_corners, dtype, device):
-    "For each block of output pixels: where it begins, the range of inputs that it uses, and its matrix (block, inputs · k)."
+    ("For each block of output pixels: where it begins, the range of inputs that it uses, and its matrix (block, "
+     "inputs · k).")
     A, out = taps(n_in, n_out, k, align_corners), []
     for start in range(0, n_out, BLOCK):
         rows = A[start:start + BLOCK]
@@ -42,6 +45,7 @@ def _blocks(n_in, n_out, k, align_corners, dtype, device):
         out.append((start, low, high, rows[:, :, low:high].transpose(1, 2).reshape(len(rows), -1).to(device, dtype)))
     return out
 
+# %% ../../../nbs/nets/fast/01_upconv.ipynb #e8eaff82
 def _expand(y, out, align_corners, bias=None, relu=False):
     "Sum of taps along one dimension, y (batch, n_in, k, m) into out (batch, n_out, m)."
     for start, low, high, A in _blocks(y.shape[1], out.shape[1], y.shape[2], align_corners, y.dtype, y.device):
@@ -56,20 +60,25 @@ def _gather(g, out, align_corners):
         part += (A.T @ g[:, start:start + len(A)]).view(part.shape)
 
 # %% ../../../nbs/nets/fast/01_upconv.ipynb #2c1d3bd1
-def _pointwise(weight): return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)   # (ky·kx·out, channels, 1, 1)
+# (ky·kx·out, channels, 1, 1)
+def _pointwise(weight): return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)
 
+# %% ../../../nbs/nets/fast/01_upconv.ipynb #12ba1cff
 def _by_taps(x, weight, out, align_corners, bias=None, relu=False):
     "Into out (batch, out, height, width), whose channels come last."
     (b, _, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, out.shape[2:]
-    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), _pointwise(weight)).permute(0, 2, 3, 1)   # at low resolution: (b, h, w, ky·kx·o)
+    # at low resolution: (b, h, w, ky·kx·o)
+    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), _pointwise(weight)).permute(0, 2, 3, 1)
     y = y.reshape(b, h, w, k, k * o).transpose(2, 3).reshape(b, h, k, w * k * o)
     z = y.new_empty(b, height, w * k * o)
     _expand(y, z, align_corners)                                                                             # rows
-    _expand(z.view(b * height, w, k, o), out.permute(0, 2, 3, 1).view(b * height, width, o), align_corners, bias, relu)  # columns
+    # columns
+    _expand(z.view(b * height, w, k, o), out.permute(0, 2, 3, 1).view(b * height, width, o), align_corners, bias, relu)
     return out
 
 def _new(x, channels, size): return x.new_empty(len(x), *size, channels).permute(0, 3, 1, 2)
 
+# %% ../../../nbs/nets/fast/01_upconv.ipynb #4113aa59
 def _taps_gradients(x, weight, g, align_corners, needed):
     "Gradients of the small map and of the weights, each where it is needed, from that of the result."
     (b, c, h, w), (o, _, k, _), (height, width) = x.shape, weight.shape, g.shape[-2:]
@@ -77,10 +86,12 @@ def _taps_gradients(x, weight, g, align_corners, needed):
     _gather(g.permute(0, 2, 3, 1).reshape(b * height, width, o), z, align_corners)   # columns
     y = g.new_zeros(b, h, w, k, k, o)
     _gather(z.view(b, height, w * k * o), y.transpose(2, 3), align_corners)           # rows
-    gx, gw, _ = torch.ops.aten.convolution_backward(y.flatten(3).permute(0, 3, 1, 2), x.contiguous(memory_format=torch.channels_last), _pointwise(weight),
+    gx, gw, _ = torch.ops.aten.convolution_backward(y.flatten(3).permute(0, 3, 1, 2),
+                                                    x.contiguous(memory_format=torch.channels_last), _pointwise(weight),
                                                     None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*needed, False))
     return gx, None if gw is None else gw.view(k, k, o, c).permute(2, 3, 0, 1)
 
+# %% ../../../nbs/nets/fast/01_upconv.ipynb #bdeb4688
 class _UpConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, size, align_corners):
@@ -90,7 +101,8 @@ class _UpConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g): return *_taps_gradients(*ctx.saved_tensors, g, ctx.align_corners, ctx.needs_input_grad[:2]), None, None
+    def backward(ctx, g):
+        return *_taps_gradients(*ctx.saved_tensors, g, ctx.align_corners, ctx.needs_input_grad[:2]), None, None
 
 # %% ../../../nbs/nets/fast/01_upconv.ipynb #af6b94fb
 def conv_of_upsampled(
@@ -101,10 +113,13 @@ def conv_of_upsampled(
     align_corners: bool = False,  # of the bilinear interpolation
     plain: bool = None,  # True: the plain way, False: by taps; None: whichever is less work
     relu: bool = False,  # ReLU of the result
-    out: Tensor = None,  # where to write, (batch, out, *size), without autograd; in channels-last memory, or some channels of such a map
+    # where to write, (batch, out, *size), without autograd; in channels-last memory, or some channels of such a map
+    out: Tensor = None,
 ) -> Tensor:  # (batch, out, *size)
-    "`conv2d(interpolate(x, size, mode='bilinear'), weight, bias, padding=k//2)`, to within rounding, without making the large map."
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+    ("`conv2d(interpolate(x, size, mode='bilinear'), weight, bias, padding=k//2)`, to within rounding, without making "
+     "the large map.")
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[
+            3] or weight.shape[2] % 2 == 0:
         raise ValueError("expected x (batch, channels, height, width) and weight (out, channels, k, k) with k odd, "
                          f"got {tuple(x.shape)} and {tuple(weight.shape)}")
     size = tuple(map(int, size))
@@ -112,14 +127,18 @@ def conv_of_upsampled(
     if plain is None: plain = not taps_win(x.shape, weight.shape, size)
     if not plain and torch.is_autocast_enabled(x.device.type):
         low = lambda t: None if t is None else t.to(torch.get_autocast_dtype(x.device.type))
-        with torch.autocast(x.device.type, enabled=False): return conv_of_upsampled(low(x), low(weight), size, low(bias), align_corners, False, relu, out)
+        with torch.autocast(x.device.type, enabled=False):
+            return conv_of_upsampled(low(x), low(weight), size, low(bias), align_corners, False, relu, out)
     if out is not None:
         shape = (len(x), len(weight), *size)
         if torch.is_grad_enabled(): raise ValueError("out= is for use without autograd: within torch.no_grad()")
-        if out.shape != shape or (out.stride(1) != 1 and shape[1] > 1) or (out.stride(0) != size[0] * out.stride(2) and shape[0] > 1):
-            raise ValueError(f"out: expected {shape} with channels last in memory, got {tuple(out.shape)} with strides {out.stride()}")
+        if out.shape != shape or (out.stride(1) != 1 and shape[1] > 1) or (out.stride(0) != size[0] * out.stride(2)
+                and shape[0] > 1):
+            raise ValueError(f"out: expected {shape} with channels last in memory, got {tuple(out.shape)} with strides "
+                             f"{out.stride()}")
     if plain:
-        y = F.conv2d(F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners), weight, bias, padding=weight.shape[-1] // 2)
+        y = F.conv2d(F.interpolate(x, size=size, mode='bilinear', align_corners=align_corners), weight, bias,
+                     padding=weight.shape[-1] // 2)
         if relu: y = y.relu_()
         return y if out is None else out.copy_(y)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -131,6 +150,7 @@ def conv_of_upsampled(
     if bias is not None: y = y + bias.view(-1, 1, 1)
     return y.relu_() if relu else y
 
+# %% ../../../nbs/nets/fast/01_upconv.ipynb #2c301a62
 def taps_win(
     shape: tuple,  # of the map, (batch, channels, height, width)
     weight: tuple,  # shape of the weight, (out, channels, k, k)

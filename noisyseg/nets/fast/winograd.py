@@ -19,10 +19,11 @@ from torch.autograd.function import once_differentiable
 # %% ../../../nbs/nets/fast/02_winograd.ipynb #0f5449c5
 _P, _Q = 0.5**0.5, 2**0.5   # the points are 0, ±_P, ±_Q and infinity
 _PAIRS = (1, _P, 2.), (3, _Q, 0.5)   # index of +point, the point, the square of the other one
-
 # G: the taps' values at the points, with the constants of the interpolation divided in
-_G = torch.tensor([[1, 0, 0], *[[-2/3, -2/3 * s * _P, -1/3] for s in (1, -1)], *[[1/6, s * _Q / 6, 1/3] for s in (1, -1)], [0, 0, 1]], dtype=torch.float64)
+_G = torch.tensor([[1, 0, 0], *[[-2/3, -2/3 * s * _P, -1/3] for s in (1, -1)],
+                   *[[1/6, s * _Q / 6, 1/3] for s in (1, -1)], [0, 0, 1]], dtype=torch.float64)
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #7eb7e588
 def _evaluate(d, out):
     "B^T: six inputs of each tile, as views (rows, tiles, channels), to their values at the six points."
     torch.add(d[0], d[4], out=out[0]).add_(d[2], alpha=-2.5)
@@ -32,14 +33,19 @@ def _evaluate(d, out):
         torch.add(even, odd, alpha=p, out=out[k])
         torch.sub(even, odd, alpha=p, out=out[k + 1])
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #4e884fa4
 def _interpolate(m, out):
     "A^T: values of the product at the six points to the four outputs of each tile."
-    a, b, c, d = m[1] + m[2], m[1] - m[2], m[3] + m[4], m[3] - m[4]
+    a = m[1] + m[2]
+    b = m[1] - m[2]
+    c = m[3] + m[4]
+    d = m[3] - m[4]
     torch.add(m[0], a, out=out[0]).add_(c)
     torch.mul(b, _P, out=out[1]).add_(d, alpha=_Q)
     torch.mul(a, _P**2, out=out[2]).add_(c, alpha=_Q**2)
     torch.add(m[5], b, alpha=_P**3, out=out[3]).add_(d, alpha=_Q**3)
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #31213698
 def _interpolate_t(y, out):
     "Its transpose, for gradients: four outputs of each tile to six values."
     out[0], out[5] = y[0], y[3]
@@ -59,8 +65,10 @@ def _bands(height, width):
     tiles = -(-width // 4)
     return tiles, _parts(0, -(-height // 4), max(1, BAND // tiles))
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #1d1de8c8
 def _values(x, start, stop, out):
-    "B^T D B: rows of tiles of one image (height, width, channels), zero beyond its edges, into out (6, 6, rows of tiles, tiles, channels)."
+    ("B^T D B: rows of tiles of one image (height, width, channels), zero beyond its edges, into out (6, 6, rows of "
+     "tiles, tiles, channels).")
     (h, w, c), tiles = x.shape, out.shape[3]
     for a, z in _parts(start, stop, _STRIP):
         top, bottom = 4 * a - 1, 4 * z + 1
@@ -69,6 +77,7 @@ def _values(x, start, stop, out):
         _evaluate([p[:, j:j + 4 * tiles - 3:4] for j in range(6)], rows)
         _evaluate([rows[:, j:j + 4 * (z - a) - 3:4] for j in range(6)], out[:, :, a - start:z - start])
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #34e70d3b
 def _outputs(m, out, bias, relu):
     "A^T M A: values at the points (6, 6, rows of tiles, tiles, channels) into out (4 · rows, 4 · tiles, channels)."
     _, _, n, tiles, c = m.shape
@@ -79,10 +88,10 @@ def _outputs(m, out, bias, relu):
         _interpolate(columns.transpose(0, 1), y.permute(3, 1, 0, 2, 4))
         if bias is not None: y.add_(bias)
         if relu: y.relu_()
-
 _GG = torch.kron(_G, _G)   # G on both sides, (36, 9)
 _kept = threading.local()
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #caff444d
 def _workspace(name, like, *shape):
     "Uninitialised memory, the same in the next call: asking the system for new pages takes longer than filling them."
     n, kept = math.prod(shape), getattr(_kept, name, None)
@@ -92,19 +101,24 @@ def _workspace(name, like, *shape):
         setattr(_kept, name, kept)
     return kept[:n].view(shape)
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #5c08156a
 def _conv(x, weight, bias=None, relu=False, inplace=False):
     (b, c, h, w), o = x.shape, len(weight)
     tiles, bands = _bands(h, w)
-    u = torch.mm(_GG.to(weight), weight.permute(2, 3, 0, 1).reshape(9, -1), out=_workspace('u', weight, 36, o * c)).view(36 * o, c, 1, 1)
+    u = torch.mm(_GG.to(weight), weight.permute(2, 3, 0, 1).reshape(9, -1),
+                 out=_workspace('u', weight, 36, o * c)).view(36 * o, c, 1, 1)
     images = x.permute(0, 2, 3, 1)
-    out = images if inplace and o == c and h % 4 == w % 4 == 0 and images.is_contiguous() else x.new_empty(b, bands[-1][1] * 4, tiles * 4, o)
+    out = images if inplace and o == c and h % 4 == w % 4 == 0 and images.is_contiguous() else x.new_empty(b,
+            bands[-1][1] * 4, tiles * 4, o)
     for image, y in zip(images, out):
         write = lambda: None
         for start, stop in bands:
-            v = _workspace('v', x, stop - start, tiles, 6, 6, c)   # in this order the points are channels, to the convolution
+            # in this order the points are channels, to the convolution
+            v = _workspace('v', x, stop - start, tiles, 6, 6, c)
             _values(image, start, stop, v.permute(2, 3, 0, 1, 4))
             write()   # what this band has read of the one before may be overwritten now
-            m = F.conv2d(v.flatten(2)[None].permute(0, 3, 1, 2), u, groups=36)[0].permute(1, 2, 0).view(stop - start, tiles, 6, 6, o)
+            m = F.conv2d(v.flatten(2)[None].permute(0, 3, 1, 2), u, groups=36)[0].permute(1, 2, 0).view(stop - start,
+                    tiles, 6, 6, o)
             write = partial(_outputs, m.permute(2, 3, 0, 1, 4), y[4 * start:4 * stop], bias, relu)
         write()
     return out[:, :h, :w].permute(0, 3, 1, 2)
@@ -119,6 +133,7 @@ def _values_t(g, start, stop, out):
         _interpolate_t([p[:, j::4] for j in range(4)], rows)
         _interpolate_t([rows[:, j::4] for j in range(4)], out[:, :, a - start:z - start])
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #ba27d0d1
 def _weight_gradient(x, g, weight):
     (o, c), (tiles, bands) = weight.shape[:2], _bands(*x.shape[2:])
     total = _workspace('u', weight, 36, o, c).zero_()
@@ -131,6 +146,7 @@ def _weight_gradient(x, g, weight):
                 t += F.conv1d(q[None], p.t()[..., None])[0]   # p.t() @ q, again as a convolution
     return (_GG.to(weight).T @ total.view(36, -1)).view(3, 3, o, c).permute(2, 3, 0, 1)
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #ec6b8ca6
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -155,8 +171,11 @@ def winograd_conv(
 ) -> Tensor:  # (batch, out, height, width); by points in channels-last memory
     "`conv2d(x, weight, bias, padding=1)` to within rounding, in a quarter of the multiplications."
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2:] != (3, 3):
-        raise ValueError(f"expected x (batch, channels, height, width) and weight (out, channels, 3, 3), got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if plain is None: plain = x.device.type != 'cpu' or not winograd_wins(x.shape, weight.shape) or torch.is_autocast_enabled(x.device.type)
+        raise ValueError(f"expected x (batch, channels, height, width) and weight (out, channels, 3, 3), got "
+                         f"{tuple(x.shape)} and {tuple(weight.shape)}")
+    if plain is None:
+        plain = x.device.type != 'cpu' or not winograd_wins(x.shape,
+                                                            weight.shape) or torch.is_autocast_enabled(x.device.type)
     if not plain and not torch.is_grad_enabled(): return _conv(x, weight, bias, relu, inplace)
     if plain: out = F.conv2d(x, weight, bias, padding=1)
     else:
@@ -164,10 +183,12 @@ def winograd_conv(
         if bias is not None: out = out + bias.view(-1, 1, 1)
     return out.relu_() if relu else out
 
+# %% ../../../nbs/nets/fast/02_winograd.ipynb #3f863f0d
 def winograd_wins(
     shape: tuple,  # of the map, (batch, channels, height, width)
     weight: tuple,  # shape of the weight, (out, channels, 3, 3)
 ) -> bool:
-    "Does it pay on a CPU, by measurement? Each number takes part in some thirty additions, so many channels must share them, and many pixels the kernels."
+    ("Does it pay on a CPU, by measurement? Each number takes part in some thirty additions, so many channels must "
+     "share them, and many pixels the kernels.")
     (_, c, h, w), o = shape, weight[0]
     return min(c, o) >= 240 and h * w >= 60 * 60 and w >= 16

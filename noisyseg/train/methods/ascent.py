@@ -34,6 +34,7 @@ class _Buffers:
         for d, k, b in self.places: d[k] = b   # a module may have put a new tensor in its place
         if self.places: torch._foreach_copy_([b for *_, b in self.places], self.values if values is None else values)
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #5348947a
 class _Draws:
     "The state of torch's global generators, on the CPU and on the GPUs that hold parameters."
     def __init__(self, params):
@@ -47,8 +48,10 @@ class _Draws:
 # %% ../../../nbs/train/methods/02_ascent.ipynb #2955d355
 def _is_weight(name):
     "ASAM normalises what is called a weight; a parametrized weight's parts belong to it."
-    return 'weight' in (name.rpartition('parametrizations.')[2] if 'parametrizations.' in name else name.rpartition('.')[2])
+    return 'weight' in (name.rpartition('parametrizations.')[2] if 'parametrizations.' in name
+                        else name.rpartition('.')[2])
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #24c63851
 def _norm(tensors):
     "Their joint Euclidean norm, as a float: one synchronization with a GPU."
     tensors = [t for t in tensors if t.numel()]
@@ -62,43 +65,53 @@ def _norm(tensors):
     if top == 0 or not math.isfinite(top): return top
     return top * total([t / top for t in tensors], torch.linalg.vector_norm)
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #6aa2083c
 def _in_norm(name, module, weight):
     return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)) or 'norm' in type(module).__name__.lower()
-
-norm_layers = Selector(_in_norm, 'norm_layers')  # scales and shifts of normalization layers, all that SAM needs to perturb (arXiv 2306.04226)
+# scales and shifts of normalization layers, all that SAM needs to perturb (arXiv 2306.04226)
+norm_layers = Selector(_in_norm, 'norm_layers')
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #704f3e18
 def _wrappings(model):
     "The model, and what is inside it when it is wrapped for a distributed run or by torch.compile."
     while model is not None:
         yield model
-        model = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else getattr(model, '_orig_mod', None)
+        model = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else getattr(model,
+                '_orig_mod', None)
 
 def _clear(params):
     for p in params: p.grad = None
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #65a1cf46
 class Ascent:
-    "The way up and back: weights `climb` along their gradients and `recover` by copy. What `SAM` and `SAMCallback` have in common."
+    ("The way up and back: weights `climb` along their gradients and `recover` by copy. What `SAM` and `SAMCallback` "
+     "have in common.")
     def __init__(self,
         model: nn.Module,  # the module whose forward pass the gradients come from; may be wrapped for a distributed run
         where=None,  # which weights climb: a Selector, a name pattern or a function; None for all
         sync: bool = False,  # distributed: climb along all processes' gradient, not each along its own
         same_draws: bool = True,  # both passes see the same dropout masks
     ):
-        self.wrapped, self.where, self.sync, self.same_draws = model, where, sync, same_draws
+        self.wrapped = model
+        self.where = where
+        self.sync = sync
+        self.same_draws = same_draws
         self.climbed, self._frozen = False, []
         self.look()
 
     def look(self):
         "See which parameters the model has now, and which of them climb."
-        if not isinstance(self.wrapped, nn.Module): raise TypeError(f"model= is the torch.nn.Module that computes the loss, got {type(self.wrapped).__name__}")
+        if not isinstance(self.wrapped, nn.Module):
+            raise TypeError(f"model= is the torch.nn.Module that computes the loss, got {type(self.wrapped).__name__}")
         chain = list(_wrappings(self.wrapped))
-        self.model, self.ddp = chain[-1], next((m for m in chain if isinstance(m, DistributedDataParallel)), None)
+        self.model = chain[-1]
+        self.ddp = next((m for m in chain if isinstance(m, DistributedDataParallel)), None)
         self.names, self.picked = {p: n for n, p in self.model.named_parameters()}, None
         if self.where is None: return
         self.picked = set()
         for s in select(self.model, self.where):
-            self.picked.update(s.module.parametrizations[s.attr].parameters() if s.parametrized else [getattr(s.module, s.attr)])
+            self.picked.update(s.module.parametrizations[s.attr].parameters() if s.parametrized
+                               else [getattr(s.module, s.attr)])
 
     def _steps(self, groups):
         "For each group: its rho, the parameters that climb, and for each of them T g and T² g."
@@ -106,10 +119,12 @@ class Ascent:
         for g in groups:
             ps = [p for p in g['params'] if p.grad is not None and (self.picked is None or p in self.picked)]
             if bad := [p for p in ps if p.grad.layout != torch.strided]:
-                raise ValueError(f"SAM needs dense gradients, but {self.names.get(bad[0], 'a parameter')} has a sparse one: "
+                raise ValueError(f"SAM needs dense gradients, but {self.names.get(bad[0], 'a parameter')} has a sparse "
+                                 f"one: "
                                  "make the layer with sparse=False, or leave it out with where=")
             grads = [p.grad.detach().to(torch.promote_types(p.grad.dtype, torch.float32)) for p in ps]
-            t = [p.detach().abs() + g['eta'] if g['adaptive'] and _is_weight(self.names.get(p, '')) else None for p in ps]
+            t = [p.detach().abs() + g['eta'] if g['adaptive'] and _is_weight(self.names.get(p, '')) else None
+                 for p in ps]
             scaled = [d if s is None else s * d for d, s in zip(grads, t)]
             out.append((g['rho'], ps, scaled, [d if s is None else s * d for d, s in zip(scaled, t)]))
         return out
@@ -125,12 +140,15 @@ def _agree(self:Ascent, finite, params):
         for p in params: p.grad.fill_(math.nan)
     return bool(flag.item())
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #00ceb110
 @patch
 def _noises(self:Ascent):
     "The clones that hold noise in this model's weights now, oldest first."
     modules = set(self.model.modules())
-    return [c for c in (r() for r in _active) if c is not None and (any(p in self.names for p in c._params) or any(s.module in modules for s in c._computed))]
+    return [c for c in (r() for r in _active) if c is not None and (any(p in self.names for p in c._params)
+            or any(s.module in modules for s in c._computed))]
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #b7b1a4fd
 @patch
 @torch.no_grad()
 @HoldInterrupts.within
@@ -141,7 +159,9 @@ def climb(self:Ascent,
     self.recover()
     steps = self._steps(groups)
     params = [p for _, ps, *_ in steps for p in ps]
-    if not params: raise RuntimeError("no weight that is to climb has a gradient: call backward() first, and see that where= selects weights that are in use")
+    if not params:
+        raise RuntimeError("no weight that is to climb has a gradient: call backward() first, and see that where= "
+                           "selects weights that are in use")
     norm = _norm([d for _, _, scaled, _ in steps for d in scaled])
     if not self._agree(math.isfinite(norm), params): return False
     self._clean, self._buffers = [(p, p.detach().clone()) for p in params], _Buffers(self.model)
@@ -152,6 +172,7 @@ def climb(self:Ascent,
     _forget_casts()
     return True
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #b9842ae7
 @patch
 @HoldInterrupts.within
 def recover(self:Ascent):
@@ -162,7 +183,10 @@ def recover(self:Ascent):
     with torch.inference_mode(False), torch.no_grad():
         torch._foreach_copy_([p for p, _ in self._clean], [w for _, w in self._clean])
         self._buffers.put_back()
-    self.climbed, self._clean, self._buffers, self._below = False, None, None, None
+    self.climbed = False
+    self._clean = None
+    self._buffers = None
+    self._below = None
     _forget_casts()
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #bc4b0b81
@@ -172,11 +196,13 @@ def ascending(self:Ascent):
     "For the first pass: no gradients but those to climb along, and each process of a distributed run its own."
     averages = self.ddp is not None and self.sync   # DDP's averaging waits for every parameter's gradient
     with nullcontext() if self.ddp is None or averages else self.ddp.no_sync():
-        if self.picked is not None and not averages: self._frozen = [p for p in self.names if p.requires_grad and p not in self.picked]
+        if self.picked is not None and not averages:
+            self._frozen = [p for p in self.names if p.requires_grad and p not in self.picked]
         for p in self._frozen: p.requires_grad_(False)
         yield
         self._thaw()
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #9024566d
 @patch
 def _thaw(self:Ascent):
     for p in self._frozen: p.requires_grad_(True)
@@ -189,6 +215,7 @@ def _leave(self:Ascent, hold):
     self.recover()
     hold.release()
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #2890a40a
 @patch
 def guarded(self:Ascent,
     f,  # what to do
@@ -215,6 +242,7 @@ def _excursion(self:Ascent, groups, params, ascend, descend):
     self.recover()
     return result
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #1838d956
 @patch
 def gradients(self:Ascent,
     groups,  # param groups: dicts with params, rho, adaptive and eta
@@ -223,10 +251,12 @@ def gradients(self:Ascent,
     up: bool = True,  # False: the plain gradient of `descend`
     onto: bool = False,  # add to the gradients that are there, instead of replacing them
 ) -> list:  # what the jobs' first passes returned
-    "The mean over jobs of the gradient at each job's own top, left in .grad (SAM, algorithm 1; m-sharpness, section 4.1)."
+    ("The mean over jobs of the gradient at each job's own top, left in .grad (SAM, algorithm 1; m-sharpness, section "
+     "4.1).")
     params, results = [p for g in groups for p in g['params']], []
     weights = [1] * len(jobs) if weights is None else weights
-    if len(weights) != len(jobs) or not sum(weights) > 0: raise ValueError(f"weights= gives each of the {len(jobs)} jobs its share, got {weights!r}")
+    if len(weights) != len(jobs) or not sum(weights) > 0:
+        raise ValueError(f"weights= gives each of the {len(jobs)} jobs its share, got {weights!r}")
     total = [p.grad.clone() if onto and p.grad is not None else None for p in params]
     start, moved = _Buffers(self.model) if len(jobs) > 1 else None, []
     for (ascend, descend), weight in zip(jobs, weights):
@@ -235,7 +265,8 @@ def gradients(self:Ascent,
         results.append(self.guarded(self._excursion, groups, params, ascend, descend) if up else descend())
         if start: moved.append(_Buffers(self.model).values)
         share = weight / sum(weights)
-        total = [t if p.grad is None else p.grad.mul_(share).clone() if t is None else t.add_(p.grad, alpha=share) for t, p in zip(total, params)]
+        total = [t if p.grad is None else p.grad.mul_(share).clone() if t is None else t.add_(p.grad, alpha=share)
+                 for t, p in zip(total, params)]
     for p, t in zip(params, total): p.grad = t
     if start: start.put_back([torch.stack(b).mean(0) if b[0].is_floating_point() else b[-1] for b in zip(*moved)])
     return results
@@ -247,9 +278,11 @@ def _number(name, v, low=0., strict=False):
     return float(v)
 
 def _count(name, v):
-    if not isinstance(v, int) or isinstance(v, bool) or v < 1: raise ValueError(f"{name} is a whole number of at least 1, got {v!r}")
+    if not isinstance(v, int) or isinstance(v, bool) or v < 1:
+        raise ValueError(f"{name} is a whole number of at least 1, got {v!r}")
     return v
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #389d1697
 @dataclass(frozen=True)
 class ByEpoch:
     "A schedule of the epoch, where a bare function is one of progress in [0, 1]."
@@ -258,6 +291,7 @@ class ByEpoch:
 
 def _stairs(start, step, every, top, epoch): return min(start + step * (epoch // every), top)
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #bf74bf6a
 def multi_step_rho(
     step: float = 0.02,  # how much rho grows at once
     every: int = 10,  # after how many epochs
@@ -267,6 +301,7 @@ def multi_step_rho(
     "Multi-step SAM: rho grows in steps."
     return ByEpoch(partial(_stairs, _number('start', start), _number('step', step), _count('every', every), top))
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #f335e92c
 def rho_at(
     rho,  # a number, a function of progress, a ByEpoch, or a list with a number for each parameter group
     progress: float,  # share of the training that is done, in [0, 1]

@@ -34,20 +34,28 @@ def _tensors(batch, what):
     raise TypeError(f"{what} is a tensor with the samples along its first dimension, or a tuple of such tensors, "
                     f"got {', '.join(type(t).__name__ for t in batch) or 'nothing'}")
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #9119c9ac
 def _sizes(tensors, m):
     "The sizes of `m` sub-batches, as equal as can be."
     n, *others = {len(t) for t in tensors}
-    if others: raise ValueError(f"the tensors of a batch must hold the same number of samples, got {sorted([n, *others])}")
-    if m > n: raise ValueError(f"m={m} sub-batches need at least {m} samples, got a batch of {n}: lower m, or drop an epoch's last, smaller batch")
+    if others:
+        raise ValueError(f"the tensors of a batch must hold the same number of samples, got {sorted([n, *others])}")
+    if m > n:
+        raise ValueError(f"m={m} sub-batches need at least {m} samples, got a batch of {n}: lower m, or drop an "
+                         f"epoch's last, smaller batch")
     return [n // m + (i < n % m) for i in range(m)]
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #128e6cee
 def _settings(sigma, m, gradient, batchnorm):
     "The law, after a look at the settings."
-    if not isinstance(m, int) or isinstance(m, bool) or m < 1: raise ValueError(f"m= is the number of sub-batches, at least 1, got {m!r}")
-    for name, v, allowed in (('gradient', gradient, ('algorithm', 'exact')), ('batchnorm', batchnorm, ('sub-batch', 'sync'))):
+    if not isinstance(m, int) or isinstance(m, bool) or m < 1:
+        raise ValueError(f"m= is the number of sub-batches, at least 1, got {m!r}")
+    for name, v, allowed in (('gradient', gradient, ('algorithm', 'exact')),
+                             ('batchnorm', batchnorm, ('sub-batch', 'sync'))):
         if v not in allowed: raise ValueError(f"{name}= is one of {', '.join(allowed)}, got {v!r}")
     return MultiplicativeGaussian(sigma)
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #b29dc7da
 class _Known(torch.autograd.Function):
     "A loss whose gradients are known already."
     @staticmethod
@@ -58,18 +66,22 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        if ctx.grads is None: raise RuntimeError("the gradients of this DAMP loss were delivered already: compute the loss anew for another backward")
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this DAMP loss were delivered already: compute the loss anew for "
+                               "another backward")
         grads, ctx.grads = ctx.grads, None
         return None, None, None, *(None if v is None else v * (g / ctx.scale).to(v.dtype) for v in grads)
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #84cbaf7d
 class _OneUpdate:
-    "Within the block every sub-batch moves batch norm's running statistics from the same start; their mean is kept, or the start if something fails."
+    ("Within the block every sub-batch moves batch norm's running statistics from the same start; their mean is kept, "
+     "or the start if something fails.")
     def __init__(self, model):
         norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.running_mean is not None]
         self.stats = [b for m in norms for b in (m.running_mean, m.running_var)]
         self.counts = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
-        self.start, self.total = [b.clone() for b in self.stats + self.counts], [torch.zeros_like(b) for b in self.stats]
+        self.start = [b.clone() for b in self.stats + self.counts]
+        self.total = [torch.zeros_like(b) for b in self.stats]
 
     def begin(self):
         for b, v in zip(self.stats + self.counts, self.start): b.copy_(v)
@@ -83,24 +95,32 @@ class _OneUpdate:
         else:
             for b, v in zip(self.stats, self.total): b.copy_(v)
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #7ef33e8e
 class _Injected(perturbed):
     "`perturbed`, with a clone that is there already."
-    def __init__(self, clone, law, generator): self.clone, self.law, self.generator, self.hold = clone, law, generator, HoldInterrupts()
+    def __init__(self, clone, law, generator):
+        self.clone, self.law, self.generator, self.hold = clone, law, generator, HoldInterrupts()
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #e159affe
 def _with_xi(grads, params, clone, sigma):
     "Each perturbed weight's gradient times its xi = 1 + sigma z."
     draws = dict(zip(clone._params, clone._z))
-    return [torch.addcmul(g, g, draws[p].to(g.dtype), value=sigma) if g is not None and p in draws else g for g, p in zip(grads, params)]
+    return [torch.addcmul(g, g, draws[p].to(g.dtype), value=sigma) if g is not None and p in draws else g for g,
+            p in zip(grads, params)]
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #114fcb72
 def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator, scaler):
     "Lines 6 to 11 of Algorithm 1: the loss, ready for backward, and the predictions."
     if gradient == 'exact' and clone._computed:
-        raise ValueError(f"gradient='exact' needs weights that are parameters, and {clone.names[-1]} is computed (parametrized): "
+        raise ValueError(f"gradient='exact' needs weights that are parameters, and {clone.names[-1]} is computed "
+                         f"(parametrized): "
                          "leave it out with where=, or take gradient='algorithm'")
-    inner, n = model.module if isinstance(model, DistributedDataParallel) else model, sum(sizes)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    n = sum(sizes)
     params = [p for o in (inner, loss_func) if isinstance(o, nn.Module) for p in o.parameters() if p.requires_grad]
-    total, losses, preds = [None] * len(params), [], []
+    total = [None] * len(params)
+    losses = []
+    preds = []
     with _OneUpdate(inner) as statistics:
         for k, size in enumerate(sizes):
             x, y = ([t.split(sizes)[k] for t in batch] for batch in (xb, yb))
@@ -108,10 +128,13 @@ def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator
             with _Injected(clone, law, generator):
                 pred = (model if k == len(sizes) - 1 else inner)(*x)
                 loss = loss_func(pred, *y)
-                if loss.numel() != 1: raise ValueError(f"loss_func must return one number, the mean over its samples, got shape {tuple(loss.shape)}")
+                if loss.numel() != 1:
+                    raise ValueError(f"loss_func must return one number, the mean over its samples, got shape "
+                                     f"{tuple(loss.shape)}")
                 loss = loss * (size / n)
                 with torch.autocast(loss.device.type, enabled=False):
-                    grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), params, allow_unused=True)
+                    grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), params,
+                                                allow_unused=True)
                 if gradient == 'exact': grads = _with_xi(grads, params, clone, law.sigma)
             statistics.keep(size / n)
             total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads)]
@@ -128,13 +151,16 @@ def _noisy(w, z, law, gradient):
 
 def _flat(values): return (a for v in values for a in (v if isinstance(v, (list, tuple)) else (v,)))
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #0fe0ed92
 class _Lockstep(TorchFunctionMode):
     "Functions that use a perturbed weight give each sub-batch its own."
-    by_sample = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.layer_norm, F.group_norm}
+    by_sample = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+                 F.layer_norm, F.group_norm}
 
     def __init__(self, noisy, sizes):
         super().__init__()
-        self.noisy, self.sizes, self.unseen = noisy, sizes, set(noisy)   # parameter -> its perturbed weights, one for each sub-batch
+        # parameter -> its perturbed weights, one for each sub-batch
+        self.noisy, self.sizes, self.unseen = noisy, sizes, set(noisy)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -148,22 +174,27 @@ class _Lockstep(TorchFunctionMode):
                               for k, x in enumerate(args[0].split(self._parts(args[0])))])
         out = func(*args, **kwargs)   # asking for a shape, a dtype is harmless
         if any(isinstance(o, Tensor) for o in _flat([out])):
-            raise ValueError(f"batchnorm='sync' does not know how to give each sub-batch its own weight in {getattr(func, '__name__', func)}: "
+            raise ValueError(f"batchnorm='sync' does not know how to give each sub-batch its own weight in "
+                             f"{getattr(func, '__name__', func)}: "
                              "leave that weight out with where=, or take batchnorm='sub-batch'")
         return out
 
     def _parts(self, x):
         "How many rows of `x` belong to each sub-batch."
         each, left = divmod(len(x), sum(self.sizes))
-        if left: raise ValueError(f"batchnorm='sync' needs the samples along the first dimension of each layer's input; here are {len(x)} rows for "
+        if left:
+            raise ValueError(f"batchnorm='sync' needs the samples along the first dimension of each layer's input; "
+                             f"here are {len(x)} rows for "
                                   f"{sum(self.sizes)} samples. Take batchnorm='sub-batch'")
         return [each * s for s in self.sizes]
 
     def _batch_norm(self, input, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         out = F.batch_norm(input, mean, var, None, None, training, momentum, eps)
         parts = torch.tensor(self._parts(input), device=input.device)
-        rows = lambda p: torch.stack(self.noisy[p]).repeat_interleave(parts, 0, output_size=len(input)) if p in self.noisy else p[None]
-        gain, shift = (None if p is None else rows(p).view(-1, p.numel(), *[1] * (input.ndim - 2)) for p in (weight, bias))
+        rows = lambda p: torch.stack(self.noisy[p]).repeat_interleave(parts, 0,
+                output_size=len(input)) if p in self.noisy else p[None]
+        gain, shift = (None if p is None else rows(p).view(-1, p.numel(), *[1] * (input.ndim - 2))
+                       for p in (weight, bias))
         if gain is not None: out = out * gain
         return (out if shift is None else out + shift).to(input.dtype)
 
@@ -173,19 +204,24 @@ def _in_lockstep(model, where, law, gradient, sizes, generator):
     "Within the block, a forward pass of a whole batch gives each sub-batch its own weights."
     sites = select(model, where)
     if computed := [s.name for s in sites if s.parametrized]:
-        raise ValueError(f"batchnorm='sync' needs weights that are parameters, and {computed[0]} is computed (parametrized): "
+        raise ValueError(f"batchnorm='sync' needs weights that are parameters, and {computed[0]} is computed "
+                         f"(parametrized): "
                          "leave it out with where=, or take batchnorm='sub-batch'")
     noisy = {getattr(s.module, s.attr): [] for s in sites}
     for _ in sizes:
-        for p, weights in noisy.items(): weights.append(_noisy(p, _fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
-    hooks = [s.module.register_forward_pre_hook(lambda *a: None) for s in sites]   # watched layers don't take a faster way of their own (UNet3+)
+        for p, weights in noisy.items():
+            weights.append(_noisy(p, _fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
+    # watched layers don't take a faster way of their own (UNet3+)
+    hooks = [s.module.register_forward_pre_hook(lambda *a: None) for s in sites]
     mode = _Lockstep(noisy, sizes)
     try:
         with mode: yield
     finally:
         for h in hooks: h.remove()
     names = [s.name for s in sites if getattr(s.module, s.attr) in mode.unseen]
-    if names: raise ValueError(f"batchnorm='sync' met {len(names)} of the perturbed weights in no function that it can see, first {names[0]}: "
+    if names:
+        raise ValueError(f"batchnorm='sync' met {len(names)} of the perturbed weights in no function that it can see, "
+                         f"first {names[0]}: "
                                "leave them out with where=, or take batchnorm='sub-batch'")
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #21a313a9
@@ -200,17 +236,25 @@ def damp_loss(
     batchnorm: str = 'sub-batch',  # 'sub-batch': each normalises itself; 'sync': over the whole batch
     where=kernels_and_scales,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
     generator=None,  # torch.Generator, a seed, or None for torch's global generator
-    scaler=None,  # the torch.amp.GradScaler that will scale the result, if any: small float16 gradients must not vanish before
-    clone: WeightClone = None,  # of the weights of `where`, from clone_weights(model, where); kept between steps it saves making one
+    # the torch.amp.GradScaler that will scale the result, if any: small float16 gradients must not vanish before
+    scaler=None,
+    # of the weights of `where`, from clone_weights(model, where); kept between steps it saves making one
+    clone: WeightClone = None,
 ) -> Tensor:  # the mean loss of the sub-batches; its backward delivers their mean gradient to the parameters
     "The loss under multiplicative weight perturbations (DAMP, arXiv 2406.16540, eq. 7 and Algorithm 1)."
-    law, xb, yb, generator = _settings(sigma, m, gradient, batchnorm), _tensors(xb, 'xb'), _tensors(yb, 'yb'), _as_generator(generator)
-    sizes, inner = _sizes(xb + yb, m), model.module if isinstance(model, DistributedDataParallel) else model
+    law = _settings(sigma, m, gradient, batchnorm)
+    xb = _tensors(xb, 'xb')
+    yb = _tensors(yb, 'yb')
+    generator = _as_generator(generator)
+    sizes = _sizes(xb + yb, m)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
     if batchnorm == 'sub-batch':
-        return _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, WeightClone(inner, where) if clone is None else clone, generator, scaler)[0]
+        return _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, WeightClone(inner, where) if clone is None
+                           else clone, generator, scaler)[0]
     with _in_lockstep(inner, where, law, gradient, sizes, generator): pred = model(*xb)
     return loss_func(pred, *yb)
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #7a9c6d65
 @delegates(damp_loss)
 def damp_backward(
     model: nn.Module,  # as for `damp_loss`
@@ -233,22 +277,33 @@ def _joined(parts):
     if isinstance(first, dict): return {k: _joined([p[k] for p in parts]) for k in first}
     return [_joined(p) for p in zip(*parts)] if isinstance(first, (list, tuple)) else first
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #ccef88da
 class DAMP(Callback):
-    "Train under multiplicative weight perturbations, a draw for each part of the batch (DAMP, arXiv 2406.16540, Algorithm 1)."
+    ("Train under multiplicative weight perturbations, a draw for each part of the batch (DAMP, arXiv 2406.16540, "
+     "Algorithm 1).")
     run_valid = False
     def __init__(self,
         sigma: float = 0.1,  # standard deviation of the weights' factor
         m: int = 8,  # number of sub-batches (of each process), each with its own draw
         gradient: str = 'algorithm',  # 'algorithm': as published; 'exact': of the objective, with the factor xi
         batchnorm: str = 'sub-batch',  # 'sub-batch': each normalises itself; 'sync': over the whole batch
-        where=kernels_and_scales,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
+        # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
+        where=kernels_and_scales,
         seed: int = None,  # of the draws; None takes one from torch's global generator. Kept in .seed
     ):
-        if seed is not None and not isinstance(seed, int): raise TypeError(f"seed= is a whole number or None, got {seed!r}")
-        self.law, self.m, self.gradient, self.batchnorm = _settings(sigma, m, gradient, batchnorm), m, gradient, batchnorm
-        self.where, self.seed, self._generator, self._clone = as_selector(where), seed, None, None
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed= is a whole number or None, got {seed!r}")
+        self.law = _settings(sigma, m, gradient, batchnorm)
+        self.m = m
+        self.gradient = gradient
+        self.batchnorm = batchnorm
+        self.where = as_selector(where)
+        self.seed = seed
+        self._generator = None
+        self._clone = None
 
-    def describe(self) -> str: return f"DAMP: {self.law}, {self.m} sub-batches, {self.gradient} gradient, batch norm {self.batchnorm}"
+    def describe(self) -> str:
+        return f"DAMP: {self.law}, {self.m} sub-batches, {self.gradient} gradient, batch norm {self.batchnorm}"
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #86eb89a7
 @patch(as_prop=True)
@@ -261,6 +316,7 @@ def before_train(self:DAMP):
     if self._clone is not None and not self._clone.fits(self._inner): self._clone = None
     self._install()
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #b11673ae
 @patch
 def _prepare(self:DAMP):
     "Made at the first batch: by then the model is on its device and, in a distributed run, wrapped."
@@ -273,20 +329,27 @@ def _prepare(self:DAMP):
         self._generator = torch.Generator(next(self._inner.parameters()).device).manual_seed(self.seed)
     if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(self._inner, self.where)
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #8ce63bfc
 @patch
 def _pass_over(self:DAMP, n):
     "Leave out `n` draws, which are other processes': so the generator is in the same state in all of them."
     if not n: return
-    weights = self._clone._clean if self._clone else [getattr(s.module, s.attr) for s in select(self._inner, self.where)]
+    weights = self._clone._clean if self._clone else [getattr(s.module, s.attr)
+                                                      for s in select(self._inner, self.where)]
     for _ in range(n):
         for w in weights: _fill_normal(torch.empty(w.shape, device=w.device), self._generator)
 
 @patch
 def _install(self:DAMP): self.learn._do_one_batch = self._one_batch
+
 @patch
 def _remove(self:DAMP): self.learn.__dict__.pop('_do_one_batch', None)
+
+# %% ../../../nbs/train/methods/01_damp.ipynb #3a13679d
 @patch
-def after_batch(self:DAMP): self._install()   # each batch removes it first, so that nothing stays behind when a batch fails
+# each batch removes it first, so that nothing stays behind when a batch fails
+def after_batch(self:DAMP): self._install()
+
 @patch
 def after_train(self:DAMP): self._remove()
 
@@ -295,6 +358,7 @@ def state_dict(self:DAMP) -> dict:
     "What a resumed fit needs: the seed, and where the generator is."
     return {'seed': self.seed, 'generator': None if self._generator is None else self._generator.get_state()}
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #296a8f5a
 @patch
 def load_state_dict(self:DAMP,
     state: dict,  # from `state_dict`
@@ -305,6 +369,7 @@ def load_state_dict(self:DAMP,
     self._prepare()
     self._generator.set_state(state['generator'])
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #f044df15
 @patch
 def _one_batch(self:DAMP):
     "`Learner._do_one_batch` with Algorithm 1 for its forward pass."
@@ -314,15 +379,19 @@ def _one_batch(self:DAMP):
     self._prepare()
     xb, yb = _tensors(l.xb, 'xb'), _tensors(l.yb, 'yb')
     sizes, scaler = _sizes(xb + yb, self.m), getattr(l, 'scaler', None)
-    before, after = (rank_distrib(), num_distrib() - 1 - rank_distrib()) if num_distrib() > 1 else (0, 0)   # the other processes' sub-batches
+    # the other processes' sub-batches
+    before, after = (rank_distrib(), num_distrib() - 1 - rank_distrib()) if num_distrib() > 1 else (0, 0)
     self._pass_over(before * self.m)
     if self.batchnorm == 'sync':
-        with _in_lockstep(self._inner, self.where, self.law, self.gradient, sizes, self._generator): l.pred = l.model(*xb)
+        with _in_lockstep(self._inner, self.where, self.law, self.gradient, sizes, self._generator):
+            l.pred = l.model(*xb)
         l('after_pred')
         l.loss_grad = l.loss_func(l.pred, *yb)
     else:
-        loss_func = l.loss_func if scaler is None else lambda pred, *y: l.loss_func(to_float(pred), *y)   # as fastai's mixed precision has it
-        l.loss_grad, preds = _one_by_one(l.model, loss_func, xb, yb, sizes, self.law, self.gradient, self._clone, self._generator, scaler)
+        # as fastai's mixed precision has it
+        loss_func = l.loss_func if scaler is None else lambda pred, *y: l.loss_func(to_float(pred), *y)
+        l.loss_grad, preds = _one_by_one(l.model, loss_func, xb, yb, sizes, self.law, self.gradient, self._clone,
+                                         self._generator, scaler)
         l.pred = _joined(preds)
         l('after_pred')
     self._pass_over(after * self.m)

@@ -29,20 +29,26 @@ class PseudoLabels(NamedTuple):
     confidence: Tensor  # its probability, (u, h, w) float32 in [0, 1]
     inside: Tensor  # does the pixel lie in the image, (u, h, w) bool
 
+# %% ../../../nbs/train/methods/04_match_loss.ipynb #dee23cb5
 @torch.no_grad()
 def pseudo_labels(
-    out,  # of the weak view: logits (u, classes, h, w), or a list of them, finest first; one class: foreground against background
+    # of the weak view: logits (u, classes, h, w), or a list of them, finest first; one class: foreground against
+    # background
+    out,
     inside: Tensor = None,  # (u, h, w) bool; None: there are no margins
 ) -> PseudoLabels:
     "Labels and their confidence, in float32 whatever the logits are."
     logits = finest(out).detach().float()
-    if logits.ndim != 4: raise ValueError(f"expected logits (images, classes, height, width), got shape {tuple(logits.shape)}")
-    with torch.autocast(logits.device.type, enabled=False): p = logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
+    if logits.ndim != 4:
+        raise ValueError(f"expected logits (images, classes, height, width), got shape {tuple(logits.shape)}")
+    with torch.autocast(logits.device.type, enabled=False):
+        p = logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
     if logits.shape[1] > 1: confidence, labels = p.max(1)
     else: labels, confidence = (p[:, 0] >= 0.5).long(), torch.maximum(p, 1 - p)[:, 0]
     inside = torch.ones_like(labels, dtype=torch.bool) if inside is None else inside
     if inside.dtype != torch.bool or inside.shape != labels.shape:
-        raise ValueError(f"inside= is a bool tensor {tuple(labels.shape)}, True in the image, got {inside.dtype} of shape {tuple(inside.shape)}")
+        raise ValueError(f"inside= is a bool tensor {tuple(labels.shape)}, True in the image, got {inside.dtype} of "
+                         f"shape {tuple(inside.shape)}")
     return PseudoLabels(labels, confidence, inside)
 
 # %% ../../../nbs/train/methods/04_match_loss.ipynb #894ffe3d
@@ -56,20 +62,24 @@ def mix(self:PseudoLabels,
 
 # %% ../../../nbs/train/methods/04_match_loss.ipynb #56e50f1c
 def _levels(out):
-    "The logits in an output: of every head, where there are several; the presence logits of UNet3+'s classification-guided module are left out."
+    ("The logits in an output: of every head, where there are several; the presence logits of UNet3+'s "
+     "classification-guided module are left out.")
     if isinstance(out, (list, tuple)) and len(out) == 2 and getattr(out[1], 'ndim', 0) == 2: out = out[0]
     return list(out) if isinstance(out, (list, tuple)) else [out]
 
+# %% ../../../nbs/train/methods/04_match_loss.ipynb #993a9a83
 def consistency(
     out,  # of the perturbed pass: logits (u, classes, h, w), or a list of them: their terms are averaged
     pseudo: PseudoLabels,  # what it should have said
     threshold: float = 0.95,  # τ in [0, 1]: pixels with less confidence don't count
 ) -> Tensor:  # one number, in float32; 0 where no pixel counts
-    "Cross-entropy with confident pseudo-labels, summed and divided by the number of pixels inside (UniMatch, arXiv 2208.09910)."
+    ("Cross-entropy with confident pseudo-labels, summed and divided by the number of pixels inside (UniMatch, arXiv "
+     "2208.09910).")
     counts = (pseudo.confidence >= threshold) & pseudo.inside
     def one(logits):
         if logits.shape[:1] + logits.shape[2:] != counts.shape:
-            raise ValueError(f"logits of shape {tuple(logits.shape)} don't fit pseudo-labels of shape {tuple(counts.shape)}")
+            raise ValueError(f"logits of shape {tuple(logits.shape)} don't fit pseudo-labels of shape "
+                             f"{tuple(counts.shape)}")
         logits = logits.float()
         if logits.shape[1] > 1: ce = F.cross_entropy(logits, pseudo.labels, reduction='none')
         else: ce = F.binary_cross_entropy_with_logits(logits[:, 0], pseudo.labels.float(), reduction='none')
@@ -77,6 +87,7 @@ def consistency(
     outs = _levels(out)
     with torch.autocast(counts.device.type, enabled=False): return sum(map(one, outs)) / len(outs)
 
+# %% ../../../nbs/train/methods/04_match_loss.ipynb #403dacc3
 @torch.no_grad()
 def agreement(
     out,  # as in `consistency`
@@ -86,11 +97,13 @@ def agreement(
     "Share of the confident pixels on which the perturbed pass gives the pseudo-label: how hard the perturbation is."
     counts = (pseudo.confidence >= threshold) & pseudo.inside
     logits = finest(out).detach()
-    return (((to_mask(logits) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()) == pseudo.labels) & counts).sum() / counts.sum()
+    return (((to_mask(logits) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()) == pseudo.labels)
+            & counts).sum() / counts.sum()
 
 # %% ../../../nbs/train/methods/04_match_loss.ipynb #792471a8
 UNLABELLED = ('L_u_s1', 'L_u_s2', 'L_u_fp', 'L_u_np')
-NAMES = ('total', 'L_x', 'L_x_np', 'L_u_s', *UNLABELLED, 'lam', 'confident', 'confidence', *(n.replace('L_u', 'agree') for n in UNLABELLED))
+NAMES = ('total', 'L_x', 'L_x_np', 'L_u_s', *UNLABELLED, 'lam', 'confident', 'confidence',
+         *(n.replace('L_u', 'agree') for n in UNLABELLED))
 
 class Terms(dict):
     "The terms of one step by name, and as attributes (None for a term that there is not); `.total` is for backward."
@@ -98,8 +111,10 @@ class Terms(dict):
         if name in NAMES: return self.get(name)
         raise AttributeError(f"no term is called {name!r}; there are {', '.join(NAMES)}")
 
-    def numbers(self) -> dict: return {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in self.items() if k in NAMES}
+    def numbers(self) -> dict:
+        return {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in self.items() if k in NAMES}
 
+# %% ../../../nbs/train/methods/04_match_loss.ipynb #c4aa9c54
 def reference_weights(
     names,  # which unlabelled terms there are, of L_u_s1, L_u_s2, L_u_fp, L_u_np
 ) -> dict:  # their weights, with sum 1
@@ -115,16 +130,23 @@ class MatchLoss(nn.Module):
         ignore_index: int = None,  # label of void pixels, for the default of supervised=
         threshold: float = 0.95,  # τ in [0, 1]: the confidence from which on a pseudo-label counts
         lam=0.25,  # λ at the end of training, rising linearly from 0; or a function of progress in [0, 1]
-        weights: dict = None,  # of unlabelled terms, such as {'L_u_s1': 0.5, …}; a term that isn't named has 0. None: `reference_weights`
+        # of unlabelled terms, such as {'L_u_s1': 0.5, …}; a term that isn't named has 0. None: `reference_weights`
+        weights: dict = None,
     ):
         super().__init__()
         for name, v in (('threshold', threshold), *([] if callable(lam) else [('lam', lam)])):
-            if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1: raise ValueError(f"{name}= is a number from 0 to 1, got {v!r}")
-        if weights is not None and (set(weights) - set(UNLABELLED) or not all(isinstance(w, Real) and 0 <= w < float('inf') for w in weights.values())):
+            if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1:
+                raise ValueError(f"{name}= is a number from 0 to 1, got {v!r}")
+        if weights is not None and (set(weights) - set(UNLABELLED)
+                                    or not all(isinstance(w, Real) and 0 <= w < float('inf')
+                                               for w in weights.values())):
             raise ValueError(f"weights= gives numbers >= 0 to some of {', '.join(UNLABELLED)}, got {weights!r}")
         if supervised is None: supervised = FocalLoss(gamma=0, ignore_index=ignore_index)
-        self.supervised = supervised if isinstance(supervised, DeepSupervisionLoss) else DeepSupervisionLoss(supervised, normalize=True)
-        self.threshold, self.lam, self.weights = threshold, lam, weights
+        self.supervised = supervised if isinstance(supervised, DeepSupervisionLoss) else DeepSupervisionLoss(
+                supervised, normalize=True)
+        self.threshold = threshold
+        self.lam = lam
+        self.weights = weights
 
     def lam_at(self, progress: float) -> float:
         "λ when this share of training is done."
@@ -137,9 +159,12 @@ class MatchLoss(nn.Module):
         progress: float = 0.,  # share of training that is done, from 0 to 1
     ) -> dict:  # what each is multiplied by in the total
         "The factors of the terms in the total."
-        if not 0 <= progress <= 1: raise ValueError(f"progress is the share of training that is done, from 0 to 1, got {progress!r}")
-        unlabelled, lam = [n for n in UNLABELLED if n in names], self.lam_at(progress) if 'L_x_np' in names else 0.
-        weights, half = reference_weights(unlabelled) if self.weights is None else self.weights, 0.5 if unlabelled else 1.
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress is the share of training that is done, from 0 to 1, got {progress!r}")
+        unlabelled = [n for n in UNLABELLED if n in names]
+        lam = self.lam_at(progress) if 'L_x_np' in names else 0.
+        weights = reference_weights(unlabelled) if self.weights is None else self.weights
+        half = 0.5 if unlabelled else 1.
         labelled = {'L_x': half * (1 - lam)} | ({'L_x_np': half * lam} if 'L_x_np' in names else {})
         return labelled | {n: half * weights.get(n, 0.) for n in unlabelled}
 
@@ -158,9 +183,11 @@ class MatchLoss(nn.Module):
 def statistics(self:MatchLoss, pseudo: PseudoLabels) -> dict:
     "How sure the pseudo-labels are: the share of confident pixels, and the mean confidence of all, inside the images."
     n = pseudo.inside.sum().clamp(min=1)
-    sure, mean = (pseudo.confidence >= self.threshold) & pseudo.inside, torch.where(pseudo.inside, pseudo.confidence, 0.).sum() / n
+    sure = (pseudo.confidence >= self.threshold) & pseudo.inside
+    mean = torch.where(pseudo.inside, pseudo.confidence, 0.).sum() / n
     return {'confident': sure.sum() / n, 'confidence': mean}
 
+# %% ../../../nbs/train/methods/04_match_loss.ipynb #7ba788a9
 @patch
 def collect(self:MatchLoss,
     terms: dict,  # losses by name, and what else is to be kept
@@ -173,6 +200,7 @@ def collect(self:MatchLoss,
     if strong: more['L_u_s'] = sum(strong).detach() / len(strong)
     return Terms({'total': sum(f * terms[n] for n, f in factors.items()), **terms, **more})
 
+# %% ../../../nbs/train/methods/04_match_loss.ipynb #938b6aa2
 @patch
 def forward(self:MatchLoss,
     x,  # output for the labelled images: logits (b, classes, h, w), or a list of them (here and below)
@@ -190,11 +218,13 @@ def forward(self:MatchLoss,
 ) -> Terms:  # .total is for backward
     "All terms whose outputs are given (MLPMatch, arXiv 2411.05307)."
     outs = {n: o for n, o in zip(UNLABELLED, (u_s1, u_s2, u_fp, u_np)) if o is not None}
-    if outs and weak is None: raise ValueError(f"{', '.join(outs)} need pseudo-labels: give the weak view's output as weak=")
+    if outs and weak is None:
+        raise ValueError(f"{', '.join(outs)} need pseudo-labels: give the weak view's output as weak=")
     terms = {'L_x': self.labelled(x, y)} | ({} if x_np is None else {'L_x_np': self.labelled(x_np, y)})
     if outs:
         pseudo = pseudo_labels(weak, inside)
         mixed = dict(zip(UNLABELLED, (pseudo if b is None else pseudo.mix(b, partner) for b in boxes)))
         terms |= {n: self.unlabelled(o, mixed.get(n, pseudo)) for n, o in outs.items()}
-        terms |= self.statistics(pseudo) | {n.replace('L_u', 'agree'): agreement(o, mixed.get(n, pseudo), self.threshold) for n, o in outs.items()}
+        terms |= self.statistics(pseudo) | {n.replace('L_u', 'agree'): agreement(o, mixed.get(n, pseudo),
+                self.threshold) for n, o in outs.items()}
     return self.collect(terms, progress)

@@ -29,8 +29,10 @@ from ...data.semi_supervised import cutmix, cutmix_boxes, partners
 MATCH_LEVELS = {'supervised': (0, False, False, False), 'fixmatch': (1, False, False, False),
                 'unimatch': (2, True, False, False), 'mlpmatch': (2, True, True, True)}
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #6a4b8d0e
 class MatchStep:
-    "The loss of one training step on labelled and unlabelled images: FixMatch, UniMatch (arXiv 2208.09910), MLPMatch (arXiv 2411.05307) and what lies between."
+    ("The loss of one training step on labelled and unlabelled images: FixMatch, UniMatch (arXiv 2208.09910), MLPMatch "
+     "(arXiv 2411.05307) and what lies between.")
     def __init__(self,
         level: str = 'mlpmatch',  # 'supervised', 'fixmatch', 'unimatch' or 'mlpmatch': sets the next four
         strong_views: int = None,  # 0, 1 or 2; None here and below: as the level says
@@ -42,12 +44,17 @@ class MatchStep:
         lam=0.25,  # λ at the end of training, rising linearly from 0; or a function of progress in [0, 1]
         weights: dict = None,  # of the unlabelled terms, such as {'L_u_s1': 0.5, …}; None: see `reference_weights`
         dropout: float = 0.5,  # share of channels that feature perturbation drops
-        unit: str = 'block',  # what is switched off: one 'block' (the paper), or each 'stage' with probability p (its code)
+        # what is switched off: one 'block' (the paper), or each 'stage' with probability p (its code)
+        unit: str = 'block',
         p: float = 0.25,  # see unit=
-        batch_norm: str = 'frozen',  # with a block switched off running statistics are 'frozen', or 'update' as in the published code
-        pseudo: str = 'train',  # pseudo-labels from the pass in 'train' mode (as published), or from one more in 'eval' mode
-        burn_in=0,  # supervised only at first: this many steps (a whole number) or this share of training (a float below 1)
-        in_parts: bool = False,  # backward after each pass, so that the passes' activations are never in memory together
+        # with a block switched off running statistics are 'frozen', or 'update' as in the published code
+        batch_norm: str = 'frozen',
+        # pseudo-labels from the pass in 'train' mode (as published), or from one more in 'eval' mode
+        pseudo: str = 'train',
+        # supervised only at first: this many steps (a whole number) or this share of training (a float below 1)
+        burn_in=0,
+        # backward after each pass, so that the passes' activations are never in memory together
+        in_parts: bool = False,
         shared: bool = True,  # distributed: all processes switch off the same block, or each its own
         supervised=None,  # loss(logits, masks) of the labelled terms; None: cross-entropy, mean over valid pixels
         ignore_index: int = None,  # label of void pixels, for the default of supervised=
@@ -57,17 +64,31 @@ class MatchStep:
         names = ('strong_views', 'feature_perturbation', 'network_perturbation', 'volatile')
         given = (strong_views, feature_perturbation, network_perturbation, volatile)
         for name, v, default in zip(names, given, MATCH_LEVELS[level]): setattr(self, name, default if v is None else v)
-        for name, v, allowed in (('strong_views', self.strong_views, (0, 1, 2)), *((n, getattr(self, n), (False, True)) for n in names[1:]),
-                                 ('unit', unit, ('block', 'stage')), ('batch_norm', batch_norm, ('frozen', 'update')), ('pseudo', pseudo, ('train', 'eval'))):
+        for name, v, allowed in (('strong_views', self.strong_views, (0, 1, 2)),
+                                 *((n, getattr(self, n), (False, True)) for n in names[1:]),
+                                 ('unit', unit, ('block', 'stage')), ('batch_norm', batch_norm, ('frozen', 'update')),
+                                 ('pseudo', pseudo, ('train', 'eval'))):
             if v not in allowed: raise ValueError(f"{name}= is one of {', '.join(map(str, allowed))}, got {v!r}")
         for name, v in (('cutmix', cutmix), ('dropout', dropout), ('p', p)):
-            if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f"{name}= is a share from 0 to 1, got {v!r}")
-        if isinstance(burn_in, bool) or not isinstance(burn_in, (int, float)) or burn_in < 0 or isinstance(burn_in, float) and burn_in >= 1:
+            if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1:
+                raise ValueError(f"{name}= is a share from 0 to 1, got {v!r}")
+        if isinstance(burn_in, bool) or not isinstance(burn_in, (int, float)) or burn_in < 0 or isinstance(burn_in,
+                float) and burn_in >= 1:
             raise ValueError(f"burn_in= is a number of steps, or a share of training below 1, got {burn_in!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ValueError(f"seed= is a whole number >= 0 or None, got {seed!r}")
-        self.level, self.cutmix, self.dropout, self.unit, self.p, self.batch_norm, self.pseudo = level, cutmix, dropout, unit, p, batch_norm, pseudo
-        self.burn_in, self.in_parts, self.shared, self.seed, self.n_steps = burn_in, in_parts, shared, seed, 0
+        self.level = level
+        self.cutmix = cutmix
+        self.dropout = dropout
+        self.unit = unit
+        self.p = p
+        self.batch_norm = batch_norm
+        self.pseudo = pseudo
+        self.burn_in = burn_in
+        self.in_parts = in_parts
+        self.shared = shared
+        self.seed = seed
+        self.n_steps = 0
         self.loss = MatchLoss(supervised, ignore_index, threshold, lam, weights)
 
     @property
@@ -76,15 +97,18 @@ class MatchStep:
     @property
     def names(self):
         "The terms that there are, after burn-in."
-        on = (True, self.volatile, self.strong_views > 0, self.strong_views > 1, self.feature_perturbation, self.network_perturbation)
+        on = (True, self.volatile, self.strong_views > 0, self.strong_views > 1, self.feature_perturbation,
+              self.network_perturbation)
         return [n for n, is_on in zip(('L_x', 'L_x_np', *UNLABELLED), on) if is_on]
 
     def describe(self) -> str:
         on = [f'{self.strong_views} strong views (CutMix {self.cutmix:g})'] * bool(self.strong_views)
         on += [f'feature perturbation {self.dropout:g}'] * self.feature_perturbation
-        on += [f'network perturbation by {self.unit}'] * self.network_perturbation + [f'volatile learning to λ = {self.loss.lam}'] * self.volatile
+        on += [f'network perturbation by {self.unit}'] * self.network_perturbation + [
+                f'volatile learning to λ = {self.loss.lam}'] * self.volatile
         return (f"MLPMatch, level {self.level}: {', '.join(on) or 'labelled images only'}" +
-                (f"; threshold {self.loss.threshold:g}, pseudo-labels in {self.pseudo} mode, running statistics {self.batch_norm} with a block off, "
+                (f"; threshold {self.loss.threshold:g}, pseudo-labels in {self.pseudo} mode, running statistics "
+                 f"{self.batch_norm} with a block off, "
                  f"burn-in {self.burn_in}" if on else ''))
 
 # %% ../../../nbs/train/methods/05_match_step.ipynb #3a5fd3bb
@@ -102,6 +126,7 @@ def _evaluating(model):
     finally:
         for m, mode in modes: m.training = mode
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #088e8bbb
 def _inner(model): return model.module if isinstance(model, (DistributedDataParallel, nn.DataParallel)) else model
 
 @patch
@@ -110,42 +135,53 @@ def _generator(self:MatchStep, s, what, rank=None):
     words = [self.seed, s.at, what, rank_distrib() if rank is None else rank]
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #fee87f1f
 @patch
 def _clean(self:MatchStep, s):
     if s.on and self.pseudo == 'eval':
         with torch.no_grad(), _evaluating(s.model): s.pseudo = pseudo_labels(s.wrapped(s.weak), s.inside)
         s.sent()
         torch.clear_autocast_cache()   # it holds copies of the weights that were made without a gradient
-    joint, fp = s.on and (self.pseudo == 'train' or self.feature_perturbation), s.on and self.feature_perturbation
+    joint = s.on and (self.pseudo == 'train' or self.feature_perturbation)
+    fp = s.on and self.feature_perturbation
     n, u = len(s.x), len(s.weak) if joint else 0
-    with feature_dropout(s.model, self.dropout, self._generator(s, 0)) if fp else nullcontext(): out = s.forward(torch.cat([s.x, s.weak]) if joint else s.x)
+    with feature_dropout(s.model, self.dropout, self._generator(s, 0)) if fp else nullcontext():
+        out = s.forward(torch.cat([s.x, s.weak]) if joint else s.x)
     parts = _parted(out, [n] + [u] * joint + [n, u] * fp)
     s.pred = parts[0]
     if s.on and s.pseudo is None: s.pseudo = pseudo_labels(parts[1], s.inside)
     terms = {'L_x': self.loss.labelled(s.pred, s.y)}
     return terms | self._compared(s, 'L_u_fp', parts[3], s.pseudo) if fp else terms
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #362062e8
 @patch
 def _network(self:MatchStep, s):
     "With a block switched off."
     volatile, np_ = self.volatile, s.on and self.network_perturbation
     images = [s.x] * volatile + [s.weak] * np_
-    with deactivated(s.model, None, self.unit, self.p, self._generator(s, 1, 0 if self.shared else None), self.batch_norm) as s.off:
+    with deactivated(s.model, None, self.unit, self.p, self._generator(s, 1, 0 if self.shared else None),
+                     self.batch_norm) as s.off:
         parts = list(_parted(s.forward(torch.cat(images)), [len(i) for i in images]))
     terms = {'L_x_np': self.loss.labelled(parts.pop(0), s.y)} if volatile else {}
     return terms | self._compared(s, 'L_u_np', parts[0], s.pseudo) if np_ else terms
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #c1c936d2
 @patch
 def _strong(self:MatchStep, s):
     "The strong views, with boxes of another image in them."
-    views, pseudo, g = s.strong[:self.strong_views], [s.pseudo] * self.strong_views, self._generator(s, 2)
+    views = s.strong[:self.strong_views]
+    pseudo = [s.pseudo] * self.strong_views
+    g = self._generator(s, 2)
     if self.cutmix:
         other = partners(len(s.weak), g)
         boxes = [cutmix_boxes(len(v), tuple(v.shape[-2:]), g, self.cutmix).to(v.device) for v in views]
-        views, pseudo = [cutmix(v, v[other], b) for v, b in zip(views, boxes)], [s.pseudo.mix(b, other) for b in boxes]
+        views = [cutmix(v, v[other], b) for v, b in zip(views, boxes)]
+        pseudo = [s.pseudo.mix(b, other) for b in boxes]
     parts = _parted(s.forward(torch.cat(views)), [len(v) for v in views])
-    return {k: v for name, out, labels in zip(UNLABELLED, parts, pseudo) for k, v in self._compared(s, name, out, labels).items()}
+    return {k: v for name, out, labels in zip(UNLABELLED, parts, pseudo) for k,
+            v in self._compared(s, name, out, labels).items()}
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #0d58c0b0
 @patch
 def _compared(self:MatchStep, s, name, out, pseudo):
     s.more[name.replace('L_u', 'agree')] = agreement(out, pseudo, self.loss.threshold)
@@ -154,7 +190,8 @@ def _compared(self:MatchStep, s, name, out, pseudo):
 # %% ../../../nbs/train/methods/05_match_step.ipynb #c07bf89e
 @contextmanager
 def _buffers_once(model):
-    "Let a distributed model send its buffers before the first forward pass only: gives the function to call after a pass."
+    ("Let a distributed model send its buffers before the first forward pass only: gives the function to call after a "
+     "pass.")
     was = getattr(model, 'broadcast_buffers', None)
     def sent():
         if was: model.broadcast_buffers = False
@@ -162,6 +199,7 @@ def _buffers_once(model):
     finally:
         if was: model.broadcast_buffers = True
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #312f9464
 def _gradients(loss, params, scaler):
     with torch.autocast(loss.device.type, enabled=False):
         grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), params, allow_unused=True)
@@ -172,6 +210,7 @@ def _sum(grads):
     grads = [g for g in grads if g is not None]
     return sum(grads) if grads else None
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #06ae2ef5
 @patch
 def check(self:MatchStep,
     model: nn.Module,  # the network, wrapped or not
@@ -179,22 +218,31 @@ def check(self:MatchStep,
     "Has the network what this level perturbs? An error says what is missing."
     if (self.network_perturbation or self.volatile):
         try: residual_blocks(model, self.unit)
-        except ValueError as e: raise ValueError(f"{e}, or the small unet3plus_slim. For level='unimatch' and below any encoder will do") from None
+        except ValueError as e:
+            raise ValueError(f"{e}, or the small unet3plus_slim. For level='unimatch' and below any encoder will do") from None
     if self.feature_perturbation and _encoder_of(model) in (model, _inner(model)):
-        raise ValueError(f"feature perturbation drops channels between encoder and decoder, but {type(_inner(model)).__name__} has no .encoder or .backbone")
+        raise ValueError(f"feature perturbation drops channels between encoder and decoder, but "
+                         f"{type(_inner(model)).__name__} has no .encoder or .backbone")
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #6ec95235
 @patch
 def _batch(self:MatchStep, x, y, weak, strong1, strong2, inside):
     "Plain tensors, or an error."
     plain = lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t
-    x, y, weak, inside, strong = plain(x), plain(y).long(), plain(weak), plain(inside), [plain(t) for t in (strong1, strong2)]
+    x = plain(x)
+    y = plain(y).long()
+    weak = plain(weak)
+    inside = plain(inside)
+    strong = [plain(t) for t in (strong1, strong2)]
     if self.unlabelled:
         for name, t in {'weak': weak, **{f'strong{i + 1}': strong[i] for i in range(self.strong_views)}}.items():
             if not isinstance(t, Tensor) or t.shape[1:] != x.shape[1:] or t.shape != weak.shape:
                 got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
-                raise ValueError(f"{name} is a batch of images like x, {tuple(x.shape[1:])} each and as many as weak, got {got}")
+                raise ValueError(f"{name} is a batch of images like x, {tuple(x.shape[1:])} each and as many as weak, "
+                                 f"got {got}")
     return x, y, weak, strong, inside
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #78d08788
 @patch
 def step(self:MatchStep,
     model: nn.Module,  # in training mode
@@ -215,10 +263,14 @@ def step(self:MatchStep,
     burning = progress < self.burn_in if isinstance(self.burn_in, float) else at < self.burn_in
     x, y, weak, strong, inside = self._batch(x, y, weak, strong1, strong2, inside)
     on = self.unlabelled and not burning
-    s = SimpleNamespace(model=model_, x=x, y=y, weak=weak, strong=strong, inside=inside, at=at, on=on, pseudo=None, off=[], more={})
-    passes = [self._clean] + [self._network] * ((self.volatile or self.network_perturbation) and not burning) + [self._strong] * (on and self.strong_views > 0)
+    s = SimpleNamespace(model=model_, x=x, y=y, weak=weak, strong=strong, inside=inside, at=at, on=on, pseudo=None,
+                        off=[], more={})
+    passes = [self._clean] + [self._network] * ((self.volatile or self.network_perturbation)
+                                                and not burning) + [self._strong] * (on and self.strong_views > 0)
     factors = self.loss.coefficients(['L_x'] if burning else self.names, progress)
-    terms, parts, params = {}, [], [p for m in (model_, self.loss) for p in m.parameters() if p.requires_grad]
+    terms = {}
+    parts = []
+    params = [p for m in (model_, self.loss) for p in m.parameters() if p.requires_grad]
     with _buffers_once(model) as sent:
         s.wrapped, s.sent = model, sent
         for one_pass in passes:
@@ -233,7 +285,8 @@ def step(self:MatchStep,
     terms = self.loss.collect(terms | s.more, progress)
     if self.in_parts:
         scale = torch.ones_like(terms.total)
-        terms['total'] = _Known.apply(terms.total, scale if scaler is None else scaler.scale(scale), [_sum(g) for g in zip(*parts)], *params)
+        terms['total'] = _Known.apply(terms.total, scale if scaler is None else scaler.scale(scale),
+                                      [_sum(g) for g in zip(*parts)], *params)
     terms.pred, terms.off = s.pred, s.off
     return terms
 
@@ -251,13 +304,15 @@ def _peak(run, device):
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
     return int(np.cumsum([0, *(n for _, n in events)]).max())
 
+# %% ../../../nbs/train/methods/05_match_step.ipynb #c6708d00
 def step_cost(
     model: nn.Module,  # a network; it is copied, and stays as it is
     batch,  # (x, y, weak, strong1, strong2, inside), on the model's device
     methods: dict = None,  # name -> MatchStep; None: the four levels. Ratios are to the first
     n: int = 5,  # rounds
     ignore_index: int = None,  # label of void pixels, for the four levels
-) -> pd.DataFrame:  # a row for each method: seconds (median), time (ratio), megabytes (peak), memory (ratio), rounds, device
+# a row for each method: seconds (median), time (ratio), megabytes (peak), memory (ratio), rounds, device
+) -> pd.DataFrame:
     "Time and memory of a training step, forward and backward, without the optimizer."
     model, device = copy.deepcopy(model).train(), next(model.parameters()).device
     if methods is None: methods = {level: MatchStep(level, ignore_index=ignore_index, seed=0) for level in MATCH_LEVELS}
@@ -272,6 +327,8 @@ def step_cost(
             if i == 1: peaks[name] = _peak(lambda: run(m), device)
             else: run(m)
             seconds[name].append(time.perf_counter() - begin)
-    rows = [{'method': name, 'seconds': float(np.median(v[2:])), 'time': np.nan, 'megabytes': peaks[name] / 2**20} for name, v in seconds.items()]
+    rows = [{'method': name, 'seconds': float(np.median(v[2:])), 'time': np.nan, 'megabytes': peaks[name] / 2**20}
+            for name, v in seconds.items()]
     table = pd.DataFrame(rows)
-    return table.assign(time=table.seconds / table.seconds[0], memory=table.megabytes / table.megabytes[0], rounds=n, device=str(device))
+    return table.assign(time=table.seconds / table.seconds[0], memory=table.megabytes / table.megabytes[0], rounds=n,
+                        device=str(device))

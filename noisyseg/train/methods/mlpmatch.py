@@ -9,7 +9,6 @@ __all__ = ['MLPMatch', 'semi_learner', 'MATCH_LEVELS', 'MatchStep', 'step_cost',
 
 # %% ../../../nbs/train/methods/06_mlpmatch.ipynb #2b0034ad
 import inspect
-
 import numpy as np
 import pandas as pd
 import torch
@@ -20,15 +19,15 @@ from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
-
 from .damp import DAMP
+
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #8dc7021b
 from ..losses import DeepSupervisionLoss, FocalLoss
 from .match_loss import NAMES
 from .match_step import MATCH_LEVELS, MatchStep, step_cost  # noqa: F401  one import serves
 from .sam import SAMCallback
 from ..learner import WeightNoise, segmentation_learner
 from ...nets.unet3plus import unet3plus_slim
-
 _all_ = ['MATCH_LEVELS', 'MatchStep', 'step_cost', 'unet3plus_slim']
 
 # %% ../../../nbs/train/methods/06_mlpmatch.ipynb #399a5df0
@@ -42,8 +41,10 @@ class _Column(Metric):
     @property
     def name(self): return self.term
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #d33a1efc
 class MLPMatch(Callback):
-    "Semi-supervised training with MLPMatch (arXiv 2411.05307), UniMatch (arXiv 2208.09910) or FixMatch, on batches of `semi_dataloaders`."
+    ("Semi-supervised training with MLPMatch (arXiv 2411.05307), UniMatch (arXiv 2208.09910) or FixMatch, on batches "
+     "of `semi_dataloaders`.")
     order, run_valid = 0, False
     @delegates(MatchStep)
     def __init__(self,
@@ -51,8 +52,14 @@ class MLPMatch(Callback):
         columns: bool = True,  # the terms' means as columns of fastai's table
         **kwargs
     ):
-        self.method, self.columns, self.rows, self._fresh, self._again = MatchStep(level, **kwargs), columns, [], [], []
-        self.seed, self._given, self._own_loss = self.method.seed, self.method.seed is not None, kwargs.get('supervised') is None
+        self.method = MatchStep(level, **kwargs)
+        self.columns = columns
+        self.rows = []
+        self._fresh = []
+        self._again = []
+        self.seed = self.method.seed
+        self._given = self.method.seed is not None
+        self._own_loss = kwargs.get('supervised') is None
 
     def describe(self) -> str: return self.method.describe() + (f', seed {self.seed}' if self._given else '')
 
@@ -68,7 +75,10 @@ class MLPMatch(Callback):
         "Go on where another one stopped."
         log = pd.DataFrame({c: v.numpy() for c, v in state['log'].items()} | {'off': list(state['off'])})
         if len(log): log = log.astype({'step': int, 'epoch': int})
-        self.seed, self.method.n_steps, self.rows, self._fresh = state['seed'], state['n_steps'], log.to_dict('records'), []
+        self.seed = state['seed']
+        self.method.n_steps = state['n_steps']
+        self.rows = log.to_dict('records')
+        self._fresh = []
 
 # %% ../../../nbs/train/methods/06_mlpmatch.ipynb #6710eccf
 @patch
@@ -76,21 +86,28 @@ def _flush(self:MLPMatch):
     for row, names, values in self._fresh: self.rows.append(row | dict(zip(names, values.tolist())))
     self._fresh = []
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #0c5ef0fd
 @patch
 def _note(self:MLPMatch, terms):
     "Write a step down."
     if hasattr(self.learn, 'lr_finder'): return
     here = {k: v for k, v in terms.items() if isinstance(v, Tensor)}
-    row = {'step': self.method.n_steps - 1, 'epoch': self.learn.epoch, 'progress': self.learn.pct_train, 'off': ' '.join(terms.off)}
-    self._fresh.append((row | {k: v for k, v in terms.items() if k not in here}, list(here), torch.stack([v.detach().float() for v in here.values()])))
+    row = {'step': self.method.n_steps - 1, 'epoch': self.learn.epoch, 'progress': self.learn.pct_train,
+           'off': ' '.join(terms.off)}
+    self._fresh.append((row | {k: v for k, v in terms.items() if k not in here}, list(here),
+                        torch.stack([v.detach().float() for v in here.values()])))
     if len(self._fresh) >= 256: self._flush()
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #2f3298a3
 @patch
-def frame(self:MLPMatch) -> pd.DataFrame:  # columns step, epoch, progress, off (blocks switched off), total, L_x, L_u_s, …, lam, confident, confidence, agree_…
+# columns step, epoch, progress, off (blocks switched off), total, L_x, L_u_s, …, lam, confident, confidence, agree_…
+def frame(self:MLPMatch) -> pd.DataFrame:
     "The terms and statistics of every step, one row each."
     self._flush()
-    return pd.DataFrame(self.rows, columns=[c for c in ('step', 'epoch', 'progress', 'off', *NAMES) if any(c in r for r in self.rows)])
+    return pd.DataFrame(self.rows, columns=[c for c in ('step', 'epoch', 'progress', 'off', *NAMES)
+                                            if any(c in r for r in self.rows)])
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #4507232d
 @patch
 def epoch_mean(self:MLPMatch,
     term: str,  # a column of `frame`
@@ -99,7 +116,8 @@ def epoch_mean(self:MLPMatch,
     self._flush()
     of_it = []
     for r in reversed(self.rows):
-        if of_it and (r['epoch'] != of_it[-1]['epoch'] or r['progress'] > of_it[-1]['progress']): break   # another epoch, or an earlier fit's
+        # another epoch, or an earlier fit's
+        if of_it and (r['epoch'] != of_it[-1]['epoch'] or r['progress'] > of_it[-1]['progress']): break
         of_it.append(r)
     values = [r[term] for r in of_it if r.get(term, np.nan) == r.get(term)]   # without nan
     return float(np.mean(values)) if values else float('nan')
@@ -112,34 +130,47 @@ def before_fit(self:MLPMatch):
         if isinstance(c, (DAMP, MixHandler)) or isinstance(c, MLPMatch) and c is not self:
             raise ValueError(f"{c.name} and MLPMatch both decide what is done with a batch: take one of them")
         if isinstance(c, SAMCallback) and (c.m is not None or c.batch_part < 1):
-            raise ValueError("SAM's m= and batch_part= split a batch, in which MLPMatch needs all images together: leave them as they are")
+            raise ValueError("SAM's m= and batch_part= split a batch, in which MLPMatch needs all images together: "
+                             "leave them as they are")
         if isinstance(c, WeightNoise) and c.gradient == 'recovered' and m.in_parts:
-            raise ValueError("in_parts=True goes backward before WeightNoise(gradient='recovered') recovers: take gradient='noisy', or in_parts=False")
+            raise ValueError("in_parts=True goes backward before WeightNoise(gradient='recovered') recovers: take "
+                             "gradient='noisy', or in_parts=False")
     m.check(self.learn.model)
     if self._own_loss:
         loss_func = self.learn.loss_func
-        m.loss.supervised = loss_func if isinstance(loss_func, DeepSupervisionLoss) else DeepSupervisionLoss(loss_func, normalize=True)
+        m.loss.supervised = loss_func if isinstance(loss_func, DeepSupervisionLoss) else DeepSupervisionLoss(loss_func,
+                normalize=True)
     self._trains, self._keeps = False, any(isinstance(c, SAMCallback) for c in cbs)
     self._drop_columns()
     shown = [n for n in m.names if n[:-1] != 'L_u_s'] + ['L_u_s'] * bool(m.strong_views) + ['confident'] * m.unlabelled
     if self.columns: self.learn.metrics = [*self.learn.metrics, *(_Column(self, n) for n in shown)]
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #3ec533c5
 @patch
 def _drop_columns(self:MLPMatch): self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, _Column)]
+
 @patch
 def before_train(self:MLPMatch): self._trains, self._again, self.learn._do_one_batch = True, [], self._one_batch
+
 @patch
 def before_validate(self:MLPMatch):
     if not self._trains: self._drop_columns()   # a validation of its own, outside of fit
+
 @patch
-def after_batch(self:MLPMatch): self.learn._do_one_batch = self._one_batch   # each batch removes it first, so that nothing stays behind when a batch fails
+# each batch removes it first, so that nothing stays behind when a batch fails
+def after_batch(self:MLPMatch): self.learn._do_one_batch = self._one_batch
+
 @patch
 def after_step(self:MLPMatch): self._again = []
+
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #8a8d8918
 @patch
 def after_train(self:MLPMatch): self.learn.__dict__.pop('_do_one_batch', None)
+
 @patch
 def after_fit(self:MLPMatch): self._drop_columns()
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #0cdbb395
 @patch
 def _draw_seed(self:MLPMatch):
     "At the first batch, so that a run which goes on from a file has had its chance to say which."
@@ -150,6 +181,7 @@ def _draw_seed(self:MLPMatch):
         self.seed = box[0]
     self.method.seed = self.seed
 
+# %% ../../../nbs/train/methods/06_mlpmatch.ipynb #a103d57e
 @patch
 def _one_batch(self:MLPMatch):
     "`Learner._do_one_batch` with all passes for its forward pass."
@@ -158,7 +190,8 @@ def _one_batch(self:MLPMatch):
     if not l.training: return l._do_one_batch()
     batch = (*l.xb, *l.yb)
     if len(batch) != 6:
-        raise ValueError(f"MLPMatch needs batches (x, y, weak, strong1, strong2, inside), as semi_dataloaders makes them, got {len(batch)} parts")
+        raise ValueError(f"MLPMatch needs batches (x, y, weak, strong1, strong2, inside), as semi_dataloaders makes "
+                         f"them, got {len(batch)} parts")
     if m.seed is None or m.seed != self.seed: self._draw_seed()
     weak = batch[2]
     # SAM passes a batch twice, with the same draws
@@ -179,7 +212,9 @@ def _one_batch(self:MLPMatch):
 @delegates(MatchStep)
 def semi_learner(
     dls,  # DataLoaders from `semi_dataloaders`, `semi_scenes`, …
-    arch=unet3plus_slim,  # a model factory, called as arch(n_classes, **arch_args), or a module; above level 'unimatch' one with residual blocks
+    # a model factory, called as arch(n_classes, **arch_args), or a module; above level 'unimatch' one with residual
+    # blocks
+    arch=unet3plus_slim,
     level: str = 'mlpmatch',  # 'supervised', 'fixmatch', 'unimatch' or 'mlpmatch'
     loss_func=None,  # of the labelled terms and of validation; None: cross-entropy, mean over valid pixels
     n_classes: int = None,  # None: as dls says
@@ -198,6 +233,7 @@ def semi_learner(
     if loss_func is None: loss_func = DeepSupervisionLoss(FocalLoss(gamma=0, ignore_index=void), normalize=True)
     method = MLPMatch(level, columns, **settings)
     cbs = [method, *(list(cbs) if isinstance(cbs, (list, tuple)) else [] if cbs is None else [cbs])]
-    learn = segmentation_learner(dls, arch, law, loss_func, n_classes, ignore_index, arch_args, noise_args, metrics, cbs, **kwargs)
+    learn = segmentation_learner(dls, arch, law, loss_func, n_classes, ignore_index, arch_args, noise_args, metrics,
+                                 cbs, **kwargs)
     method.method.check(learn.model)
     return learn

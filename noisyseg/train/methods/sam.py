@@ -30,9 +30,11 @@ from ..learner import WeightNoise
 # %% ../../../nbs/train/methods/03_sam.ipynb #27505304
 def _default_rho(rho, adaptive): return (0.5 if adaptive else 0.05) if rho is None else rho
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #5c6815e1
 class SAM(torch.optim.Optimizer):
     "Sharpness-aware minimization around any optimizer (SAM, arXiv 2010.01412; ASAM, arXiv 2102.11600)."
-    _step_supports_amp_scaling = True  # GradScaler then calls step() in any case, and the weights come back also when it finds infinities
+    # GradScaler then calls step() in any case, and the weights come back also when it finds infinities
+    _step_supports_amp_scaling = True
     # They are the base optimizer's own; torch's initialization and unpickling would set them anew.
     param_groups = property(lambda self: self.base.param_groups, lambda self, v: None)
     state = property(lambda self: self.base.state, lambda self, v: None)
@@ -52,11 +54,15 @@ class SAM(torch.optim.Optimizer):
         if not isinstance(base, torch.optim.Optimizer): raise TypeError(
             f"base is an optimizer already made, such as SGD(model.parameters(), lr=0.1), got {base!r}")
         self.base, self.every = base, _count('every', every)
-        self._given = dict(rho=_number('rho', _default_rho(rho, adaptive)), adaptive=bool(adaptive), eta=_number('eta', eta))
-        self.ascent, self._n_steps, self._begun = Ascent(model, where, sync, same_draws), 0, False
+        self._given = dict(rho=_number('rho', _default_rho(rho, adaptive)), adaptive=bool(adaptive),
+                           eta=_number('eta', eta))
+        self.ascent = Ascent(model, where, sync, same_draws)
+        self._n_steps = 0
+        self._begun = False
         super().__init__(base.param_groups, base.defaults)
 
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != 'step'}   # a scheduler's, and bound to this one
+    # a scheduler's, and bound to this one
+    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != 'step'}
 
     def add_param_group(self,
         group: dict,  # params, and what differs from the defaults: lr, rho, …
@@ -72,7 +78,8 @@ class SAM(torch.optim.Optimizer):
             for k, v in self._given.items(): g.setdefault(k, v)
             _number("a group's rho", g['rho']), _number("a group's eta", g['eta'])
             if lost := [p for p in g['params'] if p not in self.ascent.names]:
-                raise ValueError(f"a parameter of shape {tuple(lost[0].shape)} in group {i} of the optimizer is none of the model's: "
+                raise ValueError(f"a parameter of shape {tuple(lost[0].shape)} in group {i} of the optimizer is none "
+                                 f"of the model's: "
                                  "pass the model that the optimizer was made for, several as nn.ModuleList([...])")
 
     def zero_grad(self, set_to_none: bool = True): self.base.zero_grad(set_to_none)
@@ -87,13 +94,15 @@ class SAM(torch.optim.Optimizer):
     ):
         "Change rho; the optimizer, its momentum and its schedule go on."
         rhos = list(rho) if isinstance(rho, (list, tuple)) else [rho] * len(self.param_groups)
-        if len(rhos) != len(self.param_groups): raise ValueError(f"rho is a number, or one for each of the {len(self.param_groups)} groups, got {rho!r}")
+        if len(rhos) != len(self.param_groups):
+            raise ValueError(f"rho is a number, or one for each of the {len(self.param_groups)} groups, got {rho!r}")
         for g, r in zip(self.param_groups, rhos): g['rho'] = _number('rho', r)
 
 # %% ../../../nbs/train/methods/03_sam.ipynb #4d0d5397
 @patch
 def step(self:SAM,
-    closure=None,  # computes the loss, calls backward and returns the loss; a list of closures: parts that climb each by itself
+    # computes the loss, calls backward and returns the loss; a list of closures: parts that climb each by itself
+    closure=None,
     ascent=None,  # closure (or list) for the first pass, if it is another one: on a part of the batch, say
     weights=None,  # shares of the closures in the mean; None: all the same
     scaler=None,  # torch.amp.GradScaler that scales the loss in the closure; call its update() afterwards
@@ -102,14 +111,17 @@ def step(self:SAM,
     if closure is None: return self._finish()
     closures, ascents = ([c] if callable(c) else list(c) for c in (closure, closure if ascent is None else ascent))
     if not closures or not all(map(callable, closures + ascents)) or len(closures) != len(ascents):
-        raise TypeError(f"step takes a closure or a list of closures, and as many for the ascent, got {closure!r} and {ascent!r}")
+        raise TypeError(f"step takes a closure or a list of closures, and as many for the ascent, got {closure!r} and "
+                        f"{ascent!r}")
     self.ascent.recover()   # a first_step that was never followed by a second
-    with torch.enable_grad(): losses = self.ascent.gradients(self.param_groups, list(zip(ascents, closures)), weights, self.climbs)
+    with torch.enable_grad():
+        losses = self.ascent.gradients(self.param_groups, list(zip(ascents, closures)), weights, self.climbs)
     self._n_steps, self._begun = self._n_steps + 1, False
     if scaler is None: self.base.step()
     else: scaler.step(self.base)
     return losses[0] if callable(closure) else losses
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #ec80acea
 @patch
 def first_step(self:SAM) -> bool:  # is a second gradient needed?
     "After backward(): climb along the gradient and clear it."
@@ -124,16 +136,20 @@ def second_step(self:SAM):
     "After the second backward(): put weights and buffers back and let the base optimizer step."
     return self.step()
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #c94977a1
 @patch
 def _finish(self:SAM):
-    if not self._begun: raise RuntimeError("step() without a closure ends what first_step() began: call first_step() before, or step(closure). "
+    if not self._begun:
+        raise RuntimeError("step() without a closure ends what first_step() began: call first_step() before, or "
+                           "step(closure). "
                                            "In a fastai Learner use SAMCallback")
     self.ascent.recover()
     self._n_steps, self._begun = self._n_steps + 1, False
     if (found := getattr(self, 'found_inf', None)) is not None:   # called by GradScaler.step
         if float(found): return
         if self.grad_scale is not None:
-            for p in (p for g in self.param_groups for p in g['params'] if p.grad is not None): p.grad.mul_(1 / float(self.grad_scale))
+            for p in (p for g in self.param_groups for p in g['params'] if p.grad is not None):
+                p.grad.mul_(1 / float(self.grad_scale))
     self.base.step()
 
 # %% ../../../nbs/train/methods/03_sam.ipynb #658323fe
@@ -142,6 +158,7 @@ def state_dict(self:SAM) -> dict:
     "The base optimizer's state dict, with one key more; the base optimizer can load it too."
     return {**self.base.state_dict(), 'sam': {'n_steps': self._n_steps}}
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #35e95c86
 @patch
 def load_state_dict(self:SAM,
     state_dict: dict,  # from `SAM.state_dict`, or the base optimizer's own
@@ -155,9 +172,12 @@ def load_state_dict(self:SAM,
 # %% ../../../nbs/train/methods/03_sam.ipynb #7fb9b251
 class SAMCallback(Callback):
     "SAM in a fastai Learner (SAM, arXiv 2010.01412; ASAM, arXiv 2102.11600)."
-    order, run_valid = GradientAccumulation.order + 1, False  # once the step is certain, and before mixed precision and clipping see the gradients
+    # once the step is certain, and before mixed precision and clipping see the gradients
+    order, run_valid = GradientAccumulation.order + 1, False
     def __init__(self,
-        rho=None,  # a number, a function of progress in [0, 1] (fastai's schedules), ByEpoch, or a list for the parameter groups; None: 0.05, ASAM 0.5
+        # a number, a function of progress in [0, 1] (fastai's schedules), ByEpoch, or a list for the parameter
+        # groups; None: 0.05, ASAM 0.5
+        rho=None,
         adaptive: bool = False,  # ASAM: distances relative to each weight
         eta: float = 0.01,  # ASAM: added to each weight's size
         m: int = None,  # samples that share an ascent (m-sharpness); None: all that go into a step
@@ -167,13 +187,24 @@ class SAMCallback(Callback):
         sync: bool = False,  # distributed: climb along all processes' gradient, not each along its own
         same_draws: bool = True,  # both passes see the same dropout masks
     ):
-        self.rho, self.adaptive, self.eta, self.every = _default_rho(rho, adaptive), bool(adaptive), _number('eta', eta), _count('every', every)
+        self.rho = _default_rho(rho, adaptive)
+        self.adaptive = bool(adaptive)
+        self.eta = _number('eta', eta)
+        self.every = _count('every', every)
         if not callable(self.rho):
             for r in self.rho if isinstance(self.rho, (list, tuple)) else [self.rho]: _number('rho', r)
         self.m = None if m is None else _count('m', m)
-        if _number('batch_part', batch_part, strict=True) > 1: raise ValueError(f"batch_part is a share, above 0 and at most 1, got {batch_part!r}")
-        self.batch_part, self.where, self.sync, self.same_draws = batch_part, where, sync, same_draws
-        self.rhos, self._kept, self._ascent, self._stand, self._work = [], [], None, None, None
+        if _number('batch_part', batch_part, strict=True) > 1:
+            raise ValueError(f"batch_part is a share, above 0 and at most 1, got {batch_part!r}")
+        self.batch_part = batch_part
+        self.where = where
+        self.sync = sync
+        self.same_draws = same_draws
+        self.rhos = []
+        self._kept = []
+        self._ascent = None
+        self._stand = None
+        self._work = None
 
     def describe(self) -> str:
         given = dict(rho=self.rho, m=self.m, batch_part=self.batch_part, every=self.every, where=self.where)
@@ -195,19 +226,27 @@ class SAMCallback(Callback):
         state: dict,  # from `state_dict`
     ):
         "Count on where another run stopped, after a whole step."
-        self._n_steps, self.rhos, self._due, self._kept = state['n_steps'], list(state['rhos']), None, []
+        self._n_steps = state['n_steps']
+        self.rhos = list(state['rhos'])
+        self._due = None
+        self._kept = []
 
     def before_train(self):
-        if (self.m is not None or self.batch_part < 1) and (mix := next((c for c in self.learn.cbs if isinstance(c, MixHandler)), None)):
-            raise ValueError(f"{mix.name} keeps the labels of the whole batch, so that it can't be split: leave m= and batch_part= as they are")
+        if (self.m is not None or self.batch_part < 1) and (mix := next((c for c in self.learn.cbs
+                if isinstance(c, MixHandler)), None)):
+            raise ValueError(f"{mix.name} keeps the labels of the whole batch, so that it can't be split: leave m= and "
+                             f"batch_part= as they are")
         self._ascent = Ascent(self.learn.model, self.where, self.sync, self.same_draws)
         self.after_batch()   # ready for the first
 
     def _groups(self):
-        lists, rho = self.learn.opt.param_lists, rho_at(self.rho, self.learn.pct_train, self.learn.epoch)
+        lists = self.learn.opt.param_lists
+        rho = rho_at(self.rho, self.learn.pct_train, self.learn.epoch)
         rhos = list(rho) if hasattr(rho, '__len__') else [rho] * len(lists)
-        if len(rhos) != len(lists): raise ValueError(f"rho is a number, or one for each of the {len(lists)} parameter groups, got {rho!r}")
-        return [dict(params=list(ps), rho=_number('rho', float(r)), adaptive=self.adaptive, eta=self.eta) for ps, r in zip(lists, rhos)]
+        if len(rhos) != len(lists):
+            raise ValueError(f"rho is a number, or one for each of the {len(lists)} parameter groups, got {rho!r}")
+        return [dict(params=list(ps), rho=_number('rho', float(r)), adaptive=self.adaptive, eta=self.eta) for ps,
+                r in zip(lists, rhos)]
 
 # %% ../../../nbs/train/methods/03_sam.ipynb #b701c82d
 @patch
@@ -220,23 +259,29 @@ def after_batch(self:SAMCallback):
 @patch
 def after_train(self:SAMCallback): self.learn.__dict__.pop('_do_one_batch', None)
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #743a673a
 @patch
 def _one_batch(self:SAMCallback, learn):
     learn.__dict__.pop('_do_one_batch', None)
     if self.learn is not learn or not learn.training or not len(learn.yb): return learn._do_one_batch()
     groups = self._groups()
-    if self._due is None: self._due = self._n_steps % self.every == 0 and any(g['rho'] for g in groups)   # settled for all batches of a step
+    # settled for all batches of a step
+    if self._due is None: self._due = self._n_steps % self.every == 0 and any(g['rho'] for g in groups)
     if not self._due: return self._work()
     if self.m is None: self._ascent.guarded(self._first, groups)
     else: self._each_part(groups)
     learn._with_events(learn._step, 'step', CancelStepException)
     learn.opt.zero_grad()
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #8c134abe
 @patch
 def after_step(self:SAMCallback):
     self.rhos.append(max(g['rho'] for g in self._groups()) if self._due else 0.)
-    self._n_steps, self._due, self._kept = self._n_steps + 1, None, []
+    self._n_steps = self._n_steps + 1
+    self._due = None
+    self._kept = []
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #9a193106
 @patch
 def _pass(self:SAMCallback, xb, yb, whole=None):
     "Forward and backward, with all events; `whole` are the targets by whose number the loss is scaled."
@@ -257,9 +302,13 @@ def _pass(self:SAMCallback, xb, yb, whole=None):
 class _Seen:
     "A batch, and what was drawn for it, to pass through once more."
     def __init__(self, cb, xb, yb, params):
-        self.xb, self.yb, self.noise, damp = xb, yb, {}, [c for c in cb.learn.cbs if isinstance(c, DAMP)]
+        self.xb = xb
+        self.yb = yb
+        self.noise = {}
+        damp = [c for c in cb.learn.cbs if isinstance(c, DAMP)]
         for c in damp: c._prepare()
-        self.damp, self.rng = {c: c._generator.get_state() for c in damp}, _Draws(params) if cb.same_draws else None
+        self.damp = {c: c._generator.get_state() for c in damp}
+        self.rng = _Draws(params) if cb.same_draws else None
 
     def keep_noise(self, noises): self.noise = {c: [z.clone() for z in c._clone._z] for c in noises if c.draw == 'step'}
 
@@ -269,8 +318,10 @@ class _Seen:
         for c, zs in self.noise.items():
             for z, kept in zip(c._clone._z, zs): z.copy_(kept)
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #3ff47a67
 @patch(as_prop=True)
-def _noises(self:SAMCallback): return [c for c in self.learn.cbs if isinstance(c, WeightNoise) and c.when != 'valid' and c._clone is not None]
+def _noises(self:SAMCallback):
+    return [c for c in self.learn.cbs if isinstance(c, WeightNoise) and c.when != 'valid' and c._clone is not None]
 
 @patch
 @HoldInterrupts.within
@@ -280,6 +331,7 @@ def _enter(self:SAMCallback):
     for c in self.learn.cbs.sorted('order'):
         if isinstance(c, MixedPrecision) or getattr(c, 'every_pass', False): c.before_batch()
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #381cce31
 @patch
 def _part(self:SAMCallback, batch):
     n = math.ceil(self.batch_part * find_bs(batch))
@@ -296,15 +348,20 @@ def _first(self:SAMCallback, groups):
 
 @patch
 def after_cancel_batch(self:SAMCallback):
-    if self._kept: self._kept[-1].keep_noise(self._noises)   # more batches go into this step, and noise will be drawn for them
+    # more batches go into this step, and noise will be drawn for them
+    if self._kept: self._kept[-1].keep_noise(self._noises)
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #ce4a00d3
 @patch
 def before_step(self:SAMCallback):
     if self._kept: self._ascent.guarded(self._second)
 
+# %% ../../../nbs/train/methods/03_sam.ipynb #f490872a
 @patch
 def _second(self:SAMCallback):
-    learn, groups, ddp = self.learn, self._groups(), self._ascent.ddp
+    learn = self.learn
+    groups = self._groups()
+    ddp = self._ascent.ddp
     first = {k: getattr(learn, k) for k in ('xb', 'yb', 'pred', 'loss', 'loss_grad')}
     if not self._ascent.climb(groups): return
     params = [p for g in groups for p in g['params']]
@@ -314,7 +371,8 @@ def _second(self:SAMCallback):
     for i, seen in enumerate(self._kept):
         seen.put_back()
         self._enter()
-        with ddp.no_sync() if ddp is not None and i + 1 < len(self._kept) else nullcontext(): self._pass(seen.xb, seen.yb)
+        with ddp.no_sync() if ddp is not None and i + 1 < len(self._kept) else nullcontext():
+            self._pass(seen.xb, seen.yb)
     if self.same_draws: now.put_back()
     self._ascent.recover()
     if self.batch_part < 1: first['pred'] = learn.pred   # the first pass has seen a part only
@@ -323,8 +381,13 @@ def _second(self:SAMCallback):
 # %% ../../../nbs/train/methods/03_sam.ipynb #ad812bcd
 @patch
 def _each_part(self:SAMCallback, groups):
-    learn, xb, yb = self.learn, self.learn.xb, self.learn.yb
-    n, seen, preds, losses = find_bs(yb), {}, {}, {}
+    learn = self.learn
+    xb = self.learn.xb
+    yb = self.learn.yb
+    n = find_bs(yb)
+    seen = {}
+    preds = {}
+    losses = {}
     def job(i):
         x, y = (apply(lambda t: t[i:i + self.m], b) for b in (xb, yb))
         def ascend():
@@ -340,5 +403,8 @@ def _each_part(self:SAMCallback, groups):
         return ascend, descend
     starts = range(0, n, self.m)
     self._ascent.gradients(groups, [job(i) for i in starts], [min(self.m, n - i) for i in starts], onto=True)
-    learn.xb, learn.yb, learn.pred, learn.loss = xb, yb, to_concat(list(preds.values())), sum(losses.values())
+    learn.xb = xb
+    learn.yb = yb
+    learn.pred = to_concat(list(preds.values()))
+    learn.loss = sum(losses.values())
     learn.loss_grad = learn.loss.clone()
