@@ -17,7 +17,8 @@ from noisyseg.data.datasets import scenes
 from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.train.learner import save_model, segmentation_learner
+from noisyseg.train.checkpoints import save_model
+from noisyseg.train.learner import segmentation_learner
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 FOLDER = Path(noisyseg.__file__).parent/'show'/'models'
