@@ -17,7 +17,8 @@ from noisyseg.perturb.laws import AbsoluteGaussian, RelativeGaussian
 from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
 from noisyseg.show.predictor import usable_laws
 from noisyseg.measure.sweeps import noise_sweep
-from noisyseg.train.learner import WeightNoise, read_card, save_model
+from noisyseg.train.checkpoints import read_card, save_model
+from noisyseg.train.learner import WeightNoise
 
 
 def net(seed=0):
