@@ -27,7 +27,7 @@ from ..data.files import distinct_palette, to_rgb
 from .predictor import NoisyPredictor, law_form, law_of, law_values, not_corruptible, usable_laws
 from ..perturb.selectors import as_selector, conv_and_linear, conv_and_norm, kernels_and_scales, weight_sites
 from ..basics import write_atomic
-from ..train.learner import load_model
+from ..train.checkpoints import load_model
 
 # %% ../../nbs/show/06_explorer.ipynb #f5d4eff2
 def demo_models() -> dict:  # 'clean-trained' and 'noise-trained' -> UNet3Plus for 128×128 scenes
