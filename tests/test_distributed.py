@@ -27,13 +27,15 @@ from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, rank_distrib
 from torch import nn
 
-from noisyseg.train import learner as training
+from noisyseg.train import checkpoints as saving
 from noisyseg.train.methods.damp import DAMP
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.methods.mlpmatch import semi_learner, unet3plus_slim
 from noisyseg.train.methods.sam import SAMCallback
-from noisyseg.train.learner import WeightNoise, save_model, segmentation_learner
+from noisyseg.basics import unwrapped
+from noisyseg.train.checkpoints import save_model
+from noisyseg.train.learner import WeightNoise, segmentation_learner
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.data.semi_supervised import semi_scenes
 
@@ -146,20 +148,20 @@ class SaveEach(Callback):
 
 def checkpoints(out):
     "A network with batch norm, validated and saved in the middle of a fit and after it."
-    written, write = [], training.write_atomic
-    training.write_atomic = lambda path, data, **kw: (written.append(Path(path).name), write(path, data, **kw))[1]
+    written, write = [], saving.write_atomic
+    saving.write_atomic = lambda path, data, **kw: (written.append(Path(path).name), write(path, data, **kw))[1]
     save = SaveEach(out/'middle')
     learn = fit(noise(seed=7, when='valid'), save, model=unet(), loss_func=None, epochs=1, n_valid=11)
     back = save_model(learn, out/'end.safetensors', dataset='scenes')
     learn.remove_cb(save)
     drawn = learn.weight_noise.state_dict()
     with across(learn), learn.no_bar(): preds, truth = learn.get_preds()
-    training.write_atomic = write
+    saving.write_atomic = write
     with torch.no_grad(): nudge(learn.model, torch.Generator().manual_seed(0))
     learn.weight_noise.load_state_dict(drawn)
     with across(learn), learn.no_bar(): nudged, _ = learn.get_preds()
-    return {'nudged': nudged.as_subclass(torch.Tensor),
-            'written': written, 'paths': [str(save.path_back), str(back)], 'values': list(map(float, learn.recorder.values[-1])),
+    return {'nudged': nudged.as_subclass(torch.Tensor), 'written': written, 'paths': [str(save.path_back), str(back)],
+            'values': list(map(float, learn.recorder.values[-1])),
             'preds': preds.as_subclass(torch.Tensor), 'truth': truth.as_subclass(torch.Tensor)}
 
 class FailsOn1(Callback):
@@ -176,7 +178,7 @@ def failure(out):
     try:
         with across(learn), learn.no_bar(), learn.no_logging(): learn.fit(1)
     except BaseException as e: error, found = e, {'error': f'{type(e).__name__}: {e}', 'seconds': time.time() - t}
-    model = training._unwrapped(learn.model)
+    model = unwrapped(learn.model)
     found |= {'injected': cb[0]._clone.injected, 'climbed': cb[1]._ascent.climbed, 'digests': learn.diary.digests,
               'digest': hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()}
     (out/f'failure-{rank}.json').write_text(json.dumps(found))
