@@ -17,7 +17,7 @@ from noisyseg.nets.unet3plus import unet3plus_resnet34, unet3plus_small
 
 
 class NoReuse(nullcontext):
-    "Stands in for Reuse, and keeps nothing."
+    "Stands in for PrefixCache, and keeps nothing."
     def __init__(self, *args): super().__init__()
     def start(self): pass
 
@@ -28,9 +28,9 @@ def pictures(n, size, device):
 
 def swapped(reuse, f):
     def run():
-        kept, noisyseg.measure.sweeps.Reuse = noisyseg.measure.sweeps.Reuse, reuse
+        kept, noisyseg.measure.sweeps.PrefixCache = noisyseg.measure.sweeps.PrefixCache, reuse
         try: return f()
-        finally: noisyseg.measure.sweeps.Reuse = kept
+        finally: noisyseg.measure.sweeps.PrefixCache = kept
     return run
 
 def sweeps(plan):
@@ -50,7 +50,7 @@ def sweeps(plan):
             pd.testing.assert_frame_equal(*(f() for f in ways.values()))
             times = plan.in_turns(ways, warm_up=0)
             rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}
-            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without Reuse',
+            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without PrefixCache',
                       times['other'], per_second=rate['ours'],
                       note=f'{rate["ours"]:.1f} evaluations a second, without {rate["other"]:.1f}')
     yield from batched_draws(plan)
