@@ -160,7 +160,7 @@ def test_without_a_network(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         asked.append(args)
         raise OSError('Network is unreachable')
-    monkeypatch.setattr('noisyseg.data.archives.urlopen', refuse)
+    monkeypatch.setattr('noisyseg.data.archives.build_opener', refuse)
     for f in (camvid, voc, sbd):
         with pytest.raises(MissingData, match=r'(?s)Network is unreachable.*NOISYSEG_DATA.*scenes\(\)'): f()
     assert len(asked)==3
