@@ -366,5 +366,5 @@ def test_memory_stays_flat():
 def test_the_gallery_is_small_and_made_of_this_code():
     folder = root/'nbs'/'explorer'
     assert sum(p.stat().st_size for p in folder.iterdir()) < 6e6
-    assert sum(p.stat().st_size for p in (root/'noisyseg'/'models').iterdir()) < 3e6
-    assert (folder/'explorer.js').read_text() == (root/'noisyseg'/'explorer.js').read_text()
+    assert sum(p.stat().st_size for p in (root/'noisyseg'/'show'/'models').iterdir()) < 3e6
+    assert (folder/'explorer.js').read_text() == (root/'noisyseg'/'show'/'explorer.js').read_text()

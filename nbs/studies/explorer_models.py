@@ -1,4 +1,4 @@
-"""Train the two networks that the explorer shows when it is given none; they are packaged in noisyseg/models.
+"""Train the two networks that the explorer shows when it is given none; they are packaged in noisyseg/show/models.
 
     python nbs/studies/explorer_models.py clean        # and: noise-trained
     python nbs/studies/explorer_models.py gallery      # what they predict, for the explorer on the site: nbs/explorer
