@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import derive
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from conftest import copy_project, nb_id, notebooks, project_files, read_nb, root
@@ -238,6 +239,25 @@ def test_index_says_where_to_go():
     there = set(re.findall(r'\]\(([\w/]+\.ipynb)', text))
     assert {o.split('/')[0] for o in there} >= set(derive.SECTIONS)
     assert not {nb_id(p) for p in notebooks() if p.parent.name in ('tutorials', 'studies')} - there
+
+
+def result_rows():
+    "The results on the front page, made anew from the rows of the CamVid study"
+    df = pd.read_csv(root/'nbs'/'studies'/'camvid_weight_noise.csv')
+    df = df[df.metric == 'mIoU']
+    for name, model in {'clean': 'clean', 'under 5 % noise': 'n = 5 %', 'under 10 % noise': 'n = 10 %'}.items():
+        cells = []
+        for level in 0, .05, .1, .15:
+            seeds = 100 * df[(df.model == model) & (df.level == level)].groupby('train_seed').value.mean()
+            cells.append(f'{seeds.mean():.1f} ({", ".join(f"{v:.1f}" for v in seeds)})')
+        yield f'| {" | ".join([name, *cells])} |'
+
+
+def test_results_on_the_front_page():
+    "The one table of results in README.md holds the numbers of the study, and is no longer than that"
+    text = (root/'README.md').read_text()
+    assert '\n'.join(result_rows()) in text
+    assert len(text.splitlines()) <= 150
 
 
 def in_project(link):
