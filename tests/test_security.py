@@ -510,7 +510,7 @@ def test_names_are_text_in_the_explorer(tmp_path, page):
         opened(page, f'{url}/index.html')
         seen.append(harmless(page))
     for text in seen: assert all(n in text for n in EVIL), [n for n in EVIL if n not in text]
-    source = (root/'noisyseg'/'explorer.js').read_text()
+    source = (root/'noisyseg'/'show'/'explorer.js').read_text()
     assert not re.search(r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function', source)
 
 def test_names_are_text_in_reports(tmp_path, page):
