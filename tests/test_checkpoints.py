@@ -72,7 +72,7 @@ def test_a_wrapped_part_changes_no_name(tmp_path):
     plain = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1))
     assert [s.name for s in select(net)] == [s.name for s in select(plain)]
     load_model(save_model(net, tmp_path/'net'), plain)
-    assert torch.equal(plain[0][0].weight, net[0][0].weight) and torch.equal(plain[1].weight, net[1].weight)
+    assert torch.equal(plain[0][0].weight, net[0]._orig_mod[0].weight) and torch.equal(plain[1].weight, net[1].weight)
     load_model(tmp_path/'net', net)
     assert plain_name(net, '0._orig_mod.0.weight') == '0.0.weight'
 
