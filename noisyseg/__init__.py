@@ -1,7 +1,8 @@
 """noisyseg: what happens to a network when its weights are not what training left behind.
 
-The names that people type stand here and are loaded when they are first used, so that `import noisyseg` costs next to nothing.
-All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`, `train`, `show`."""
+The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
+All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
+`train`, `show`."""
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -19,7 +20,8 @@ _names = {
     'nets.unet3plus': ['UNet3Plus', 'unet3plus_tiny', 'unet3plus_slim'],
     'nets.deeplab': ['deeplabv3plus'],
     'nets.classifiers': ['resnet20'],
-    'measure.sweeps': ['noise_sweep', 'layer_sensitivity'],
+    'measure.sweeps': ['sweep'],
+    'measure.sensitivity': ['layer_sensitivity'],
     'measure.store': ['load_sweep'],
     'measure.summary': ['summarise', 'paired_difference'],
     'train.learner': ['segmentation_learner', 'WeightNoise'],
@@ -30,7 +32,8 @@ _names = {
     'train.methods.mlpmatch': ['MLPMatch', 'semi_learner'],
     'show.plots': ['plot_sweep'],
     'show.pictures': ['plot_prediction'],
-    'show.card': ['robustness_card', 'plot_card'],
+    'measure.card': ['robustness_card'],
+    'show.card': ['plot_card'],
     'show.explorer': ['NoiseExplorer'],
     'show.monitor': ['TrainingMonitor'],
 }

@@ -29,11 +29,11 @@ from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian
 from noisyseg.train.losses import FocalLoss, HybridLoss, IoULoss, MSSSIMLoss
 from noisyseg.measure.metrics import ConfusionMeter
-from noisyseg.perturb.clone import _active, clone_weights, perturbed
+from noisyseg.perturb.clone import clone_weights, holding, perturbed
 from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.report import report_html
 from noisyseg.perturb.selectors import kernels_and_scales, select
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.sweeps import sweep
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
@@ -81,8 +81,8 @@ def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in s
 def batch(n=2): return torch.rand(n, 3, 32, 32), torch.randint(0, 3, (n, 32, 32))
 
 WRITERS = {'checkpoint': lambda folder, seed: save_model(unet3plus_tiny(3 + seed), folder/'net', dataset=f'{seed}'),
-           'sweep': lambda folder, seed: noise_sweep({'a': Net()}, [batch()], MaxGaussian(0.1), [0, 0.1], draws=40,
-                                                     store=folder/'sweep', progress=False),
+           'sweep': lambda folder, seed: sweep({'a': Net()}, [batch()], MaxGaussian(0.1), levels=[0, 0.1], draws=40,
+                                                     store=folder/'sweep.csv', progress=False),
            'report': lambda folder, seed: report_html([('one', 'text ' * 20_000), f'{seed}'], folder/'report.html'),
            'explorer page': lambda folder, seed: explorer().to_html(folder/'page.html'),
            'explorer site': lambda folder, seed: explorer().to_site(folder/'site', samples=[0], seeds=[0])}
@@ -285,7 +285,7 @@ def test_an_exception_inside_a_law(error, rng):
         clone.inject(Fails(0.1, 99), 0)
         with pytest.raises(error): clone.rescale(2.)
         assert same(before, bits(net))
-    assert not [r for r in _active if r() is not None and r().injected]
+    assert not holding()
 
 class Tied(nn.Module):
     def __init__(self):
@@ -319,7 +319,7 @@ def test_blocks_that_overlap_in_any_order(data):
         finally:   # hypothesis gives up on some examples half way
             for block in opened: block.__exit__(None, None, None)
     assert same(before, bits(net))
-    assert not [r for r in _active if r() is not None and r().injected]
+    assert not holding()
 
 def test_ctrl_c_still_works_after_blocks_that_overlap():
     import signal
@@ -357,7 +357,7 @@ def test_a_model_that_changes_while_it_is_perturbed(change, gradient):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         with perturbed(net, MaxGaussian(0.1), '*', 0, gradient): CHANGES[change](net)
-    assert not [r for r in _active if r() is not None and r().injected]
+    assert not holding()
     for name, w in (('a.weight', a), ('b.weight', b)):
         if w.shape == clean[name].shape: assert torch.equal(w.cpu(), clean[name].to(w.dtype)), name
     told = ' '.join(str(w.message) for w in said)
@@ -420,7 +420,7 @@ def test_threads_at_one_model():
                 refused.append(i)
     errors = in_threads(work)
     assert not errors and done and len(done) + len(refused) == 240
-    assert same(before, bits(net)) and not [r for r in _active if r() is not None]
+    assert same(before, bits(net)) and not holding()
 
 def test_threads_at_one_clone():
     net = Net()
@@ -471,11 +471,11 @@ def test_sweeps_over_nothing(data):
     net = Net().eval()
     before = bits(net)
     with pytest.raises(ValueError, match='^dl: '):
-        noise_sweep({'a': net}, data, MaxGaussian(0.1), [0, 0.1], draws=2, progress=False)
+        sweep({'a': net}, data, MaxGaussian(0.1), levels=[0, 0.1], draws=2, progress=False)
     assert same(before, bits(net))
 
 def test_a_class_that_nobody_has_seen():
     x, y = batch(4)
-    df = noise_sweep({'a': Net().eval()}, [(x, y.clamp(max=1))], MaxGaussian(0.1), [0, 0.1], draws=2,
+    df = sweep({'a': Net().eval()}, [(x, y.clamp(max=1))], MaxGaussian(0.1), levels=[0, 0.1], draws=2,
                      class_names=['a', 'b', 'c'], progress=False)
     assert (df.loc[df['class'] == 'c', 'n_pixels'] == 0).all() and df.loc[df['metric'] == 'mIoU', 'value'].notna().all()

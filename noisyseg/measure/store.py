@@ -57,10 +57,10 @@ class Row(NamedTuple):
     @property
     def cell(self) -> Cell: return Cell(*self[:7])
 
-# %% ../../nbs/measure/06_store.ipynb #a685f43b
+# %% ../../nbs/measure/06_store.ipynb #209b7078
 COLUMNS = [f.rstrip('_') for f in Row._fields]
 KINDS = dict(zip(COLUMNS, Row.__annotations__.values()))
-MADE = {'seconds': float, 'worker': str}  # what a cell cost, and where: in the file only
+MADE = {'seconds': float, 'worker': str}  # what a cell cost, and where: in Parquet files only
 
 def to_frame(
     rows: Iterable[Row],  # from a store or a sweep
@@ -208,7 +208,7 @@ def as_written(
              f"A sweep measures them again", stacklevel=3)
     return whole, made
 
-# %% ../../nbs/measure/06_store.ipynb #eab255dd
+# %% ../../nbs/measure/06_store.ipynb #e705ad50
 class Store:
     "The rows of a sweep by cell: in memory, and in a file when there is a path. Use it in a `with` block."
     def __init__(self,
@@ -257,9 +257,9 @@ class Store:
         if time.monotonic() - self.saved > self.pause: self.save()
 
     def frame(self) -> pd.DataFrame:
-        "All rows, with what their cells cost."
+        "All rows; in Parquet with what their cells cost. A CSV file of one sweep is always the same, to the byte."
         found = to_frame(chain.from_iterable(self.cells.values()))
-        for k, kind in MADE.items():
+        for k, kind in MADE.items() if self.path.suffix == '.parquet' else ():
             found[k] = [kind(self.made[c].get(k) or ('nan' if kind is float else '')) for c, rows in self.cells.items()
                         for _ in rows]
         return found
