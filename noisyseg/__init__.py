@@ -1,7 +1,8 @@
 """noisyseg: what happens to a network when its weights are not what training left behind.
 
-The names that people type stand here and are loaded when they are first used, so that `import noisyseg` costs next to nothing.
-All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`, `train`, `show`."""
+The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
+All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
+`train`, `show`."""
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -9,6 +10,7 @@ __version__ = "0.1.0"
 _names = {
     'perturb.clone': ['perturbed', 'clone_weights'],
     'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
     'perturb.quantization': ['Quantize', 'quantized'],
     'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],
@@ -21,7 +23,8 @@ _names = {
     'measure.sweeps': ['noise_sweep', 'layer_sensitivity'],
     'measure.store': ['load_sweep'],
     'measure.summary': ['summarise', 'paired_difference'],
-    'train.learner': ['segmentation_learner', 'WeightNoise', 'save_model', 'load_model'],
+    'train.learner': ['segmentation_learner', 'WeightNoise'],
+    'train.checkpoints': ['save_model', 'load_model'],
     'train.resume': ['Resumable'],
     'train.methods.damp': ['DAMP'],
     'train.methods.sam': ['SAM', 'SAMCallback'],

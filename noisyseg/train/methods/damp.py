@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ...perturb.laws import MultiplicativeGaussian
-from ...perturb.clone import HoldInterrupts, WeightClone, _as_generator, _fill_normal, perturbed
+from ...perturb.clone import HoldInterrupts, WeightClone, as_generator, fill_normal, perturbed
 from ...perturb.selectors import as_selector, kernels_and_scales, select
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #4d8ca1ad
@@ -104,14 +104,14 @@ class _Injected(perturbed):
 # %% ../../../nbs/train/methods/01_damp.ipynb #e159affe
 def _with_xi(grads, params, clone, sigma):
     "Each perturbed weight's gradient times its xi = 1 + sigma z."
-    draws = dict(zip(clone._params, clone._z))
+    draws = dict(zip(clone.weights, clone.draw))
     return [torch.addcmul(g, g, draws[p].to(g.dtype), value=sigma) if g is not None and p in draws else g for g,
             p in zip(grads, params)]
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #114fcb72
 def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator, scaler):
     "Lines 6 to 11 of Algorithm 1: the loss, ready for backward, and the predictions."
-    if gradient == 'exact' and clone._computed:
+    if gradient == 'exact' and clone.computed:
         raise ValueError(f"gradient='exact' needs weights that are parameters, and {clone.names[-1]} is computed "
                          f"(parametrized): "
                          "leave it out with where=, or take gradient='algorithm'")
@@ -210,7 +210,7 @@ def _in_lockstep(model, where, law, gradient, sizes, generator):
     noisy = {getattr(s.module, s.attr): [] for s in sites}
     for _ in sizes:
         for p, weights in noisy.items():
-            weights.append(_noisy(p, _fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
+            weights.append(_noisy(p, fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
     # watched layers don't take a faster way of their own (UNet3+)
     hooks = [s.module.register_forward_pre_hook(lambda *a: None) for s in sites]
     mode = _Lockstep(noisy, sizes)
@@ -245,7 +245,7 @@ def damp_loss(
     law = _settings(sigma, m, gradient, batchnorm)
     xb = _tensors(xb, 'xb')
     yb = _tensors(yb, 'yb')
-    generator = _as_generator(generator)
+    generator = as_generator(generator)
     sizes = _sizes(xb + yb, m)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if batchnorm == 'sub-batch':
@@ -334,10 +334,10 @@ def _prepare(self:DAMP):
 def _pass_over(self:DAMP, n):
     "Leave out `n` draws, which are other processes': so the generator is in the same state in all of them."
     if not n: return
-    weights = self._clone._clean if self._clone else [getattr(s.module, s.attr)
+    weights = self._clone.clean if self._clone else [getattr(s.module, s.attr)
                                                       for s in select(self._inner, self.where)]
     for _ in range(n):
-        for w in weights: _fill_normal(torch.empty(w.shape, device=w.device), self._generator)
+        for w in weights: fill_normal(torch.empty(w.shape, device=w.device), self._generator)
 
 @patch
 def _install(self:DAMP): self.learn._do_one_batch = self._one_batch
