@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _names = {
     'perturb.clone': ['perturbed', 'clone_weights'],
     'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
     'perturb.quantization': ['Quantize', 'quantized'],
     'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],
@@ -21,7 +22,8 @@ _names = {
     'measure.sweeps': ['noise_sweep', 'layer_sensitivity'],
     'measure.store': ['load_sweep'],
     'measure.summary': ['summarise', 'paired_difference'],
-    'train.learner': ['segmentation_learner', 'WeightNoise', 'save_model', 'load_model'],
+    'train.learner': ['segmentation_learner', 'WeightNoise'],
+    'train.checkpoints': ['save_model', 'load_model'],
     'train.resume': ['Resumable'],
     'train.methods.damp': ['DAMP'],
     'train.methods.sam': ['SAM', 'SAMCallback'],

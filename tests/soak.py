@@ -38,7 +38,8 @@ from noisyseg.perturb.clone import _active  # noqa: E402
 from noisyseg.train.resume import Resumable  # noqa: E402
 from noisyseg.train.methods.sam import SAMCallback  # noqa: E402
 from noisyseg.measure.sweeps import noise_sweep  # noqa: E402
-from noisyseg.train.learner import load_model, save_model, segmentation_learner  # noqa: E402
+from noisyseg.train.checkpoints import load_model, save_model  # noqa: E402
+from noisyseg.train.learner import segmentation_learner  # noqa: E402
 from noisyseg.nets.unet3plus import unet3plus_tiny  # noqa: E402
 
 warnings.simplefilter('ignore')

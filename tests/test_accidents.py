@@ -34,7 +34,7 @@ from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.report import report_html
 from noisyseg.perturb.selectors import kernels_and_scales, select
 from noisyseg.measure.sweeps import noise_sweep
-from noisyseg.train.learner import load_model, read_card, save_model
+from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 ELSEWHERE = {   # accident -> the tests that cause it

@@ -21,7 +21,7 @@ from noisyseg.data.files import MissingData, data_root
 from noisyseg.perturb.clone import conv_and_linear
 from noisyseg.measure.summary import summarise
 from noisyseg.measure.sweeps import layer_sensitivity, load_sweep, noise_sweep
-from noisyseg.train.learner import load_model, read_card, save_model
+from noisyseg.train.checkpoints import load_model, read_card, save_model
 
 names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 

@@ -18,7 +18,7 @@ from noisyseg.nets.classifiers import resnet20, resnet18_small
 from noisyseg.nets.blocks import deactivated, draw_blocks, feature_dropout, residual_blocks
 from noisyseg.nets.deeplab import deeplabv3plus, dilate
 from noisyseg.nets.encoders import PlainEncoder, resnet_encoder
-from noisyseg.train.learner import load_model, save_model
+from noisyseg.train.checkpoints import load_model, save_model
 from noisyseg.nets.unet3plus import FACTORIES, UNet3Plus, unet3plus_resnet, unet3plus_tiny
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import copy_project, root
 from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
 
-cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.laws import Law\nfrom dataclasses '
+cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.disturbance import Law\nfrom dataclasses '
          'import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): '
          'raise RuntimeError("this law fails")',
@@ -366,5 +366,5 @@ def test_memory_stays_flat():
 def test_the_gallery_is_small_and_made_of_this_code():
     folder = root/'nbs'/'explorer'
     assert sum(p.stat().st_size for p in folder.iterdir()) < 6e6
-    assert sum(p.stat().st_size for p in (root/'noisyseg'/'models').iterdir()) < 3e6
-    assert (folder/'explorer.js').read_text() == (root/'noisyseg'/'explorer.js').read_text()
+    assert sum(p.stat().st_size for p in (root/'noisyseg'/'show'/'models').iterdir()) < 3e6
+    assert (folder/'explorer.js').read_text() == (root/'noisyseg'/'show'/'explorer.js').read_text()

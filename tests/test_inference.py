@@ -14,7 +14,8 @@ from noisyseg.data.datasets import scenes
 from noisyseg.measure.inference import evaluate, image_logits, predict_mask, window_corners
 from noisyseg.data.loaders import MaskDataset
 from noisyseg.data.files import distinct_palette, read_image
-from noisyseg.train.learner import load_model, save_model, segmentation_learner
+from noisyseg.train.checkpoints import load_model, save_model
+from noisyseg.train.learner import segmentation_learner
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.data.semi_supervised import semi_scenes
 

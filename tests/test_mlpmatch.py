@@ -23,7 +23,7 @@ from noisyseg.train.methods.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, s
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.methods.sam import SAMCallback
-from noisyseg.train.learner import load_model, read_card, save_model
+from noisyseg.train.checkpoints import load_model, read_card, save_model
 
 same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
 

@@ -25,7 +25,7 @@ from noisyseg.show.card import robustness_card
 from noisyseg.measure.store import Store
 from noisyseg.measure.sweeps import layer_sensitivity, load_sweep, noise_sweep
 from noisyseg.train.grid import train_grid
-from noisyseg.train.learner import load_model
+from noisyseg.train.checkpoints import load_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 ray = pytest.importorskip('ray')

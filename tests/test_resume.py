@@ -30,7 +30,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
 from fastcore.basics import noop
 from torch import nn
-from noisyseg.train import learner as training
+from noisyseg import basics
 from noisyseg.train.attack_sweep import AccumulatingNoise
 from noisyseg.train.methods.damp import DAMP
 from noisyseg.data.datasets import scenes
@@ -42,7 +42,8 @@ from noisyseg.train.resume import Resumable
 from noisyseg.train.methods.sam import SAMCallback
 from noisyseg.train.serialization import digest_state, load_state
 from noisyseg.basics import write_atomic
-from noisyseg.train.learner import WeightNoise, load_model, save_model
+from noisyseg.train.checkpoints import load_model, save_model
+from noisyseg.train.learner import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.data.semi_supervised import semi_scenes
 import noisyseg.train.resume as resume
@@ -193,7 +194,7 @@ def faulty(point, nth=1, full=False):
         def fileno(self): return self.f.fileno()
     def synced(fd): fsync(fd); hit('synced')
     def replaced(*a): replace(*a); hit('replaced')
-    training.open, os.fsync, os.replace = File, synced, replaced
+    basics.open, os.fsync, os.replace = File, synced, replaced
 
 def at_point(point):
     passed, end, _ = reference('weight noise')

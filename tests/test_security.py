@@ -1,4 +1,4 @@
-"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/02_learner.ipynb."""
+"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/03_checkpoints.ipynb."""
 import ast
 import functools
 import hashlib
@@ -44,7 +44,7 @@ from noisyseg.show.monitor import _sample_html
 from noisyseg.show.report import report_html
 from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import noise_sweep
-from noisyseg.train.learner import load_model, read_card
+from noisyseg.train.checkpoints import load_model, read_card
 
 # --- the page itself
 # -----------------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_names_are_text_in_the_explorer(tmp_path, page):
         opened(page, f'{url}/index.html')
         seen.append(harmless(page))
     for text in seen: assert all(n in text for n in EVIL), [n for n in EVIL if n not in text]
-    source = (root/'noisyseg'/'explorer.js').read_text()
+    source = (root/'noisyseg'/'show'/'explorer.js').read_text()
     assert not re.search(r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function', source)
 
 def test_names_are_text_in_reports(tmp_path, page):

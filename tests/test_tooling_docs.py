@@ -365,7 +365,7 @@ def test_landing_is_processed(processed):
              and not c.source.startswith('<!--')][0]
     assert first == landing().source
     assert (processed/'explorer'/'manifest.json').is_file() and not (processed/'explorer'/'explorer.js').is_symlink()
-    assert (processed/'explorer'/'explorer.js').read_bytes() == (processed.parent/'noisyseg'/'explorer.js').read_bytes()
+    assert (processed/'explorer'/'explorer.js').read_bytes() == (processed.parent/'noisyseg'/'show'/'explorer.js').read_bytes()
 
 
 if site := os.environ.get('NOISYSEG_SITE'):  # the folder of the built site: a test only where there is one

@@ -204,8 +204,8 @@ def test_wheel_holds_the_package(built):
     assert {f'noisyseg/{m.replace(".", "/")}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
     assert any(o.endswith('licenses/LICENSE') for o in names)
-    assert {'noisyseg/explorer.js', 'noisyseg/models/scenes_clean.safetensors',
-            'noisyseg/models/scenes_noise_trained.json'} <= set(names)
+    assert {'noisyseg/show/explorer.js', 'noisyseg/show/models/scenes_clean.safetensors',
+            'noisyseg/show/models/scenes_noise_trained.json'} <= set(names)
     assert Path(built['wheel']).stat().st_size < 2_000_000
 
 

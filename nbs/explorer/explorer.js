@@ -1,1 +1,1 @@
-../../noisyseg/explorer.js
+../../noisyseg/show/explorer.js

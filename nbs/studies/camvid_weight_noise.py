@@ -28,7 +28,8 @@ from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.show.plots import sweep_table
 from noisyseg.measure.sweeps import law_text, layer_sensitivity, noise_sweep, stages
 from noisyseg.basics import write_atomic
-from noisyseg.train.learner import load_model, save_model, segmentation_learner
+from noisyseg.train.checkpoints import load_model, save_model
+from noisyseg.train.learner import segmentation_learner
 from noisyseg.nets.unet3plus import unet3plus_small
 
 HERE = Path(__file__).parent

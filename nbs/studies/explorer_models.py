@@ -1,4 +1,4 @@
-"""Train the two networks that the explorer shows when it is given none; they are packaged in noisyseg/models.
+"""Train the two networks that the explorer shows when it is given none; they are packaged in noisyseg/show/models.
 
     python nbs/studies/explorer_models.py clean        # and: noise-trained
     python nbs/studies/explorer_models.py gallery      # what they predict, for the explorer on the site: nbs/explorer
@@ -17,10 +17,11 @@ from noisyseg.data.datasets import scenes
 from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.train.learner import save_model, segmentation_learner
+from noisyseg.train.checkpoints import save_model
+from noisyseg.train.learner import segmentation_learner
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
-FOLDER = Path(noisyseg.__file__).parent/'models'
+FOLDER = Path(noisyseg.__file__).parent/'show'/'models'
 SIZE, N_TRAIN, EPOCHS, LR, SEED = 128, 800, 40, 8e-3, 0
 LAWS = {'clean': None, 'noise-trained': MaxGaussian(0.15)}
 
@@ -43,7 +44,7 @@ def gallery():
     "The first held-out scenes, as they come, under three draws."
     explorer = NoiseExplorer(law=MaxGaussian(0.15))
     layers = [name for name in explorer.info['layers'] if name.endswith('conv.weight')]
-    print(explorer.to_site(FOLDER.parents[1]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2),
+    print(explorer.to_site(FOLDER.parents[2]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2),
                            layers=[layers[0], layers[-1]]), 'bytes')
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ from noisyseg.nets.encoders import slim_resnet_encoder
 from noisyseg.train.methods.mlpmatch import MatchStep, semi_learner, step_cost
 from noisyseg.data.splits import split_labelled
 from noisyseg.basics import write_atomic
-from noisyseg.train.learner import load_model, read_card, save_model
+from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_slim
 from noisyseg.data.semi_supervised import semi_camvid, semi_dataloaders
 

@@ -36,7 +36,8 @@ from noisyseg.measure.quantization_sweep import quantization_sweep
 from noisyseg.train.methods.sam import SAMCallback, multi_step_rho
 from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.basics import write_atomic
-from noisyseg.train.learner import WeightNoise, load_model, read_card, save_model
+from noisyseg.train.checkpoints import load_model, read_card, save_model
+from noisyseg.train.learner import WeightNoise
 
 HERE = Path(__file__).parent
 SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_corruptions.py; None: all

@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/show/monitor.html.md"""
 __all__ = ['TrainingMonitor']
 
 # %% ../../nbs/show/07_monitor.ipynb #01d28059
-import base64, io, time
+import time
 from functools import partial
 from html import escape
 from itertools import cycle
@@ -23,15 +23,16 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from IPython import get_ipython
 from IPython.display import HTML
-from PIL import Image
 from plotly.subplots import make_subplots
 from torch import nn
 
-from ..measure.evaluation import logits_of, plain_batch, untouched
+from ..measure.evaluation import logits_of, untouched
+from ..measure.task import MaskTask
 from ..data.files import colorize, distinct_palette, to_rgb, whole
 from ..measure.metrics import to_mask
 from ..perturb.clone import perturbed
-from .pictures import OKABE_ITO, SYMBOLS, noisyseg_template
+from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row, plain_text,
+                                    noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
 from ..train.learner import WeightNoise
 
@@ -41,7 +42,7 @@ def _held_out(dl, i):
     place = i
     # a loader of our own: the learner's has not moved
     for n, batch in enumerate(dl.new() if hasattr(dl, 'new') else dl):
-        x, y = plain_batch(batch, n)
+        x, y = MaskTask().batch(batch, n)
         if place < len(x): return x[place:place + 1].clone(), y[place:place + 1].clone()
         place -= len(x)
     raise ValueError(f"sample={i}: the validation set has {i - place} images; expected a number below that, or None to "
@@ -59,40 +60,11 @@ def _masks(model, x, y, law, where, seed):
             with perturbed(model, law, where, seed): masks['noisy weights'] = predict()
     return masks
 
-# %% ../../nbs/show/07_monitor.ipynb #57f40004
-def _img(pixels, alt, side=320):
-    "An HTML image with its PNG inside; larger ones are shrunk."
-    im, out = Image.fromarray(pixels), io.BytesIO()
-    im.thumbnail((side, side), Image.Resampling.NEAREST)   # no colours between two classes' colours
-    im.save(out, 'png')
-    return (f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}" '
-            'style="display:block;width:100%;max-width:none;margin:0;image-rendering:pixelated">')
-
-def _panel(pixels, title, note, alt):
-    caption = (f'<figcaption '
-               f'style="line-height:1.35;margin-top:4px"><b>{escape(title)}</b><br>{escape(note)}</figcaption>')
-    return (f'<figure style="margin:0;flex:1 1 '
-            f'100px;min-width:0;max-width:230px;overflow-wrap:anywhere">{_img(pixels, alt)}{caption}</figure>')
-
 # %% ../../nbs/show/07_monitor.ipynb #688e0615
 def _right(mask, truth, ignore_index):
     "Share of the pixels that count which a mask has right."
     counts = np.ones_like(truth, bool) if ignore_index is None else truth != ignore_index
     return float((mask == truth)[counts].mean()) if counts.any() else float('nan')
-
-def _key(found, palette, vocab):
-    "The colours of some classes, and their names."
-    key = [f'<span style="white-space:nowrap"><span aria-hidden="true" '
-           f'style="display:inline-block;width:.8em;height:.8em;border:1px solid #808080;'
-           f'background:rgb{tuple(int(v) for v in palette[c])}"></span> {escape(str(vocab[c]))}</span>'
-           for c in sorted(found) if c < len(palette)]
-    return f'<div style="display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:6px">{"".join(key)}</div>'
-
-def _row(panels): return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(panels)}</div>'
-
-# %% ../../nbs/show/07_monitor.ipynb #a8caf989
-def _words(html):
-    return f'<div style="color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif">{html}</div>'
 
 # %% ../../nbs/show/07_monitor.ipynb #67f434ec
 def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
@@ -100,14 +72,14 @@ def _sample_html(x, y, masks, notes, palette, vocab, ignore_index, stats):
     truth, grey = y[0].cpu().numpy(), (128, 128, 128)
     paint = lambda m: colorize(m if ignore_index is None else np.where(m == ignore_index, len(palette), m), palette,
                                void=grey)
-    panels = [_panel(to_rgb(x, stats)[0], 'image', 'held out: not trained on', 'The held-out image'),
-              _panel(paint(truth), 'truth', '', 'Its true mask')]
+    panels = [html_picture(to_rgb(x, stats)[0], 'image', 'held out: not trained on', 'The held-out image'),
+              html_picture(paint(truth), 'truth', '', 'Its true mask')]
     for name, m in masks.items():
         note = f'{_right(m, truth, ignore_index):.0%} of pixels right'
-        panels.append(_panel(paint(m), name, ' · '.join(o for o in (note, notes.get(name)) if o),
+        panels.append(html_picture(paint(m), name, ' · '.join(o for o in (note, notes.get(name)) if o),
                              f'Mask predicted with {name}, {note}'))
     found = set().union(*(np.unique(m).tolist() for m in (truth, *masks.values()))) - {ignore_index}
-    return _words(_row(panels) + _key(found, palette, vocab))
+    return html_block(html_row(panels) + html_legend(found, palette, vocab))
 
 # %% ../../nbs/show/07_monitor.ipynb #1b73d596
 def _thinned(points, most=400):
@@ -126,11 +98,12 @@ def _curves(series, score, panels=()):
     colors = cycle(zip(OKABE_ITO, SYMBOLS))
     for col, (title, curves) in enumerate(axes, 1):
         for key, name in curves.items():
-            (x, y), (color, symbol) = _thinned(series.get(key, [])), next(colors)
+            x, y = _thinned(series.get(key, []))
+            color, symbol = next(colors)
             style = dict(mode='lines') if key == 'train_loss' else dict(mode='lines+markers',
                     marker=dict(symbol=symbol, size=7))
-            fig.add_scatter(x=x, y=y, name=name, meta=key, line=dict(color=color, width=2), row=1, col=col, **style)
-        fig.update_yaxes(title_text=title, col=col)
+            fig.add_scatter(x=x, y=y, name=plain_text(name), meta=key, line=dict(color=color, width=2), row=1, col=col, **style)
+        fig.update_yaxes(title_text=plain_text(title), col=col)
     fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320,
                       margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
     return fig.update_xaxes(title_text='epoch', rangemode='tozero')
@@ -162,8 +135,6 @@ class _Dashboard:
         self.parts = [self.stop, self.state, self.progress, self.sample, *self.panels, self.figure, top, self.box]
 
 # %% ../../nbs/show/07_monitor.ipynb #b5d51115
-_TEXT = 'color:var(--jp-ui-font-color1,inherit);font:13px/1.35 system-ui,sans-serif'
-
 @patch
 def draw(self:_Dashboard, series):
     "Put series into the curves; what has not changed is not sent."
@@ -177,10 +148,10 @@ def draw(self:_Dashboard, series):
 def tell(self:_Dashboard, state, share, text, stoppable):
     "State, progress, and whether there is something to stop."
     # read aloud when it changes, progress is not
-    self.state.value = f'<b role="status" style="{_TEXT};font-weight:600">{escape(state)}</b>'
+    self.state.value = f'<b role="status" style="{TEXT_STYLE};font-weight:600">{escape(state)}</b>'
     bar = (f'<progress aria-label="Progress of the fit" max="1" value="{share:.4f}" '
            f'style="vertical-align:middle"></progress>')
-    self.progress.value = f'<span style="{_TEXT}">{bar} {escape(text)}</span>'
+    self.progress.value = f'<span style="{TEXT_STYLE}">{bar} {escape(text)}</span>'
     self.stop.disabled = not stoppable
 
 # %% ../../nbs/show/07_monitor.ipynb #b7f675b7

@@ -18,10 +18,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.optimize import isotonic_regression
 
-from .pictures import DASHES, INK, LINE, OKABE_ITO, SYMBOLS, model_colors, noisyseg_template, plot_prediction
+from .pictures import (DASHES, INK, LINE, OKABE_ITO, SYMBOLS, class_colors, model_colors, noisyseg_template,
+                                    plain_text, plot_prediction)
 from ..measure.summary import PROTOCOLS, protocols, summarise
 
-_all_ = ['model_colors', 'noisyseg_template', 'plot_prediction']  # one import serves for all figures
+_all_ = ['model_colors', 'noisyseg_template', 'plot_prediction']  # all figures can be imported from here
 
 # %% ../../nbs/show/02_plots.ipynb #3f733b0a
 def _check(df):
@@ -61,7 +62,8 @@ def _x_axis(df):
 def _over(s, unit): return f"{s['n'].max()} {'noise draws' if unit == 'draw' else 'training seeds'}"
 
 def _layout(df, title, subtitle, y, height=440, **kw):
-    title = dict(text=title, subtitle=dict(text=f"{subtitle} · {df['law'].iloc[0]}"))
+    if df.attrs.get('interrupted'): subtitle = f'<b>interrupted, so not all of it</b> · {subtitle}'
+    title = dict(text=title, subtitle=dict(text=f"{subtitle} · {plain_text(df['law'].iloc[0])}"))
     return dict(template=noisyseg_template, height=height, title=title, xaxis=_x_axis(df), yaxis=dict(title=y), **kw)
 
 # %% ../../nbs/show/02_plots.ipynb #24e0e3e4
@@ -73,6 +75,7 @@ def _percent(s, decimals=1):
 # %% ../../nbs/show/02_plots.ipynb #83a6e647
 def _curve(s, factor, name, colour, i):
     "A band, and a line with markers of kind `i`, for the lines `s` of a summary."
+    name = plain_text(name)
     s = s.sort_values('level')
     b = s.dropna(subset='half')
     rgb = ','.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))
@@ -140,18 +143,11 @@ def _spread(values, gap, low=-math.inf, high=math.inf):
     placed[order] = free.clip(low, max(low, high - steps[-1])) + steps
     return placed.tolist()
 
-# %% ../../nbs/show/02_plots.ipynb #e221f436
-def _class_colours(classes, palette):
-    "Hex colours by class: of a palette of RGB triples if given, else the eight colours in turn."
-    if palette is None: return {c: OKABE_ITO[i % len(OKABE_ITO)] for i, c in enumerate(classes)}
-    if len(palette) < len(classes):
-        raise ValueError(f"palette: expected a colour for each of {len(classes)} classes, got {len(palette)}")
-    return {c: '#' + ''.join(f'{int(v):02x}' for v in rgb[:3]) for c, rgb in zip(classes, palette)}
-
 # %% ../../nbs/show/02_plots.ipynb #8f6f6330
 def _end_labels(fig, lines, colours, width, gap, limits, col):
     "The names of `lines` beside their right ends, with leaders; `width` is that of the panel in units of x."
-    ends = {t.name: (t.x[-1], t.y[-1]) for t in lines}
+    ends = {t.name: (t.x[-1], t.y[-1]) for t in lines}  # names as plain_text made them
+    colours = {plain_text(c): colour for c, colour in colours.items()}
     x = max(e[0] for e in ends.values())
     at = dict(zip(ends, _spread([e[1] for e in ends.values()], gap, *limits)))
     for c, (x0, y0) in ends.items():
@@ -185,7 +181,7 @@ def _class_panel(fig, col, s, mean, colours, level, n_panels):
 def plot_classes(
     df: pd.DataFrame,  # rows of `noise_sweep`, of one law; one panel for each model in it (at most 4)
     unit: str = 'draw',  # mean over noise draws or over training seeds
-    palette=None,  # RGB triples, one for each class (`dls.palette`); None: the eight colours in turn
+    palette=None,  # RGB triples, one for each class (`dls.palette`); None: as in `class_colors`
     title: str = None,  # None: a title that says what is shown
 ) -> go.Figure:
     "IoU of each class against the noise level, and their mean."
@@ -196,10 +192,10 @@ def plot_classes(
     models, classes = list(s['model'].unique()), list(s['class'].unique())
     if len(models) > 4:
         raise ValueError(f"df: expected at most 4 models, a panel each; select some of {', '.join(models)}")
-    colours = {**_class_colours(classes, palette), 'mIoU': OKABE_ITO[6]}
+    colours = {**class_colors(df, palette), 'mIoU': OKABE_ITO[6]}
     height = max(440, 190 + 16 * len(classes))
-    if title is None: title = 'IoU by class under weight noise' + (f': {models[0]}' if len(models) == 1 else '')
-    fig = make_subplots(1, len(models), shared_yaxes=True, subplot_titles=models if len(models) > 1 else None,
+    if title is None: title = 'IoU by class under weight noise' + (f': {plain_text(models[0])}' if len(models) == 1 else '')
+    fig = make_subplots(1, len(models), shared_yaxes=True, subplot_titles=[plain_text(m) for m in models] if len(models) > 1 else None,
                         horizontal_spacing=0.03)
     layout = _layout(df, title, f'mean over {_over(s, unit)}, dotted: mIoU', 'IoU (%)', height, showlegend=False,
                      hovermode='closest')
@@ -231,20 +227,20 @@ def plot_sensitivity(
     several = len(clean) > 1
     colors = {**model_colors(df), **(colors or {})}
     level = _level_of(df).text(s['level'].iloc[0])
-    label = {g: f"{g}  <span style='font-size:11px'>{n:,} weights</span>" for g, n in size.items()}
+    label = {g: f"{plain_text(g)}  <span style='font-size:11px'>{n:,} weights</span>" for g, n in size.items()}
     fig = go.Figure(layout=dict(
         template=noisyseg_template, height=150 + max(26, 18 * len(clean)) * len(size), hovermode='closest',
         bargap=0.35, bargroupgap=0.1,
         title=dict(text='What noise in one layer group costs' if title is None else title, subtitle=dict(text=
-            f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval · {df['law'].iloc[0]}")),
+            f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval · {plain_text(df['law'].iloc[0])}")),
         xaxis=dict(title=f'{metric} lost (percentage points)', showgrid=True, gridcolor=LINE, zeroline=True,
                    showline=False, ticks=''),
         yaxis=dict(autorange='reversed', categoryorder='array', categoryarray=list(label.values()), showgrid=False),
         margin_t=108 if several else 76))
     for name, bars in s.groupby('model', sort=False):
-        tell = [f"<b>{g}</b>, {size[g]:,} weights<br>{metric} {v} %, without noise {100 * clean[name]:.1f} %"
+        tell = [f"<b>{plain_text(g)}</b>, {size[g]:,} weights<br>{metric} {v} %, without noise {100 * clean[name]:.1f} %"
                 for g, v in zip(bars['group'], _percent(bars))]
-        fig.add_bar(x=100 * (clean[name] - bars['mean']), y=bars['group'].map(label), orientation='h', name=name,
+        fig.add_bar(x=100 * (clean[name] - bars['mean']), y=bars['group'].map(label), orientation='h', name=plain_text(name),
                     showlegend=several,
                     error_x=dict(array=100 * bars['half'], color=INK, thickness=1.4, width=4),
                     marker=dict(color=colors[name], cornerradius=2), customdata=tell,

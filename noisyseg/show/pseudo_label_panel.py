@@ -24,7 +24,7 @@ from ..data.files import colorize, whole
 from ..train.methods.match_loss import pseudo_labels
 from ..measure.metrics import valid_pixels
 from ..train.methods.mlpmatch import MLPMatch
-from .monitor import _key, _panel, _row, _words
+from .pictures import html_block, html_legend, html_picture, html_row
 
 # %% ../../nbs/show/08_pseudo_label_panel.ipynb #7c931edf
 _LUT = colormaps['viridis'](np.linspace(0.25, 1, 256))[:, :3]   # its darkest part would look like no confidence at all
@@ -190,10 +190,10 @@ def _html(self:PseudoLabelPanel, found, tau, mode, dls):
         inside = self._inside[j].numpy()
         sure = (confidence >= tau) & inside
         share = f'{sure.sum() / max(inside.sum(), 1):.0%} of pixels confident'
-        panels = [_panel(self._seen[j], f'unlabelled image {i}', '', f'Unlabelled image {i}'),
-                  _panel(_label_colours(labels, sure, inside, dls.palette), 'pseudo-label', share,
+        panels = [html_picture(self._seen[j], f'unlabelled image {i}', '', f'Unlabelled image {i}'),
+                  html_picture(_label_colours(labels, sure, inside, dls.palette), 'pseudo-label', share,
                          f'Pseudo-label of image {i}, {share}'),
-                  _panel(_sure_colours(confidence, tau, inside), 'confidence', f'mean {confidence[inside].mean():.2f}',
+                  html_picture(_sure_colours(confidence, tau, inside), 'confidence', f'mean {confidence[inside].mean():.2f}',
                          f'Confidence in image {i}')]
         classes |= set(np.unique(labels[inside]).tolist())
         if self._masks:
@@ -201,11 +201,11 @@ def _html(self:PseudoLabelPanel, found, tau, mode, dls):
             known = sure & (truth >= 0)
             right = f'{(labels == truth)[known].mean():.0%} of the confident are right' if known.any(
                     ) else 'no confident pixel to compare'
-            panels.append(_panel(_label_colours(np.maximum(truth, 0), truth >= 0, inside, dls.palette), 'truth', right,
+            panels.append(html_picture(_label_colours(np.maximum(truth, 0), truth >= 0, inside, dls.palette), 'truth', right,
                                  f'True mask of image {i}; {right}'))
             classes |= set(np.unique(truth).tolist()) - {-1}
-        rows.append(_row(panels))
+        rows.append(html_row(panels))
     title = (f'<div style="margin:6px 0"><b>Pseudo-labels</b> in {dict(train="training", eval="evaluation")[mode]} '
              f'mode · grey below τ = {tau:g}</div>')
-    return _words(title + ''.join(f'<div style="margin-bottom:8px">{r}</div>' for r in rows)
-                  + _key(classes, dls.palette, dls.vocab) + _scale(tau))
+    return html_block(title + ''.join(f'<div style="margin-bottom:8px">{r}</div>' for r in rows)
+                  + html_legend(classes, dls.palette, dls.vocab) + _scale(tau))
