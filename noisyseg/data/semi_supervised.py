@@ -279,7 +279,7 @@ def masked_and_rest(
     if n is None: return items, []
     if isinstance(n, float) and 0<n<1: n = max(1, round(n*len(items)))
     if isinstance(n, (int,float)): return split_labelled(dls, n, split_seed, verbose=verbose)
-    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str)): return list(n[0]), list(n[1])
+    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str)): return list(n[0]), [(o,) for o in n[1]]
     named = lambda i: isinstance(i, (tuple,list)) and isinstance(i[0], (str,Path))
     at = {Path(i[0]).stem: k for k,i in enumerate(items) if named(i)}
     try: chosen = {range(len(items))[o] if isinstance(o, int) else at[Path(o).stem] for o in n}
@@ -308,7 +308,9 @@ def semi(
         raise TypeError(f"dls holds {type(ds).__name__}: expected the loaders of images and masks. Those of other "
                         "libraries become ones by mask_dataloaders(train, valid, read, vocab, palette)")
     labelled, rest = masked_and_rest(dls, n, split_seed, verbose)
-    image = getattr(ds.read, 'image', None) or partial(_image_of, ds.read)
+    image = getattr(ds.read, 'image', None)
+    if image is not None: rest = [o[0] for o in rest] # of (image, mask) files
+    else: image = partial(_image_of, ds.read)
     kwargs = dict(read_unlabelled=image, stats=ds.stats, device=dls.device) | kwargs
     # zooming shows what lies outside of an image: its label must be one that does not count
     void = 255 if ds.ignore_index is None else ds.ignore_index
