@@ -21,7 +21,7 @@ _names = {
     'perturb.quantization': ['Quantize', 'quantized'],
     'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],
     'data.cifar': ['cifar10'],
-    'data.semi_supervised': ['semi_scenes', 'semi_folder'],
+    'data.semi_supervised': ['semi', 'semi_scenes', 'semi_folder'],
     'data.corruptions': ['Corruption'],
     'nets.unet3plus': ['UNet3Plus', 'unet3plus_tiny', 'unet3plus_slim'],
     'nets.deeplab': ['deeplabv3plus'],
