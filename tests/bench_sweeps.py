@@ -12,7 +12,8 @@ import noisyseg.measure.sweeps
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.clone import clone_weights
 from noisyseg.data.procedural import scene, scene_classes
-from noisyseg.measure.sweeps import layer_sensitivity, noise_sweep, stages
+from noisyseg.measure.sensitivity import layer_sensitivity, stages
+from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.unet3plus import unet3plus_resnet34, unet3plus_small
 
 
@@ -42,9 +43,9 @@ def sweeps(plan):
         x, y = pictures(2 * batch, 128, plan.device)
         dl, draws, levels = [(x[:batch], y[:batch]), (x[batch:], y[batch:])], 2, [0.02, 0.05, 0.1]
         sensitivity = lambda: layer_sensitivity(model, dl, MaxGaussian(0.05), draws=draws, progress=False)
-        decoder = lambda: noise_sweep(model, dl, MaxGaussian(), levels, draws, 'decoder*', progress=False)
+        decoder = lambda: sweep(model, dl, MaxGaussian(), levels=levels, draws=draws, where='decoder*', progress=False)
         jobs = {'layer_sensitivity': (sensitivity, 1 + draws * len(stages(model))),
-                "noise_sweep(where='decoder*')": (decoder, draws * len(levels))}
+                "sweep(where='decoder*')": (decoder, draws * len(levels))}
         for what, (job, evaluations) in jobs.items():
             ways = {'ours': job, 'other': swapped(NoReuse, job)}
             pd.testing.assert_frame_equal(*(f() for f in ways.values()))

@@ -32,13 +32,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lab import browser_page, browser_path, served
 from torch import nn
-from torchvision.datasets import CIFAR10, SBDataset
+from fastai.data.external import URLs
+from torchvision.datasets import SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 import noisyseg.data.archives
-import noisyseg.data.datasets as data
+from noisyseg.data import datasets as data
 from noisyseg.data.archives import BadArchive, extract, fetch, fetch_and_extract
-from noisyseg.data.cifar import ZippedImages, cifar10
+from noisyseg.data.cifar import ClassFolders, cifar10
 from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.data.files import MissingData, label_table, read_image, read_mask
@@ -143,7 +144,7 @@ def readers(folder, content):
     yield as_file('image.png', read_image)
     yield as_file('mask.png', lambda p: read_mask(p, label_table(2)))
     yield as_file('mask.mat', lambda p: read_mask(p, label_table(2)))
-    yield as_file('train-1.zip', ZippedImages)
+    yield as_file('cifar10.zip', lambda p: ClassFolders(p, 'train'))
     yield as_file('sweep.csv', load_sweep)
     yield as_file('store.csv', lambda p: sweep({'a': net}, batch, MaxGaussian(), levels=[0, 0.1], draws=2, store=p,
                                                      progress=False))
@@ -180,23 +181,14 @@ def test_cached_weights_are_tensors_only(tmp_path, monkeypatch):
             resnet_encoder('resnet18', pretrained=True)
     assert not (tmp_path/'went-off').exists()
 
-def test_originals_of_cifar_are_checked_before_they_are_unpickled(tmp_path):
-    folder = tmp_path/'cifar-10-batches-py'
-    folder.mkdir()
-    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
-        (folder/name).write_bytes(pickle.dumps(Bomb(tmp_path/'went-off')))
-    (folder/'batches.meta').write_bytes(pickle.dumps(Bomb(tmp_path/'went-off')))
-    with pytest.raises(MissingData, match='corrupted'): cifar10(tmp_path, download=False)
-    assert not (tmp_path/'went-off').exists()
-
 def test_a_decoded_set_in_the_cache_is_an_array_only(tmp_path):
     "The file of decoded images beside the archives: objects in it are not unpickled, and it is made anew"
     from PIL import Image
     jpg = io.BytesIO()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(jpg, 'jpeg')
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('cat/1.jpg', jpg.getvalue())
-    images = ZippedImages(tmp_path/'a.zip', few=0, cache=tmp_path)
-    images._file(0).write_bytes(bombs(tmp_path/'went-off')['array'])
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('train/cat/1.jpg', jpg.getvalue())
+    images = ClassFolders(tmp_path/'a.zip', 'train', few=0, cache=tmp_path)
+    images.file.write_bytes(bombs(tmp_path/'went-off')['array'])
     assert images[[0]].shape == (1, 32, 32, 3) and not (tmp_path/'went-off').exists()
 
 def test_pictures_that_would_fill_the_memory(tmp_path):
@@ -209,8 +201,8 @@ def test_pictures_that_would_fill_the_memory(tmp_path):
     (tmp_path/'large.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
                                        + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
     with pytest.raises(ValueError, match=r'large\.png.*(bomb|pixels)'): read_image(tmp_path/'large.png')
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('cat/1.jpg', bytes(3*2**20))
-    with pytest.raises(ValueError, match='over a megabyte'): ZippedImages(tmp_path/'a.zip')
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.jpg', bytes(3*2**20))
+    with pytest.raises(ValueError, match='over a megabyte'): ClassFolders(tmp_path/'a.zip', 'train')
 
 
 # --- archives and downloads
@@ -409,7 +401,7 @@ def test_every_download_has_a_digest(tmp_path, monkeypatch):
     monkeypatch.setattr('noisyseg.data.cifar.fetch_and_extract', refuse)
     for f in (data.camvid, data.sbd, cifar10, *(functools.partial(data.voc, year=y) for y in range(2007, 2013))):
         with pytest.raises(MissingData, match='not today'): f()
-    assert len(asked) == 9 and {CIFAR10.url, SBDataset.url, DATASET_YEAR_DICT['2012']['url']} <= {u for u, _ in asked}
+    assert len(asked) == 9 and {URLs.CIFAR, SBDataset.url, DATASET_YEAR_DICT['2012']['url']} <= {u for u, _ in asked}
     for url, digest in asked:
         (kind, value), = digest.items()
         assert re.fullmatch({'md5': '[0-9a-f]{32}', 'sha256': '[0-9a-f]{64}'}[kind], value), url

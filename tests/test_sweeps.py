@@ -385,7 +385,7 @@ def test_laws_and_hand_made_noise():
     net, dl = Net(0).eval(), batches(1)
     for which in (MaxGaussian(alpha=1.5), AbsoluteGaussian(), MultiplicativeGaussian()):
         df = sweep({'a': net}, law=which, levels=[0.3], draws=2, dl=dl)
-        with perturbed(net, which.at(0.3), generator=draw_seed(0, 1)), torch.no_grad():
+        with which.at(0.3).acting(net, None, draw_seed(0, 1)), torch.no_grad():
             right = (net(dl[0][0]).argmax(1) == dl[0][1]).float().mean().item()
         assert df[(df['draw'] == 1) & (df['metric'] == 'pixel accuracy')]['value'].item() == pytest.approx(right,
                 abs=2 / 576)

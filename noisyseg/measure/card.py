@@ -26,7 +26,7 @@ from ..perturb.disturbance import Disturbance
 from ..perturb.laws import AbsoluteGaussian, MaxGaussian, RelativeGaussian
 from ..perturb.quantization import Quantize
 
-# %% ../../nbs/measure/12_card.ipynb #2889f1ef
+# %% ../../nbs/measure/12_card.ipynb #df312d25
 STANDARD_LEVELS = {  # by task; what is not named here has the levels that it names itself
     'accuracy': {MaxGaussian: (.05, .1, .2), RelativeGaussian: (.1, .2, .5), AbsoluteGaussian: (.01, .02, .05),
                  Quantize: (4, 3, 2)},
@@ -35,11 +35,12 @@ STANDARD_LEVELS = {  # by task; what is not named here has the levels that it na
 def standard_disturbances(
     size=None,  # (height, width) of the images: up to 64 pixels, corruptions have the settings of CIFAR-10-C
     corruptions=STANDARD_15,  # names
+    stats: tuple = None,  # (mean, std) that images are normalised with; None: as the batches say, else none
 ) -> dict:  # label -> a disturbance, or a list of them
     "What a card shows unless told otherwise."
     table = 'cifar' if size is not None and max(size) <= 64 else 'imagenet'
     weights = [MaxGaussian(), RelativeGaussian(), AbsoluteGaussian(), Quantize()]
-    return {**{d.label: d for d in weights}, Corruption.label: [Corruption(c, table=table) for c in corruptions]}
+    return {**{d.label: d for d in weights}, Corruption.label: [Corruption(c, table=table, stats=stats) for c in corruptions]}
 
 @dataclass(frozen=True)
 class Untouched(Disturbance):

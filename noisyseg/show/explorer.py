@@ -19,6 +19,8 @@ from torch import nn
 
 import noisyseg
 from ..measure.evaluation import Batches
+from ..measure.metrics import valid_pixels
+from ..nets.adapter import class_names
 from ..data.corruptions import CORRUPTIONS, Corruption
 from ..data.datasets import scenes
 from ..perturb.disturbance import Law
@@ -126,14 +128,8 @@ class NoiseExplorer(anywidget.AnyWidget):
         self._not_corruptible = "it was made with corruptions=False" if corruptions is False else not_corruptible(x,
                 self._stats)
         self.lens, self._images, self._truth = NoisyPredictor(models, x, wheres, cache_mb), to_rgb(x, self._stats), y
-        n = 1 + max(int(self.lens(m, 0, law.at(0.), next(iter(wheres)), 0)[0][0].max()) for m in models)
-        if y is not None:
-            n = max(n, 1 + int(torch.where(y == about['ignore_index'], 0, y).max() if about['ignore_index'] is not None
-                               else y.max()))
-        vocab = list(map(str, about['vocab'] or range(n)))
-        if len(vocab) < n:
-            raise ValueError(f"classes: {len(vocab)} names, but there is a class number {n - 1} in the masks or "
-                             f"predictions")
+        vocab = class_names(self.lens.n_classes(), about['vocab'], 'classes')
+        if y is not None: valid_pixels(y, len(vocab), about['ignore_index'], 'the masks')
         palette = [list(map(int, c)) for c in (about['palette'] or distinct_palette(len(vocab)))]
         if len(palette) < len(vocab): raise ValueError(f"palette: {len(palette)} colours for {len(vocab)} classes")
         names = [[s.name for s in weight_sites(m)] for m in models.values()]

@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from fastcore.docments import docments
 
-from ..measure.evaluation import logits_of, untouched
+from ..measure.evaluation import untouched
+from ..nets.adapter import class_count, confidence, logits_of, to_classes
 from ..data.corruptions import Corruption
 from ..perturb.disturbance import AdditiveLaw, Law
 from ..perturb.clone import clone_weights
@@ -90,6 +91,16 @@ class NoisyPredictor:
         return self._remembered((sample, corruption), lambda: self._corrupt(sample, corruption),
                                 lambda v: sum(t.nbytes for t in v if t is not None))
 
+    @torch.no_grad()
+    def n_classes(self) -> int:
+        "How many classes the models tell apart, as their logits say; all of them must agree."
+        x, found = self.images[:1], {}
+        with untouched(self.models.values()):
+            for k, m in self.models.items(): found[k] = class_count(logits_of(m, x, x.shape[2:], k))
+        if len(set(found.values())) > 1:
+            raise ValueError(f"models: expected the same number of classes from each, got {found}")
+        return next(iter(found.values()))
+
     def _corrupt(self, sample, corruption):
         x = self.images[sample:sample + 1]
         if not corruption.kind.geometric: return corruption(x, index=sample), None
@@ -120,11 +131,12 @@ def _predict(self:NoisyPredictor, name, sample, law, where, seed, layer, corrupt
         try:
             after = weight.value().detach().float().cpu().flatten() if weight else None
             counts = _counts(before, after) if weight else None
-            p = logits_of(model, x, x[:, 0], name)[0].float().softmax(0)
+            logits = logits_of(model, x, x.shape[2:], name).float()
         finally: clone.recover()
-    if not p.isfinite().all(): raise ValueError(f"{name} predicts numbers that are not finite under {law}")
-    confidence, classes = p.max(0)
-    return torch.stack([classes.to(torch.uint8), (confidence * 255).round().to(torch.uint8)]).cpu().numpy(), counts
+    sure = confidence(logits)[0]
+    if not sure.isfinite().all(): raise ValueError(f"{name} predicts numbers that are not finite under {law}")
+    shown = torch.stack([to_classes(logits)[0].to(torch.uint8), (sure * 255).round().to(torch.uint8)])
+    return shown.cpu().numpy(), counts
 
 # %% ../../nbs/show/05_predictor.ipynb #366d0904
 def _counts(before, after):
