@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _names = {
     'perturb.clone': ['perturbed', 'clone_weights'],
     'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
     'perturb.quantization': ['Quantize', 'quantized'],
     'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],

@@ -7,7 +7,7 @@ import pytest
 from conftest import copy_project, root
 from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
 
-cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.laws import Law\nfrom dataclasses '
+cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.disturbance import Law\nfrom dataclasses '
          'import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): '
          'raise RuntimeError("this law fails")',

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from noisyseg.perturb.laws import GRAINS, AbsoluteGaussian, Law, MaxGaussian, MultiplicativeGaussian, RelativeGaussian, clip_normal, law_from_dict, max_abs
+from noisyseg.perturb.disturbance import Law
+from noisyseg.perturb.laws import GRAINS, AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian, clip_normal, max_abs
 from noisyseg.perturb.clone import WeightClone, clone_weights, perturbed
 from noisyseg.perturb.quantization import Quantize, weight_grid
 from noisyseg.perturb.selectors import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
@@ -219,9 +220,9 @@ def test_quantized_weights_lie_on_a_grid(w, bits, per, scheme):
 @examples(100)
 @given(LAWS)
 def test_a_law_is_what_its_dictionary_says(law):
-    assert law_from_dict(law.to_dict()) == law and law.at(law.level) == law and type(law).__name__ in law.describe()
+    assert Law.from_dict(law.to_dict()) == law and law.at(law.level) == law and type(law).__name__ in law.describe()
     assert law == type(law)(**{k: v for k, v in law.to_dict().items() if k
-                               != 'law'}) and hash(law) == hash(law.at(law.level))
+                               != 'disturbance'}) and hash(law) == hash(law.at(law.level))
 
 
 # --- nonsense -------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_laws_take_nonsense_as_an_error(law, args):
     try: made = law(*args)
     except (ValueError, TypeError): return
     w = torch.randn(3, 2, 2, 2)
-    assert made(w, torch.randn(w.shape)).shape == w.shape and law_from_dict(made.to_dict()) == made
+    assert made(w, torch.randn(w.shape)).shape == w.shape and Law.from_dict(made.to_dict()) == made
 
 @examples(300)
 @given(st.sampled_from(['model', 'law', 'where', 'generator', 'gradient', 'rng', 'level', 'dict']), anything)
@@ -251,7 +252,7 @@ def test_nonsense_is_a_documented_error(which, value):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            if which == 'dict': assert isinstance(law_from_dict(value), Law)
+            if which == 'dict': assert isinstance(Law.from_dict(value), Law)
             elif which == 'level':
                 with perturbed(net, MaxGaussian(0.1)) as clone: clone.rescale(value)
             else:

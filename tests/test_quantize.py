@@ -12,7 +12,7 @@ from torch import nn
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 from torch.nn.functional import cross_entropy
 
-from noisyseg.perturb.laws import Law, law_from_dict
+from noisyseg.perturb.disturbance import Law
 from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
 from noisyseg.show.predictor import NoisyPredictor, law_form, law_of, law_values, usable_laws
 from noisyseg.measure.quantization_sweep import quantization_sweep
@@ -129,7 +129,7 @@ def test_straight_through_in_the_callback(tmp_path):
     cross_entropy(torch.func.functional_call(net, through, (x,)), y).backward()
     for k, p in net.named_parameters():
         torch.testing.assert_close(p.detach(), start[k] - 0.1 * leaves[k].grad, rtol=1e-5, atol=1e-6)
-    assert law_from_dict(read_card(save_model(learn, tmp_path/'net'))['law']) == Quantize(3)
+    assert Law.from_dict(read_card(save_model(learn, tmp_path/'net'))['law']) == Quantize(3)
 
 
 def test_first_and_last_layer_stay():
@@ -143,7 +143,7 @@ def test_first_and_last_layer_stay():
 
 def test_the_explorers_side():
     "It is in the menu, with choices for its settings, and any position of the slider predicts."
-    assert Quantize in usable_laws() and Law.registry['Quantize'] is Quantize
+    assert Quantize in usable_laws() and Law.kinds()['Quantize'] is Quantize
     form = law_form(Quantize)
     assert (form['field'], form['level'], form['top']) == ('bits', 4., 12.)
     assert {f['name']: f['choices'] for f in form['fields']} == {'per': ['channel', 'tensor'],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .classifiers import ResBlock
-from ..perturb.clone import HoldInterrupts, _as_generator
+from ..perturb.clone import HoldInterrupts, as_generator
 
 # %% ../../nbs/nets/06_blocks.ipynb #17716396
 def _encoder_of(model):
@@ -68,7 +68,7 @@ def draw_blocks(
     "Draw what is to be switched off in one pass."
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"p= is a probability from 0 to 1, got {p!r}")
-    names, generator = list(residual_blocks(encoder, unit)), _as_generator(generator)
+    names, generator = list(residual_blocks(encoder, unit)), as_generator(generator)
     device = 'cpu' if generator is None else generator.device
     if unit == 'block': return [names[int(torch.randint(len(names), (), generator=generator, device=device))]]
     return [n for n, u in zip(names, torch.rand(len(names), generator=generator, device=device).tolist()) if u < p]
@@ -204,7 +204,7 @@ class feature_dropout(_Context):
             raise ValueError(f"p= is a probability from 0 to below 1, got {p!r}")
         self.encoder = _encoder_of(model)
         self.p = p
-        self.generator = _as_generator(generator)
+        self.generator = as_generator(generator)
         self.beside = beside
 
     def _begin(self): self._do(self.encoder, self._dropping)

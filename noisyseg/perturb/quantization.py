@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .laws import Law, _number
+from .disturbance import Law, check_choice, check_number
 from .selectors import Selector, _Cut, as_selector, conv_and_linear, select
 
 # %% ../../nbs/perturb/05_quantization.ipynb #0f9584bf
@@ -62,21 +62,28 @@ def weight_grid(
 # %% ../../nbs/perturb/05_quantization.ipynb #d13e6606
 @dataclass(frozen=True)
 class Quantize(Law):
-    ("Weights rounded to a uniform grid of 2^bits values (arXiv 1712.05877, eq. 1; arXiv 2106.08295, section 2.2); it "
-     "ignores the draw.")
+    "Weights rounded to a uniform grid of 2^bits values (arXiv 1712.05877, eq. 1; arXiv 2106.08295, section 2.2)."
     bits: float = 4.  # bits of a weight, up to 16; 0 leaves weights as they are
     per: Literal['channel', 'tensor'] = 'channel'  # one grid for each output channel, or one for the tensor
     scheme: Literal['symmetric', 'minmax'] = 'symmetric'  # about zero, or from the smallest to the largest weight
+    label: ClassVar[str] = 'fewer bits'
+    unit: ClassVar[str] = 'bits'
+    axis: ClassVar[str] = 'bits of a weight'
+    levels: ClassVar[tuple] = (8, 6, 4, 3, 2)
+    off: ClassVar[str] = 'not quantized'
+    random: ClassVar[bool] = False
     top: ClassVar[float] = 12.
+    step: ClassVar[float] = 1
+    where: ClassVar[Selector] = conv_and_linear
 
     def __post_init__(self):
-        _number(self, 'bits', 0)
-        if self.bits > 16:
-            raise ValueError(f"Quantize: bits is a number from 0 (not quantized) to 16, got {self.bits!r}")
-        if self.per not in ('channel', 'tensor'):
-            raise ValueError(f"Quantize: per is 'channel' or 'tensor', got {self.per!r}")
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"Quantize: scheme is one of {', '.join(SCHEMES)}, got {self.scheme!r}")
+        check_number(self, 'bits', 0)
+        if self.bits > 16: raise ValueError(f"Quantize: bits go from 0 (not quantized) to 16, got {self.bits!r}")
+        check_choice(self, 'per', ('channel', 'tensor'))
+        check_choice(self, 'scheme', SCHEMES)
+
+    @classmethod
+    def amount(cls, level: float) -> str: return f'{level:g} bits'
 
     @property
     def values(self) -> float:
@@ -88,8 +95,7 @@ class Quantize(Law):
     def __call__(self, weight: Tensor, z: Tensor = None) -> Tensor:
         if not self.bits: return weight.clone()
         step, zero, low, high = weight_grid(weight, self.bits, self.per, self.scheme)
-        # times the inverse, as PyTorch's kernels do it: the same ties go the same way
-        inverse = torch.where(step > 0, 1 / step, 0)
+        inverse = torch.where(step > 0, 1 / step, 0)   # as PyTorch's kernels do it: the same ties go the same way
         return (((weight * inverse).round() + zero).clamp(low, high) - zero) * step
 
     def rowwise(self, weight: Tensor) -> bool: return self.per == 'channel'

@@ -21,7 +21,8 @@ import noisyseg
 from ..measure.evaluation import Batches
 from ..data.corruptions import CORRUPTIONS, Corruption
 from ..data.datasets import scenes
-from ..perturb.laws import Law, MaxGaussian
+from ..perturb.disturbance import Law
+from ..perturb.laws import MaxGaussian
 from ..data.files import distinct_palette, to_rgb
 from .predictor import NoisyPredictor, law_form, law_of, law_values, not_corruptible, usable_laws
 from ..perturb.selectors import as_selector, conv_and_linear, conv_and_norm, kernels_and_scales, weight_sites
@@ -154,10 +155,10 @@ class NoiseExplorer(anywidget.AnyWidget):
     def _other_law(self, change):
         ("Another law has other parameters: those that it does not know give way to its defaults; so does a level that "
          "makes no sense in its unit.")
-        form = law_form(Law.registry[self.law])
+        form = law_form(Law.kinds()[self.law])
         fields = {f['name']: f['default'] for f in form['fields']}
         if set(self.params) - set(fields): self.params = fields
-        old = Law.registry.get(change['old'])     # None while the explorer is made
+        old = Law.kinds().get(change['old'])     # None while the explorer is made
         if old and form['step'] != law_form(old)['step'] and (0 < self.level < 1 if form['step'] else self.level
                                                               > form['top']):
             self.level = form['level']
@@ -276,7 +277,7 @@ def _check(self:NoiseExplorer, proposal):
     name, v = proposal['trait'].name, proposal['value']
     if name == 'corruption' and v not in (names := self._corruptions()):
         raise traitlets.TraitError(self._no_such_corruption(names, v))
-    known = {'where': self.info.get('wheres'), 'law': list(Law.registry),
+    known = {'where': self.info.get('wheres'), 'law': list(Law.kinds()),
              'layer': ['', *self.info.get('layers', [])]}.get(name)
     if known is not None and v not in known:
         raise traitlets.TraitError(f"{name}: one of {', '.join(map(repr, known))}, got {v!r}")
@@ -393,7 +394,7 @@ def to_site(self:NoiseExplorer,
     ("Write a page that shows the explorer without a kernel, under its law and corruption: index.html, explorer.js, "
      "manifest.json, a file for each sample.")
     folder = Path(folder)
-    levels = _grid(levels, Law.registry[self.law].top)
+    levels = _grid(levels, Law.kinds()[self.law].top)
     samples = list(samples)
     seeds = list(seeds)
     files = {f'sample{i + 1}.bin': self._file(s, levels, seeds) for i, s in enumerate(samples)}
@@ -426,7 +427,7 @@ def to_html(self:NoiseExplorer,
     levels: list = None,  # rising, from 0; None: twelve steps to the law's top, and the present level
 ) -> str:  # a page that needs nothing else
     "The sample, the draw and the corruption that are shown, at all levels, as one self-contained page."
-    if levels is None: levels = sorted({*_grid(None, max(Law.registry[self.law].top, self.level)), self.level})
+    if levels is None: levels = sorted({*_grid(None, max(Law.kinds()[self.law].top, self.level)), self.level})
     manifest = self._manifest([self.sample], _grid(levels, 1), [self.seed], [self.layer] if self.layer else [])
     data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels,
             [self.seed])).decode()]))

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ...perturb.clone import HoldInterrupts, _active, _forget_casts
+from ...perturb.clone import HoldInterrupts, _active, forget_casts
 from ...perturb.selectors import Selector, select
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #45c6680f
@@ -169,7 +169,7 @@ def climb(self:Ascent,
     self.climbed = True
     for rho, ps, _, directions in steps:
         if rho and norm and ps: torch._foreach_add_(ps, directions, alpha=rho / norm)
-    _forget_casts()
+    forget_casts()
     return True
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #b9842ae7
@@ -187,7 +187,7 @@ def recover(self:Ascent):
     self._clean = None
     self._buffers = None
     self._below = None
-    _forget_casts()
+    forget_casts()
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #bc4b0b81
 @patch

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ...perturb.laws import MultiplicativeGaussian
-from ...perturb.clone import HoldInterrupts, WeightClone, _as_generator, _fill_normal, perturbed
+from ...perturb.clone import HoldInterrupts, WeightClone, as_generator, fill_normal, perturbed
 from ...perturb.selectors import as_selector, kernels_and_scales, select
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #4d8ca1ad
@@ -210,7 +210,7 @@ def _in_lockstep(model, where, law, gradient, sizes, generator):
     noisy = {getattr(s.module, s.attr): [] for s in sites}
     for _ in sizes:
         for p, weights in noisy.items():
-            weights.append(_noisy(p, _fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
+            weights.append(_noisy(p, fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
     # watched layers don't take a faster way of their own (UNet3+)
     hooks = [s.module.register_forward_pre_hook(lambda *a: None) for s in sites]
     mode = _Lockstep(noisy, sizes)
@@ -245,7 +245,7 @@ def damp_loss(
     law = _settings(sigma, m, gradient, batchnorm)
     xb = _tensors(xb, 'xb')
     yb = _tensors(yb, 'yb')
-    generator = _as_generator(generator)
+    generator = as_generator(generator)
     sizes = _sizes(xb + yb, m)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if batchnorm == 'sub-batch':
@@ -337,7 +337,7 @@ def _pass_over(self:DAMP, n):
     weights = self._clone._clean if self._clone else [getattr(s.module, s.attr)
                                                       for s in select(self._inner, self.where)]
     for _ in range(n):
-        for w in weights: _fill_normal(torch.empty(w.shape, device=w.device), self._generator)
+        for w in weights: fill_normal(torch.empty(w.shape, device=w.device), self._generator)
 
 @patch
 def _install(self:DAMP): self.learn._do_one_batch = self._one_batch
