@@ -47,13 +47,13 @@ const css = `
 .nse .chip[aria-pressed=false] { opacity: .38; text-decoration: line-through; background: none }
 .nse .only { border: none; padding: 0 4px; height: 20px; color: var(--soft); opacity: .55; font-size: 12px } .nse .only:hover, .nse .only:focus-visible { opacity: 1 }
 .nse .bars { display: grid; gap: 2px } .nse .bars span { display: block; height: 7px; background: var(--tint); border-radius: 3px; overflow: hidden }
+.nse .bars.absent span { display: none } .nse .bars.absent::before { content: 'not in this picture'; color: var(--soft); font-size: 12px; opacity: .8 }
 .nse .bars span > i { display: block; height: 100%; width: 0; border-radius: 3px }
-.nse .legend { color: var(--soft); margin: -2px 0 6px } .nse .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; vertical-align: -1px; margin-right: 4px; background: #474747; border: 1px solid var(--line) }
+.nse .legend { color: var(--soft); margin: -2px 0 6px } .nse .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; vertical-align: -1px; margin-right: 4px; background: #262626; border: 1px solid var(--line) }
 .nse .hover, .nse .error { min-height: 20px; color: var(--soft); font-variant-numeric: tabular-nums }
 .nse .error { display: none; white-space: pre-wrap; color: var(--ink); border-left: 3px solid #D55E00; background: color-mix(in srgb, #D55E00 12%, transparent);
   padding: 6px 10px; margin-bottom: 8px; border-radius: 0 6px 6px 0 }
 .nse.failed .error { display: block } .nse.failed .panels, .nse.failed .under { opacity: .4 }
-.nse details.more { margin: 0 0 8px } .nse details > summary { cursor: pointer; width: max-content; color: var(--soft) } .nse details.more .bar { margin: 8px 0 4px }
 .nse .about { color: var(--soft); max-width: 80ch; margin: 0 0 6px } .nse .keys { color: var(--soft) } .nse kbd { border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; font: 12px ui-monospace, monospace }
 @media (max-width: 640px) { .nse .panels { grid-template-columns: repeat(2, minmax(0, 1fr)) !important } .nse .under { grid-template-columns: minmax(0, 1fr) } }`
 
@@ -306,10 +306,15 @@ export class Explorer {
     const {info} = this.host, button = (text, label, f) => tag('button', {'aria-label': label, title: label, onclick: f}, text)
     this.sample = tag('span', {style: 'min-width:52px;text-align:center;font-variant-numeric:tabular-nums;color:var(--ink)'})
     const sample = tag('span', {class: 'group'}, 'sample', button('‹', 'previous sample ([)', () => this.step(-1)), this.sample, button('›', 'next sample (])', () => this.step(1)))
-    const more = tag('details', {class: 'more'}, tag('summary', {}, 'more'), this.controls(),
+    const rest = tag('div', {hidden: true}, this.controls(),
       info.layers.length ? tag('h4', {}, 'weights of ', this.layer, ', before (grey) and with the noise') : null, this.histogram, this.keys())
-    more.addEventListener('toggle', () => this.redraw())
-    return tag('div', {}, tag('div', {class: 'bar'}, sample), more)
+    const more = tag('button', {class: 'more', 'aria-expanded': 'false', title: 'other kinds of noise, layers, corruptions of the picture, saving', onclick: () => {
+      rest.hidden = !rest.hidden
+      more.setAttribute('aria-expanded', !rest.hidden)
+      more.textContent = rest.hidden ? 'more ▾' : 'less ▴'
+      this.redraw()
+    }}, 'more ▾')
+    return tag('div', {}, tag('div', {class: 'bar'}, sample, more), rest)
   }
   keys() {
     const known = [['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'], ...(this.host.info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
@@ -548,8 +553,9 @@ export class Explorer {
     this.rows.forEach((r, c) => {
       const v = f.scores.map(o => o.iou[c])
       r.bars.forEach((b, i) => { b.style.width = Number.isNaN(v[i]) ? 0 : `${100 * v[i]}%` })
-      r.box.setAttribute('aria-label', info.models.map((m, i) => `${m} ${percent(v[i])}`).join(', '))
+      r.box.setAttribute('aria-label', v.every(Number.isNaN) ? 'not in this picture' : info.models.map((m, i) => `${m} ${percent(v[i])} %`).join(', '))
       r.box.title = r.box.getAttribute('aria-label')
+      r.box.classList.toggle('absent', v.every(Number.isNaN))
     })
     this.drawCurve()
     this.unit.textContent = f.text || ''
