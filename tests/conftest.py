@@ -10,11 +10,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from real_data import prepare
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in a shell's background job; some tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'.ci'))
+if data := os.environ.get('NOISYSEG_DATA') or prepare(): os.environ['NOISYSEG_DATA'] = str(data)
 os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
 
 

@@ -310,13 +310,12 @@ class _Seen:
         self.damp = {c: c._generator.get_state() for c in damp}
         self.rng = _Draws(params) if cb.same_draws else None
 
-    def keep_noise(self, noises): self.noise = {c: [z.clone() for z in c._clone._z] for c in noises if c.draw == 'step'}
+    def keep_noise(self, noises): self.noise = {c: [z.clone() for z in c._clone.draw] for c in noises if c.draw == 'step'}
 
     def put_back(self):
         if self.rng: self.rng.put_back()
         for c, state in self.damp.items(): c._generator.set_state(state)
-        for c, zs in self.noise.items():
-            for z, kept in zip(c._clone._z, zs): z.copy_(kept)
+        for c, kept in self.noise.items(): c._clone.draw = kept
 
 # %% ../../../nbs/train/methods/03_sam.ipynb #3ff47a67
 @patch(as_prop=True)
