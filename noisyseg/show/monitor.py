@@ -26,10 +26,10 @@ from IPython.display import HTML
 from plotly.subplots import make_subplots
 from torch import nn
 
-from ..measure.evaluation import logits_of, untouched
+from ..measure.evaluation import untouched
 from ..measure.task import MaskTask
 from ..data.files import colorize, distinct_palette, to_rgb, whole
-from ..measure.metrics import to_mask
+from ..nets.adapter import logits_of, to_classes
 from ..perturb.clone import perturbed
 from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row, plain_text,
                                     noisyseg_template)
@@ -54,7 +54,7 @@ def _held_out(dl, i):
 def _masks(model, x, y, law, where, seed):
     ("The predicted masks of one sample by name, (height, width) each: with clean weights and, if there is a law, with "
      "noisy ones.")
-    predict = lambda: to_mask(logits_of(model, x, y))[0].cpu().numpy()
+    predict = lambda: to_classes(logits_of(model, x, y.shape[1:]))[0].cpu().numpy()
     with untouched([model]):
         masks = {'clean weights': predict()}
         if law is not None:
