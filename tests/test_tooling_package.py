@@ -92,6 +92,15 @@ def test_dev_requirements_fit_the_imports():
     assert dists(used) - closure(named) == set()
 
 
+def test_every_dependency_has_a_lower_bound():
+    "And torch comes with the torchvision that was made for it: a mixed pair fails on import"
+    bare = [str(o) for o in lines('requirements') + lines('dev_requirements')
+            if not any(s.operator in ('>=', '==') for s in o.specifier)]
+    assert not bare
+    lowest = {o.name: min(s.version for s in o.specifier) for o in lines('requirements')}
+    assert (lowest['torch'], lowest['torchvision']) == ('2.8', '0.23')
+
+
 def closure(names):
     "These distributions and all that they require, installed here"
     todo, done = [Requirement(o) if isinstance(o, str) else o for o in names], {}
