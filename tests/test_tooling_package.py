@@ -67,8 +67,8 @@ def imports(source):
 
 
 def dists(names):
-    "The distributions that hold these top-level names"
-    table = packages_distributions()
+    "The distributions that hold these top-level names; what is optional need not be installed here"
+    table = {o.name: [o.name] for k in cfg if k.endswith('_requirements') for o in lines(k)} | packages_distributions()
     missing = {o for o in names if o not in table}
     assert not missing, f'not installed here, so not looked up: {missing}'
     return {canon(table[o][0]) for o in names}
