@@ -170,7 +170,7 @@ def law_form(
                     if get_origin(hint) is Literal else None,
                     type='float' if hint in (float, int) else 'text', doc=docs.get(f.name) or '')
     # without steps, the slider itself shows that nothing happens at 0
-    return dict(name=law.__name__, doc=law.__doc__ or '', field=level.name, level=_jsonable(level.default),
+    return dict(name=law.__name__, doc=(law.__doc__ or '').partition('\n\n')[0], field=level.name, level=_jsonable(level.default),
                 label=law.axis_title().partition(',')[0], step=law.step, off=law.off if law.step else '',
                 top=law.top, random=law.random, fields=[field(f) for f in rest])
 
