@@ -52,7 +52,7 @@ export: set-up ## after editing notebooks: write modules and README from them, a
 docs: set-up ## build the site into _docs/ (needs quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
 		echo "run this again. 'make docs-check' tests the site's sources without it."; exit 1; }
-	$(VENV)/bin/nbdev-docs
+	NOISYSEG_DOCMENTS=0 $(VENV)/bin/nbdev-docs
 
 docs-check: set-up ## test what can be tested of the site and README without quarto
 	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)
