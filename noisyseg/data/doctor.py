@@ -194,7 +194,7 @@ def findings(
     share = pixels.sum(0)[:len(classes)]/max(pixels.sum(0)[:len(classes)].sum(), 1)
     if name=='train' and 0<(least := share[share>0].min(initial=1))<0.01:
         said.append(f"train: {classes[int(np.argmin(np.where(share>0, share, 2)))]!r} has {100*least:.2g} % of the "
-                    "pixels. Weigh classes: HybridLoss(ignore_index=dls.ignore_index, alpha=class_weights(table)), in a "
+                    "pixels. Weigh classes: HybridLoss(ignore_index=dls.ignore_index, alpha=class_weights(table)), in "
                     "DeepSupervisionLoss(..., normalize=True), as segmentation_learner(dls, loss_func=...)")
     if name!='train' and (gone := [c for c,s in zip(classes, share) if not s]):
         said.append(f"{name}: no pixel of {', '.join(map(repr, gone))}, so no score says how well they are found. Hold "
