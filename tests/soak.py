@@ -2,10 +2,10 @@
 
     python tests/soak.py --minutes 30
 
-After each turn it prints the resident memory, open file handles, child processes, threads and widgets. It fails if, leaving out the first third of
-the turns (caches fill), memory grows: the Theil-Sen slope (the median over all pairs of turns) is above --mb a turn, and the last third's
-median is more than 3 % above the middle third's. And it fails if handles, children, threads, widgets or temporary files are left that were not there
-after the first turns.
+After each turn it prints the resident memory, open file handles, child processes, threads and widgets. It fails if,
+leaving out the first third of the turns (caches fill), memory grows: the Theil-Sen slope (the median over all pairs of
+turns) is above --mb a turn, and the last third's median is more than 3 % above the middle third's. And it fails if
+handles, children, threads, widgets or temporary files are left that were not there after the first turns.
 """
 import argparse
 import gc

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from ..basics import plain_name, unwrapped
+from ..basics import expect_module, plain_name, unwrapped
 
 # %% ../../nbs/perturb/01_selectors.ipynb #8f2de734
 class Site(NamedTuple):
@@ -48,9 +48,7 @@ def weight_sites(
     model: nn.Module,  # any module
 ) -> list[Site]:  # every parameter and every parametrized tensor, in module order
     "All the places in `model` that hold a weight."
-    model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module to perturb, got {type(model).__name__}")
+    model = unwrapped(expect_module(model))
     sites = []
     for mname, module in model.named_modules():
         if 'parametrizations' in mname.split('.'): continue
@@ -167,7 +165,9 @@ kernels_and_scales = Selector(lambda *a: _is_kernel(*a) or _is_scale(*a), 'kerne
 def _computed_by_hooks(model):
     ("The weights that torch's hook-based pruning, weight norm and spectral norm recompute before each forward pass: "
      "plain tensors, no parameters.")
+    model = unwrapped(model)
     for mname, m in model.named_modules():
+        mname = plain_name(model, mname)
         for suffix in ('_orig', '_v'):
             for a in [a.removesuffix(suffix) for a, _ in m.named_parameters(recurse=False) if a.endswith(suffix)]:
                 if isinstance(m.__dict__.get(a), Tensor): yield Site(f'{mname}.{a}' if mname else a, m, a)
@@ -216,7 +216,9 @@ def unreachable(
     model: nn.Module,  # any module
 ) -> Iterator[_Unreachable]:
     "The weights that noise can't reach, since they are no parameters."
-    for mname, m in unwrapped(model).named_modules():
+    model = unwrapped(model)
+    for mname, m in model.named_modules():
+        mname = plain_name(model, mname)
         own = dict(m.named_parameters(recurse=False)).get('weight')
         scripted = isinstance(m, torch.jit.ScriptModule)
         if parametrize.is_parametrized(m) or (own is not None and not scripted): continue
