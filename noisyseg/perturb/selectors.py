@@ -177,8 +177,8 @@ def _check_weight(name, w):
     if isinstance(w, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name} has no shape yet: run one batch through the model first")
     if hasattr(w, 'device_mesh'):
-        raise ValueError(f"{name} is sharded over processes (a DTensor, as fully_shard makes it), so no process has all "
-                         f"of it: use torch.nn.parallel.DistributedDataParallel(model), or perturb the model before "
+        raise ValueError(f"{name} is a shard of a weight (a DTensor, as fully_shard makes it): no process has all of it. "
+                         f"Use torch.nn.parallel.DistributedDataParallel(model), or perturb the model before "
                          f"fully_shard(model)")
     if type(w).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise ValueError(f"{name} is a {type(w).__name__}, which keeps its numbers in a form of its own: perturb the "
