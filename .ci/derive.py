@@ -17,7 +17,7 @@ settings = ConfigParser()
 settings.read(root/'settings.ini')
 settings = settings['DEFAULT']
 # subpackages import in this direction only: from those before them
-LAYERS = ['docments', 'basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
+LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
 SECTIONS = [*LAYERS[1:], 'tutorials', 'studies']           # each has a sidebar of its own on the site
 # where the navigation bar leads: the notebook of each subpackage that a newcomer reads
 STORY = dict(perturb='clone', data='datasets', nets='unet3plus', measure='sweeps', train='learner', show='explorer')
@@ -120,6 +120,7 @@ def sections():
     for name in 'tutorials', 'studies':
         first = FIRST[name]
         found[name][''].sort(key=lambda o: first.index(o[0]) if o[0] in first else len(first))
+    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')   # its story, if it has one
     return found
 
 
@@ -147,7 +148,8 @@ def quarto_yml():
     text = (root/'_quarto.yml').read_text(encoding='utf-8')
     for section, folders in sections().items():
         at = {name: nb for nb, name in folders['']}
-        story = at.get(STORY.get(section)) or next(iter(at.values()))
+        story = next(iter(at.values()))
+        if not story.endswith('/index.ipynb'): story = at.get(STORY.get(section), story)
         text = re.sub(rf'(- text: {section}\n +href: ).*', rf'\g<1>{story}', text)
     return re.sub(r'(?<=  sidebar:  # made by [.]ci/derive[.]py\n).*', lambda m: sidebars(), text, flags=re.S)
 
