@@ -85,17 +85,18 @@ def method(folder):
     from mean_teacher import MeanTeacher
 
     from noisyseg.show.pseudo_label_panel import PseudoLabelPanel
-    dls = semi(data(folder), 4, bs=2)
+    few = lambda: semi(data(folder), 4, bs=2)         # anew: loaders count their epochs
     both = lambda: (MeanTeacher(), WeightNoise(MaxGaussian(0.05), seed=3))
-    whole = fitted(dls, *both())
-    assert whole.mean_teacher.n_steps == 2 * len(dls.train)
-    cut = fitted(dls, *both(), run=folder/'run', stop=len(dls.train) + 1)
-    again = fitted(dls, *both(), run=folder/'run')
+    whole = fitted(few(), *both())
+    n = len(whole.dls.train)
+    assert whole.mean_teacher.n_steps == 2 * n
+    cut = fitted(few(), *both(), run=folder/'run', stop=n + 1)
+    again = fitted(few(), *both(), run=folder/'run')
     assert cut.mean_teacher.n_steps < again.mean_teacher.n_steps == whole.mean_teacher.n_steps
     for a, b in (whole.model, again.model), (whole.mean_teacher.teacher, again.mean_teacher.teacher):
         for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]), k
     monitor = TrainingMonitor(show=False, panels=[PseudoLabelPanel(2)])
-    learn = fitted(dls, MeanTeacher(), monitor)
+    learn = fitted(few(), MeanTeacher(), monitor)
     numbers, html = PseudoLabelPanel(2).look(learn)
     assert 0 <= numbers['pseudo-labels, confident'] <= 1 and 'unlabelled image' in html
 
