@@ -1,4 +1,4 @@
-"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/03_checkpoints.ipynb."""
+"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/05_checkpoints.ipynb."""
 import ast
 import functools
 import hashlib

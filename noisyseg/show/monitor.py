@@ -33,7 +33,7 @@ from ..perturb.clone import perturbed
 from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row, plain_text,
                                     noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
-from ..train.learner import WeightNoise
+from ..train.noise import WeightNoise
 
 # %% ../../nbs/show/07_monitor.ipynb #f8994b44
 def _held_out(dl, i):
