@@ -8,6 +8,7 @@ here = Path(__file__).parent
 cfg = ConfigParser(delimiters=['='])
 cfg.read(here/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
+readme = here/'README.md'
 
 
 def lines(key): return [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
@@ -19,7 +20,7 @@ setup(
     version=cfg['version'],
     keywords=cfg['keywords'].split(),
     license_expression=cfg['license'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else cfg['description'],
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type='text/markdown',
     classifiers=[
         f'Development Status :: {cfg["status"]} - {stages[cfg["status"]]}',
@@ -29,7 +30,8 @@ setup(
     ],
     install_requires=lines('requirements'),
     extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},
-    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f'{cfg["lib_name"]} = {cfg["lib_name"]}._modidx:d']},
+    entry_points={'console_scripts': lines('console_scripts'),
+                  'nbdev': [f'{cfg["lib_name"]} = {cfg["lib_name"]}._modidx:d']},
     packages=find_packages(include=['noisyseg', 'noisyseg.*']),
     package_data={'noisyseg.show': ['*.js', 'models/*']},
 )

@@ -1,7 +1,7 @@
 """Hooks of nbdev's, for this checkout only: notebooks are cleaned when JupyterLab saves them, and merged cell by cell.
 
-Does what `nbdev-install-hooks` does, but writes nothing outside this folder (that command edits `~/.jupyter`), names the
-programs by their full path (so git works while the environment is not activated), and leaves `git diff` alone.
+Does what `nbdev-install-hooks` does, but writes nothing outside this folder (that command edits `~/.jupyter`), names
+the programs by their full path (so git works while the environment is not activated), and leaves `git diff` alone.
 Where there is nothing to hook into, as in CI or an unpacked archive, it does nothing; it never makes set-up fail."""
 import os
 import subprocess

@@ -1,7 +1,8 @@
 """noisyseg: what happens to a network when its weights are not what training left behind.
 
-The names that people type stand here and are loaded when they are first used, so that `import noisyseg` costs next to nothing.
-All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`, `train`, `show`."""
+The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
+All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
+`train`, `show`."""
 from importlib import import_module
 
 __version__ = "0.1.0"

@@ -1,9 +1,9 @@
-"""How fast is noisyseg beside the plain way to do the same, and beside its peers? `make bench` calls this: one command, one table.
+"""How fast is noisyseg beside the plain way to do the same, and beside its peers? `make bench` calls this.
 
-Both ways run in one process, in turns, after a warm-up and after a check that their results agree; each group has a process of its own,
-because what one leaves in the memory allocator would change the other's times. The ratio is ours / other, median over the turns: below 1 is faster.
-Without --full it takes about four minutes on two cores. Each whole run is appended to
-nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
+Both ways run in one process, in turns, after a warm-up and after a check that their results agree. Each group has a
+process of its own, because what one leaves in the memory allocator would change the other's times. The ratio is
+ours / other, median over the turns: below 1 is faster. Without --full it takes about four minutes on two cores. Each
+whole run is appended to nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
 """
 import argparse
 import datetime

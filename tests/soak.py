@@ -2,10 +2,10 @@
 
     python tests/soak.py --minutes 30
 
-After each turn it prints the resident memory, open file handles, child processes, threads and widgets. It fails if, leaving out the first third of
-the turns (caches fill), memory grows: the Theil-Sen slope (the median over all pairs of turns) is above --mb a turn, and the last third's
-median is more than 3 % above the middle third's. And it fails if handles, children, threads, widgets or temporary files are left that were not there
-after the first turns.
+After each turn it prints the resident memory, open file handles, child processes, threads and widgets. It fails if,
+leaving out the first third of the turns (caches fill), memory grows: the Theil-Sen slope (the median over all pairs of
+turns) is above --mb a turn, and the last third's median is more than 3 % above the middle third's. And it fails if
+handles, children, threads, widgets or temporary files are left that were not there after the first turns.
 """
 import argparse
 import gc
@@ -34,7 +34,7 @@ from noisyseg.data.datasets import scenes  # noqa: E402
 from noisyseg.show.explorer import NoiseExplorer  # noqa: E402
 from noisyseg.perturb.laws import MaxGaussian  # noqa: E402
 from noisyseg.show.monitor import TrainingMonitor  # noqa: E402
-from noisyseg.perturb.clone import _active  # noqa: E402
+from noisyseg.perturb.clone import holding  # noqa: E402
 from noisyseg.train.resume import Resumable  # noqa: E402
 from noisyseg.train.methods.sam_callback import SAMCallback  # noqa: E402
 from noisyseg.measure.sweeps import noise_sweep  # noqa: E402
@@ -108,7 +108,7 @@ def look(folder):
     widgets = len(getattr(ipywidgets.Widget, '_active_widgets', None) or ipywidgets.widgets.widget._instances)
     return {'MB': resident(), 'handles': len(os.listdir('/proc/self/fd')), 'children': len(children()),
             'threads': threads, 'widgets': widgets,
-            'clones': len([r for r in _active if r() is not None]), 'files': len(list(folder.iterdir())),
+            'clones': len(holding()), 'files': len(list(folder.iterdir())),
             'temporary': len(os.listdir(tempfile.gettempdir()))}
 
 

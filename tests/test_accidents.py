@@ -29,7 +29,7 @@ from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian
 from noisyseg.train.losses import FocalLoss, HybridLoss, IoULoss, MSSSIMLoss
 from noisyseg.measure.metrics import ConfusionMeter
-from noisyseg.perturb.clone import _active, clone_weights, perturbed
+from noisyseg.perturb.clone import clone_weights, holding, perturbed
 from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.report import report_html
 from noisyseg.perturb.selectors import kernels_and_scales, select
@@ -285,7 +285,7 @@ def test_an_exception_inside_a_law(error, rng):
         clone.inject(Fails(0.1, 99), 0)
         with pytest.raises(error): clone.rescale(2.)
         assert same(before, bits(net))
-    assert not [r for r in _active if r() is not None and r().injected]
+    assert not holding()
 
 class Tied(nn.Module):
     def __init__(self):
@@ -319,7 +319,7 @@ def test_blocks_that_overlap_in_any_order(data):
         finally:   # hypothesis gives up on some examples half way
             for block in opened: block.__exit__(None, None, None)
     assert same(before, bits(net))
-    assert not [r for r in _active if r() is not None and r().injected]
+    assert not holding()
 
 def test_ctrl_c_still_works_after_blocks_that_overlap():
     import signal
@@ -357,7 +357,7 @@ def test_a_model_that_changes_while_it_is_perturbed(change, gradient):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         with perturbed(net, MaxGaussian(0.1), '*', 0, gradient): CHANGES[change](net)
-    assert not [r for r in _active if r() is not None and r().injected]
+    assert not holding()
     for name, w in (('a.weight', a), ('b.weight', b)):
         if w.shape == clean[name].shape: assert torch.equal(w.cpu(), clean[name].to(w.dtype)), name
     told = ' '.join(str(w.message) for w in said)
@@ -420,7 +420,7 @@ def test_threads_at_one_model():
                 refused.append(i)
     errors = in_threads(work)
     assert not errors and done and len(done) + len(refused) == 240
-    assert same(before, bits(net)) and not [r for r in _active if r() is not None]
+    assert same(before, bits(net)) and not holding()
 
 def test_threads_at_one_clone():
     net = Net()

@@ -15,7 +15,7 @@ from fastai.callback.progress import ProgressCallback # noqa: F401, gives Learne
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from noisyseg.data.datasets import datasets as data as data_module
+from noisyseg.data import datasets as data_module
 from noisyseg.data.datasets import (MissingData, camvid, camvid_classes, check_dataset, colorize, custom_masks, data_root, denormalize, sbd, scenes,
     voc, voc_palette)
 from noisyseg.data.files import check_sizes, label_table, pair_files, read_colour_mask, read_image, read_mask

@@ -1,7 +1,8 @@
 """The tour as people meet it: opened in a real JupyterLab, in a real browser, and run from top to bottom.
 
-Needs Chromium (any of `chromium`, `chromium-browser`, `google-chrome` on the PATH). Without it the tests are skipped, except
-where NOISYSEG_REQUIRE_BROWSER=1 or CI is set: there its absence is a failure. Screenshots of failures go to NOISYSEG_SCREENSHOTS."""
+Needs Chromium (any of `chromium`, `chromium-browser`, `google-chrome` on the PATH). Without it the tests are skipped,
+except where NOISYSEG_REQUIRE_BROWSER=1 or CI is set: there its absence is a failure. Screenshots of failures go to
+NOISYSEG_SCREENSHOTS."""
 import functools
 import http.server
 import json

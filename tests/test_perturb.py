@@ -129,7 +129,7 @@ def test_a_law_that_changes_what_its_parent_computes_does_not_inherit_its_promis
     assert MultiplicativeGaussian().rowwise(w) and Louder().rowwise(w) and not Centred().rowwise(w)
     net = nn.Conv2d(300, 200, 1)
     with perturbed(net, Centred(0.1), 'weight', 0) as clone:
-        assert torch.equal(net.weight, Centred(0.1)(clone._clean[0], clone._z[0]))
+        assert torch.equal(net.weight, Centred(0.1)(clone.clean[0], clone.draw[0]))
 
 def test_a_large_model_draws_ahead_in_a_thread_and_gets_the_same_noise():
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
-"""README and site, as far as they can be held without Quarto: what it is given is processed by nbdev, well formed and complete.
-That Quarto then renders it is seen only where the site is built (.github/workflows/docs.yml): `test_built_site` looks at the result."""
+"""README and site, as far as they can be held without Quarto: what it is given is processed by nbdev, well formed and
+complete. That Quarto then renders it is seen only where the site is built (.github/workflows/docs.yml), by
+`test_built_site`."""
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from urllib.parse import unquote
 
 import derive
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from conftest import copy_project, nb_id, notebooks, project_files, read_nb, root
@@ -18,6 +20,7 @@ from nbdev.config import nbpath2html
 from test_lab import browser_page
 
 settings = derive.settings
+laws = next(nb for nb, module in derive.modules() if module == 'perturb.laws')
 pages = notebooks() + sorted(p for p in project_files() if p.suffix == '.md')
 
 
@@ -73,10 +76,11 @@ def test_llms_txt():
 
 def test_llms_txt_can_fail(project):
     "A notebook without its line of description is said to lack it"
-    nb = project/'nbs'/'perturb/04_laws.ipynb'
-    assert derive.title(nb)[0] == 'Laws'
-    nb.write_text(nb.read_text().replace('> What noise does', 'What noise does', 1))
-    with pytest.raises(ValueError, match='02_laws.*one line of description'): derive.title(nb)
+    nb = project/'nbs'/laws
+    name, description = derive.title(nb)
+    assert name and description
+    nb.write_text(nb.read_text().replace(f'> {description[:15]}', description[:15], 1))
+    with pytest.raises(ValueError, match='_laws.*one line of description'): derive.title(nb)
 
 
 def listed(o):
@@ -87,15 +91,26 @@ def listed(o):
 
 
 def test_quarto_yml():
-    "It parses, and its sidebar lists every notebook once, the numbered ones in order; nbdev finds it in nbs/"
+    "It parses, nbdev finds it in nbs/, and its sidebars, one a section, list every notebook but the front page once"
     cfg = yaml.safe_load((root/'_quarto.yml').read_text())
+    assert (root/'_quarto.yml').read_text() == derive.quarto_yml(), 'run `make export`'
     assert (root/'nbs'/'_quarto.yml').is_symlink() and (root/'nbs'/'_quarto.yml').resolve() == root/'_quarto.yml'
     assert cfg['project']['output-dir'] == '_docs'
-    side = listed(cfg['website']['sidebar'])
-    assert sorted(side) == sorted(map(nb_id, notebooks()))
-    numbered = [o for o in side if re.match(r'\d', o)]
-    assert numbered == sorted(numbered)
-    assert set(listed(cfg['website']['navbar'])) <= set(side)
+    sidebars = cfg['website']['sidebar']
+    assert [o['id'] for o in sidebars] == derive.SECTIONS
+    side = listed(sidebars)
+    assert sorted(side) == sorted(nb_id(p) for p in notebooks() if nb_id(p) != 'index.ipynb')
+    navbar = listed(cfg['website']['navbar'])
+    assert len(navbar) == len(sidebars)
+    # Quarto marks the first link of the navigation bar that it finds in a page's sidebar: so each has one of its own
+    for link in navbar: assert sum(link in listed(o) for o in sidebars) == 1
+
+
+def test_sidebar_shows_modules():
+    "A notebook that exports a module stands in the sidebar under the module's name"
+    for o in derive.modules():
+        section = next(v for v in derive.sections().values() if any(o[0] == nb for f in v.values() for nb, _ in f))
+        assert (o[0], o[1].rsplit('.')[-1]) in [pair for folder in section.values() for pair in folder]
 
 
 # Quarto refuses a key it does not know under `project`, `website` and what is in them, and silently ignores one
@@ -179,12 +194,13 @@ def test_source_links():
 
 
 page_html = """<!doctype html><header id="title-block-header"><h1>A page</h1></header>
-<nav role="doc-toc"><div class="toc-actions"><ul><li><a class="toc-action" href="{source}">View source</a></li></ul></div></nav>
+<nav role="doc-toc"><div class="toc-actions"><ul>
+<li><a class="toc-action" href="{source}">View source</a></li></ul></div></nav>
 <main><a href="../{up}LICENSE">licence</a> <a href="../index.html">up</a> <a href="laws.html">beside</a></main>
 {script}"""
 
 
-@pytest.mark.parametrize('page', ['perturb/04_laws.ipynb', 'tutorials/tour.ipynb', None], ids=str)
+@pytest.mark.parametrize('page', [laws, 'tutorials/tour.ipynb', None], ids=str)
 def test_page_links(page, tmp_path):
     ("On a page as Quarto lays it out: the link to Colab, and links that leave the site lead to GitHub; without \"View "
      "source\", nothing changes")
@@ -217,11 +233,48 @@ def test_workflows():
     assert re.search(r'^make test\b', (root/'.ci'/'run').read_text(), re.M)
 
 
-def test_index_names_every_notebook():
-    "The map on the front page is complete"
+def test_index_says_where_to_go():
+    "The front page leads into each subpackage, and to every tutorial and study"
     text = '\n'.join(c.source for c in read_nb(root/'nbs'/'index.ipynb').cells if c.cell_type == 'markdown')
-    missing = [nb_id(p) for p in notebooks() if p.stem != 'index' and f']({nb_id(p)})' not in text]
-    assert not missing
+    there = set(re.findall(r'\]\(([\w/]+\.ipynb)', text))
+    assert {o.split('/')[0] for o in there} >= set(derive.SECTIONS)
+    assert not {nb_id(p) for p in notebooks() if p.parent.name in ('tutorials', 'studies')} - there
+
+
+def result_rows():
+    "The results on the front page, made anew from the rows of the CamVid study"
+    df = pd.read_csv(root/'nbs'/'studies'/'camvid_weight_noise.csv')
+    df = df[df.metric == 'mIoU']
+    for name, model in {'clean': 'clean', 'under 5 % noise': 'n = 5 %', 'under 10 % noise': 'n = 10 %'}.items():
+        cells = []
+        for level in 0, .05, .1, .15:
+            seeds = 100 * df[(df.model == model) & (df.level == level)].groupby('train_seed').value.mean()
+            cells.append(f'{seeds.mean():.1f} ({", ".join(f"{v:.1f}" for v in seeds)})')
+        yield f'| {" | ".join([name, *cells])} |'
+
+
+def test_results_on_the_front_page():
+    "The one table of results in README.md holds the numbers of the study, and is no longer than that"
+    text = (root/'README.md').read_text()
+    assert '\n'.join(result_rows()) in text
+    assert len(text.splitlines()) <= 150
+
+
+def in_project(link):
+    "What a link in README.md shows: there they are absolute, because a package index shows it too"
+    for kind in 'blob', 'raw':
+        link = link.removeprefix(f'{settings["git_url"]}/{kind}/{settings["branch"]}/')
+    page = link.removeprefix(f'{settings["doc_url"]}/')
+    return {nbpath2html(nb_id(p)).as_posix(): f'nbs/{nb_id(p)}' for p in notebooks()}.get(page, link)
+
+
+def test_readme_links_are_absolute():
+    "Pictures and links of README.md work where nothing else of the project is, and lead to what is there"
+    found = [o for pair in links(root/'README.md') for o in pair if o]
+    assert not [o for o in found if not re.match(r'https://|#', o)]
+    ours = [in_project(o) for o in found if o.startswith((settings['git_url'], settings['doc_url']))]
+    assert len(ours) > 10 and not [o for o in ours if root/o.partition('#')[0] not in project_files()]
+    assert [o for o in found if o.endswith('.png') and '/raw/' in o]
 
 
 def markdown(path):
@@ -327,8 +380,8 @@ def test_page_names(processed):
 def named_files(cfg):
     "What _quarto.yml names that must be there as a file: links of navbar and sidebar, style sheet, included HTML"
     def texts(o):
-        return [t for v in (o.values() if isinstance(o, dict) else o) for t in texts(v)] if isinstance(o,
-                (dict, list)) else [o]
+        if isinstance(o, dict): o = [v for k, v in o.items() if k not in ('id', 'title', 'text', 'section')]
+        return [t for v in o for t in texts(v)] if isinstance(o, list) else [o]
     html = cfg['format']['html']
     found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body']])
     return sorted({o for o in found if isinstance(o, str) and not re.match(r'[a-z]+:', o)
@@ -352,7 +405,7 @@ def test_resources_can_fail(tmp_path):
     "In an empty folder all of it is missing"
     missing = unmatched(quarto_yml(), tmp_path)
     assert {'images/**', 'explorer/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'page_links.html',
-            'index.ipynb'} <= set(missing)
+            'tutorials/tour.ipynb'} <= set(missing)
     (tmp_path/'images').mkdir()
     (tmp_path/'images'/'hero.png').touch()
     assert 'images/**' not in unmatched(quarto_yml(), tmp_path)
@@ -365,7 +418,8 @@ def test_landing_is_processed(processed):
              and not c.source.startswith('<!--')][0]
     assert first == landing().source
     assert (processed/'explorer'/'manifest.json').is_file() and not (processed/'explorer'/'explorer.js').is_symlink()
-    assert (processed/'explorer'/'explorer.js').read_bytes() == (processed.parent/'noisyseg'/'show'/'explorer.js').read_bytes()
+    source = processed.parent/'noisyseg'/'show'/'explorer.js'
+    assert (processed/'explorer'/'explorer.js').read_bytes() == source.read_bytes()
 
 
 if site := os.environ.get('NOISYSEG_SITE'):  # the folder of the built site: a test only where there is one

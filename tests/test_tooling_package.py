@@ -24,7 +24,9 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(root/'settings.ini')
 cfg = cfg['DEFAULT']
 toml = tomllib.loads((root/'pyproject.toml').read_text())
-own = sorted(p.relative_to(root/'noisyseg').with_suffix('').as_posix().replace('/', '.') for p in (root/'noisyseg').rglob('*.py') if not p.stem.startswith('_'))
+package = root/'noisyseg'
+own = sorted('.'.join(p.relative_to(package).with_suffix('').parts) for p in package.rglob('*.py')
+             if not p.stem.startswith('_'))
 
 
 def canon(name): return re.sub(r'[-_.]+', '-', name).lower()
@@ -180,7 +182,7 @@ def test_wheel_in_an_empty_environment(empty):
 
 def test_wheel_with_its_requirements_only(empty):
     """Every module imports where there is the wheel, its requirements and what these require, and no nbdev.
-    The requirements are not installed again: they are linked from here, one by one, so that nothing else is to be seen."""
+    The requirements are not installed again: they are linked from here, one by one, so that nothing else is there."""
     python, site = empty
     linked = closure(lines('requirements'))
     for name in linked:
@@ -204,8 +206,8 @@ def test_wheel_holds_the_package(built):
     assert {f'noisyseg/{m.replace(".", "/")}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
     assert any(o.endswith('licenses/LICENSE') for o in names)
-    assert {'noisyseg/show/explorer.js', 'noisyseg/show/models/scenes_clean.safetensors',
-            'noisyseg/show/models/scenes_noise_trained.json'} <= set(names)
+    assert {f'noisyseg/show/{o}' for o in ('explorer.js', 'models/scenes_clean.safetensors',
+                                           'models/scenes_noise_trained.json')} <= set(names)
     assert Path(built['wheel']).stat().st_size < 2_000_000
 
 

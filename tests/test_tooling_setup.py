@@ -9,7 +9,7 @@ import pytest
 def set_up(project):
     ("Runs .ci/set-up in a copy of the project with a stand-in for Python: gives status, what was said, and what the "
      "stand-in was asked")
-    def run(version='3.12', works='exit 0', venv='.venv'):
+    def run(version='3.12', works='exit 0', venv='.venv'):  # `works`: shell code, what the stand-in does
         asked, python = project/'asked', project/'python'
         asked.write_text('')
         python.write_text(f'#!/bin/sh\necho "$@" >> {asked}\ncase "$*" in\n  -V) echo Python {version};;\n'
@@ -63,3 +63,39 @@ def test_half_a_set_up_is_made_again(set_up, project):
     status, said, asked = set_up(works=make)
     assert not status, said
     assert 'up to date' in said and asked.index('--dry-run') < asked.index('pip check')
+
+
+def user_made(project):
+    "An environment that the user made, with a package of the user's in it"
+    venv = project/'.venv'
+    (venv/'bin').mkdir(parents=True)
+    (venv/'pyvenv.cfg').touch()
+    (venv/'my_cpu_torch').mkdir()
+    return venv
+
+
+def test_an_environment_of_yours_is_kept(set_up, project):
+    "A set-up that is cut short in an environment that you made goes on there the next time, and deletes nothing"
+    venv = user_made(project)
+    (venv/'bin'/'python').write_text('#!/bin/sh\ncase "$*" in *"pip check"*) exit 1;; esac\n')
+    (venv/'bin'/'python').chmod(0o755)
+    for _ in range(2):
+        status, said, _ = set_up()
+        assert status and (venv/'.unfinished').exists() and (venv/'my_cpu_torch').is_dir()
+    assert 'cut short' in said and 'keeping what is there' in said
+    (venv/'bin'/'python').write_text('#!/bin/sh\nexit 0\n')
+    status, said, _ = set_up()
+    assert not status, said
+    assert (venv/'.ready').exists() and (venv/'my_cpu_torch').is_dir()
+
+
+@pytest.mark.parametrize('fault', ['broken', 'moved', 'cut short and broken'])
+def test_an_environment_of_yours_is_left_to_you(set_up, project, fault):
+    "Whatever is wrong with an environment that you made, set-up deletes nothing, and says what would"
+    venv = user_made(project)
+    (venv/'bin'/'python').write_text('#!/bin/sh\nexit ' + ('0' if fault == 'moved' else '1') + '\n')
+    (venv/'bin'/'python').chmod(0o755)
+    if fault == 'moved': (venv/'.ready').write_text('/elsewhere/.venv\n1 2\n')
+    if fault == 'cut short and broken': (venv/'.unfinished').touch()
+    status, said, _ = set_up()
+    assert status and 'rm -rf .venv' in said and (venv/'my_cpu_torch').is_dir()

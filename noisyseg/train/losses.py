@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..measure.metrics import _index, _ints, finest, to_mask, valid_pixels
+from ..basics import check_whole
+from ..measure.metrics import class_numbers, finest, to_mask, valid_pixels
 
 # %% ../../nbs/train/01_losses.ipynb #108eaca8
 def _prepare(logits, y, ignore_index):
@@ -24,7 +25,7 @@ def _prepare(logits, y, ignore_index):
     if not isinstance(logits, Tensor):
         raise TypeError(f"expected logits as a torch.Tensor, got {type(logits).__name__}; "
         "a network that returns a list of logits needs DeepSupervisionLoss")
-    logits, y = logits.as_subclass(Tensor), _ints(y, 'the mask')
+    logits, y = logits.as_subclass(Tensor), class_numbers(y, 'the mask')
     if not logits.is_floating_point(): raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim != 4 or y.ndim != 3 or logits.shape[:1] + logits.shape[2:] != y.shape:
         raise ValueError(f"expected logits (batch, classes, height, width) and masks (batch, height, width), got "
@@ -57,7 +58,7 @@ class SegmentationLoss(nn.Module):
         reduction: str = 'mean',  # 'mean': one number; 'none': one for each image, (B,)
     ):
         super().__init__()
-        self.ignore_index = _index(ignore_index, 'ignore_index')
+        self.ignore_index = None if ignore_index is None else check_whole('ignore_index', ignore_index)
         self.reduction = reduction
 
     def forward(self,
@@ -191,7 +192,7 @@ def ms_ssim(
     if p.shape != g.shape or p.ndim != 4 or not p.numel():
         raise ValueError(f"expected two stacks of maps of one shape (batch, channels, height, width), got "
                          f"{(*p.shape,)} and {(*g.shape,)}")
-    room, scales = n_scales(*p.shape[2:]), _index(scales, 'scales', 1)
+    room, scales = n_scales(*p.shape[2:]), scales if scales is None else check_whole('scales', scales, 1)
     n = scales or room
     if n > room: raise ValueError(f"{n} scales don't fit into {tuple(p.shape[2:])} pixels, there is room for {room}")
     w = _window(min(p.shape[2:]), p)
@@ -246,7 +247,7 @@ def class_presence(
     ignore_index: int = None,  # label of void pixels
 ) -> Tensor:  # (B, n_classes) float32, 1 where the class has a pixel in the image
     "Which classes each image holds. Void pixels hold none."
-    y, n = _ints(y, 'the mask'), max(n_classes, 2)
+    y, n = class_numbers(y, 'the mask'), max(n_classes, 2)
     ok = valid_pixels(y, n, ignore_index)
     labels = y.masked_fill(~ok, n).flatten(1)   # void pixels go into a column of their own, which is dropped
     seen = torch.zeros(len(y), n + 1, device=y.device).scatter_(1, labels, 1.)
@@ -309,7 +310,7 @@ class DeepSupervisionLoss(SegmentationLoss):
         out,  # logits, a list of logits (finest first), or (either of them, presence logits (B, C))
         y: Tensor,  # masks (B, H, W), integers
     ) -> Tensor:
-        y, presence = _ints(y, 'the mask'), None
+        y, presence = class_numbers(y, 'the mask'), None
         if isinstance(out, (list, tuple)) and len(out) == 2 and getattr(out[1], 'ndim', 0) == 2: out, presence = out
         outs = list(out) if isinstance(out, (list, tuple)) else [out]
         finest(outs)
