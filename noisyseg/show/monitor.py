@@ -26,7 +26,8 @@ from IPython.display import HTML
 from plotly.subplots import make_subplots
 from torch import nn
 
-from ..measure.evaluation import logits_of, plain_batch, untouched
+from ..measure.evaluation import logits_of, untouched
+from ..measure.task import MaskTask
 from ..data.files import colorize, distinct_palette, to_rgb, whole
 from ..measure.metrics import to_mask
 from ..perturb.clone import perturbed
@@ -41,7 +42,7 @@ def _held_out(dl, i):
     place = i
     # a loader of our own: the learner's has not moved
     for n, batch in enumerate(dl.new() if hasattr(dl, 'new') else dl):
-        x, y = plain_batch(batch, n)
+        x, y = MaskTask().batch(batch, n)
         if place < len(x): return x[place:place + 1].clone(), y[place:place + 1].clone()
         place -= len(x)
     raise ValueError(f"sample={i}: the validation set has {i - place} images; expected a number below that, or None to "

@@ -139,10 +139,10 @@ class TrainStep(Callback):
     watches = True  # nothing of a fit depends on what it counts
     def __init__(self):
         self._hook = None
-        self._fitting = False
+        self.fitting = False  # is an epoch of a fit going on?
         self._n_passes = 0
 
-    def __getstate__(self): return {'_hook': None, '_fitting': False, '_n_passes': 0, 'learn': self.learn}
+    def __getstate__(self): return {'_hook': None, 'fitting': False, '_n_passes': 0, 'learn': self.learn}
 
     @property
     def methods(self) -> list:
@@ -160,7 +160,6 @@ class TrainStep(Callback):
         except BaseException:
             self._tidy_up()
             raise
-        self._fitting = True
         self._install()
 
     def _tidy_up(self):
@@ -168,8 +167,8 @@ class TrainStep(Callback):
             if isinstance(c, LoopCallback): c.leave()
 
     def before_validate(self):
-        if self._hook is not None: return
-        self._install()   # a validation outside of a fit
+        if self.fitting: return
+        if self._hook is None: self._install()   # a validation outside of a fit, such as learn.validate()
         self.learn.dl = _Watched(self.learn.dl, self._leave)
 
     def after_fit(self): self._leave()
@@ -201,7 +200,7 @@ def _leave(self:TrainStep):
         else: learn._with_events = self._below
     if isinstance(learn.dl, _Watched): learn.dl = learn.dl.dl
     self._hook = None
-    self._fitting = False
+    self.fitting = False
     self._tidy_up()
 
 # %% ../../nbs/train/02_method.ipynb #4f23bf4a
@@ -213,12 +212,15 @@ def _around(self:TrainStep, f, event, ex, *final):
     run = lambda f: fastai(f, event, ex, *final)
     for c in learn.cbs.sorted('order'):
         if isinstance(c, LoopCallback) and c.run: run = partial(c.around, event, run)
-    outermost = event == ('epoch' if self._fitting else 'batch')
+    if event == 'epoch': self.fitting = True
+    outermost = event == ('epoch' if self.fitting else 'batch')
     try: run(partial(self._one_batch, f) if event == 'batch' else f)
     except BaseException:
         if outermost: self._leave()
         raise
-    if outermost and self._fitting and learn.epoch + 1 >= learn.n_epoch: self._leave()
+    if event == 'epoch':
+        self.fitting = False
+        if learn.epoch + 1 >= learn.n_epoch: self._leave()
 
 # %% ../../nbs/train/02_method.ipynb #faa8a6cb
 @patch

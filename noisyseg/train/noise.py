@@ -178,10 +178,10 @@ def refuses(self:WeightNoise, other):
 @patch
 def state_dict(self:WeightNoise) -> dict:
     "What a resumed fit needs: the seed, where the generators are, and an epoch's noise."
-    kept = self.draw == 'epoch' and self._clone is not None and self._clone._z is not None and not self._fresh
+    kept = self.draw == 'epoch' and self._clone is not None and self._clone.draw is not None and not self._fresh
     return {'seed': self.seed, 'generators': None if self._generators is None
             else [self._generators[k].get_state() for k in (True, False)],
-            'noise': [z.clone() for z in self._clone._z] if kept else None}
+            'noise': [z.clone() for z in self._clone.draw] if kept else None}
 
 @patch
 def load_state_dict(self:WeightNoise,
@@ -194,7 +194,7 @@ def load_state_dict(self:WeightNoise,
         for k, s in zip((True, False), state['generators']): self._generators[k].set_state(s)
     if state['noise'] is not None:
         if self._clone is None: self._clone = WeightClone(unwrapped(self.learn.model), self.where, self.gradient, self.rng)
-        self._clone._z = [z.to(c.device) for z, c in zip(state['noise'], self._clone._clean)]
+        self._clone.draw = state['noise']
         self._fresh = False
 
 # %% ../../nbs/train/03_noise.ipynb #ad8eb66d

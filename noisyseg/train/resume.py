@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from ..perturb.clone import _active
+from ..perturb.clone import holding
 from .serialization import load_state, random_state, save_state, set_random_state
 from ..basics import remove_parts, versions
 from .method import LoopCallback
@@ -325,8 +325,7 @@ def _where(self:Resumable):
 @patch
 def _state(self:Resumable, epoch, batch):
     learn = self.learn
-    mine = {*learn.model.parameters(), *learn.model.modules()}
-    if any(c is not None and mine & {*c._params, *(s.module for s in c._computed)} for c in (r() for r in _active)):
+    if holding(learn.model):
         raise RuntimeError("the weights hold noise now, so the fit's state cannot be saved: train under noise with "
                            "WeightNoise, not inside perturbed(...)")
     return {'run': self._run, 'where': self._where(), 'epoch': epoch, 'batch': batch, 'finished': epoch

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ...perturb.clone import HoldInterrupts, _active, forget_casts
+from ...perturb.clone import HoldInterrupts, forget_casts, holding
 from ...perturb.selectors import Selector, select
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #45c6680f
@@ -146,9 +146,7 @@ def _agree(self:Ascent, finite, params):
 @patch
 def _noises(self:Ascent):
     "The clones that hold noise in this model's weights now, oldest first."
-    modules = set(self.model.modules())
-    return [c for c in (r() for r in _active) if c is not None and (any(p in self.names for p in c._params)
-            or any(s.module in modules for s in c._computed))]
+    return holding(self.model)
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #b7b1a4fd
 @patch

@@ -100,14 +100,14 @@ class _OneUpdate:
 # %% ../../../nbs/train/methods/01_damp.ipynb #e159affe
 def _with_xi(grads, params, clone, sigma):
     "Each perturbed weight's gradient times its xi = 1 + sigma z."
-    draws = dict(zip(clone._params, clone._z))
+    draws = dict(zip(clone.weights, clone.draw))
     return [torch.addcmul(g, g, draws[p].to(g.dtype), value=sigma) if g is not None and p in draws else g for g,
             p in zip(grads, params)]
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #114fcb72
 def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator, scaler):
     "Lines 6 to 11 of Algorithm 1: the loss, ready for backward, and the predictions."
-    if gradient == 'exact' and clone._computed:
+    if gradient == 'exact' and clone.computed:
         raise ValueError(f"gradient='exact' needs weights that are parameters, and {clone.names[-1]} is computed "
                          f"(parametrized): "
                          "leave it out with where=, or take gradient='algorithm'")
@@ -324,7 +324,7 @@ def prepare(self:DAMP, step=None):
 def _pass_over(self:DAMP, n):
     "Leave out `n` draws, which are other processes': so the generator is in the same state in all of them."
     if not n: return
-    weights = self._clone._clean if self._clone else [getattr(s.module, s.attr)
+    weights = self._clone.clean if self._clone else [getattr(s.module, s.attr)
                                                       for s in select(unwrapped(self.learn.model), self.where)]
     for _ in range(n):
         for w in weights: fill_normal(torch.empty(w.shape, device=w.device), self._generator)

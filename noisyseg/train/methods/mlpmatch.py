@@ -150,6 +150,10 @@ def before_fit(self:MLPMatch):
 def leave(self:MLPMatch):
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, _Column)]
 
+@patch
+def before_validate(self:MLPMatch):
+    if not self.learn.train_step.fitting: self.leave()   # a validation of its own, outside of fit
+
 # %% ../../../nbs/train/methods/07_mlpmatch.ipynb #0cdbb395
 @patch
 def prepare(self:MLPMatch, step):
