@@ -17,7 +17,7 @@ TOUR := nbs/tutorials/tour.ipynb
 ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up lab test demo bench export docs docs-check lint wheel clean
+.PHONY: help set-up lab test check demo bench export docs docs-check lint wheel clean
 
 help: ## this list
 	@echo "noisyseg: train a segmentation network under weight noise, and see what the noise costs"
@@ -32,7 +32,11 @@ lab: set-up ## open JupyterLab on the tour
 
 # as many processes as there are cores, of one thread each: two torch programs of two threads on two cores stand in each other's way
 test: set-up ## run everything: the notebooks, tests/, and that code, README and site fit the notebooks
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+check: set-up ## what one runs while working: all that is quick, in under two minutes; no browser, no Ray, no notebooks
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
+		-m 'not browser and not ray and not kill and not slow' $(ARGS)
 
 demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
 	@$(PY) -m noisyseg.show.demo
@@ -48,7 +52,7 @@ export: set-up ## after editing notebooks: write modules and README from them, a
 docs: set-up ## build the site into _docs/ (needs quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
 		echo "run this again. 'make docs-check' tests the site's sources without it."; exit 1; }
-	$(VENV)/bin/nbdev-docs
+	NOISYSEG_DOCMENTS=0 $(VENV)/bin/nbdev-docs
 
 docs-check: set-up ## test what can be tested of the site and README without quarto
 	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)

@@ -3,7 +3,13 @@
 The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
 All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
 `train`, `show`."""
+import os
 from importlib import import_module
+
+from .docments import install
+
+# comments beside parameters in help(); the site has a table of them instead (`make docs`)
+if os.environ.get('NOISYSEG_DOCMENTS') != '0': install(__name__)
 
 __version__ = "0.1.0"
 
@@ -15,7 +21,7 @@ _names = {
     'perturb.quantization': ['Quantize', 'quantized'],
     'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],
     'data.cifar': ['cifar10'],
-    'data.semi_supervised': ['semi_scenes', 'semi_folder'],
+    'data.semi_supervised': ['semi', 'semi_scenes', 'semi_folder'],
     'data.corruptions': ['Corruption'],
     'nets.unet3plus': ['UNet3Plus', 'unet3plus_tiny', 'unet3plus_slim'],
     'nets.deeplab': ['deeplabv3plus'],

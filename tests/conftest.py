@@ -1,20 +1,27 @@
 "Shared by the tests: where the project is, its notebooks in reading order, and a copy of it to break things in."
+import inspect
+import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from real_data import prepare
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in a shell's background job; some tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'.ci'))
+if data := os.environ.get('NOISYSEG_DATA') or prepare(): os.environ['NOISYSEG_DATA'] = str(data)
 os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
 
 
@@ -78,8 +85,67 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+_interrupted = [-math.inf]                   # when the last KeyboardInterrupt came out of a test
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    """A test that lets a KeyboardInterrupt out has failed, and the others go on.
+
+    Where tests run in several processes, Ctrl-C ends the one that hands them out, and with it all. In a single process
+    it cannot be told from one that a test raised: there, press it twice within five seconds."""
+    try: return (yield)
+    except KeyboardInterrupt as e:
+        last, _interrupted[0] = _interrupted[0], time.monotonic()
+        if _interrupted[0] - last < 5 and 'PYTEST_XDIST_WORKER' not in os.environ: raise
+        raise AssertionError('a KeyboardInterrupt came out of this test (was it you? Then press Ctrl-C again)') from e
+
+
+# what `make check` leaves out, by what a test or a fixture that it uses speaks of
+SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|\btab\b', ray=r"\bray\b|on='ray'",
+             kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn')
+DURATIONS = root/'tests'/'durations.json'     # seconds of tests that took over one; NOISYSEG_RECORD=1 writes it
+SLOW = 2.
+
+
+def known_durations(): return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+
+
+def local_id(nodeid): return nodeid.removeprefix('tests/')
+
+
+def marks_of(item, durations):
+    "The names of `SIGNS` that fit a test, and `slow`"
+    functions = [item.function, *(d.func for name in item.fixturenames
+                                  for d in item._fixtureinfo.name2fixturedefs.get(name, ()))]
+    files = {p for f in functions if (p := inspect.getsourcefile(f)) and p.startswith(str(root/'tests'))}
+    source = '\n'.join(inspect.getsource(f) for f in functions if inspect.getsourcefile(f) in files)
+    found = {name for name, sign in SIGNS.items() if re.search(sign, source) or name in item.path.stem.split('_')}
+    slow = durations.get(local_id(item.nodeid), 0) > SLOW or item.originalname == 'test_runs'
+    return found | ({'slow'} if slow else set())
+
+
 def pytest_collection_modifyitems(items):
-    ("Where tests run in several processes, those of one file share one, and with it their browser and their trained "
-     "networks; notebooks go to whoever is free.")
+    """Longest first, so that no process is left alone with a long test at the end.
+
+    Where tests run in several processes, those of one file share one, and with it their browser and their trained
+    networks; notebooks go to whoever is free."""
+    durations, total = known_durations(), {}
     for item in items:
-        if item.path.name != 'test_tooling_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        for name in marks_of(item, durations): item.add_marker(name)
+        alone = item.path.name == 'test_tooling_notebooks.py'
+        group = item.nodeid if alone else item.path.stem
+        if not alone: item.add_marker(pytest.mark.xdist_group(group))
+        item.group = group
+        total[group] = total.get(group, 0) + durations.get(local_id(item.nodeid), .1)
+    items.sort(key=lambda item: -total[item.group])   # stable: the order within a file stays
+
+
+def pytest_terminal_summary(terminalreporter):
+    "NOISYSEG_RECORD=1 make test: what each test took, for the order and for `make check`"
+    if not os.environ.get('NOISYSEG_RECORD'): return
+    seconds = {}
+    for report in (r for found in terminalreporter.stats.values() for r in found if hasattr(r, 'duration')):
+        seconds[local_id(report.nodeid)] = seconds.get(local_id(report.nodeid), 0) + report.duration
+    lasting = {k: round(v, 1) for k, v in sorted(seconds.items()) if v > 1}
+    DURATIONS.write_text(json.dumps(lasting, indent=0, ensure_ascii=False) + '\n')

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from noisyseg.data.datasets import cifar
-from noisyseg.data.cifar import ImageSet, ZippedImages, cifar10, crop_and_flip, gratings
+from noisyseg.data.cifar import ClassFolders, ImageSet, cifar10, crop_and_flip, gratings
 from noisyseg.nets.classifiers import SmallResNet, resnet18_small, resnet20
 from noisyseg.measure.evaluation import Batches, scores
 from noisyseg.perturb.laws import MaxGaussian
@@ -26,19 +25,21 @@ from noisyseg.train.checkpoints import load_model, read_card, save_model
 names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 
-def archive(path, per_class, seed, classes=names):
+def archive(path, seed=0, classes=names, kind='png', **per_class):
     rng = np.random.default_rng(seed)
     with zipfile.ZipFile(path, 'w') as z:
-        for c in classes:
-            for i in range(per_class):
-                out = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(out, 'png')
-                z.writestr(f'{c}/{seed}{i:03}.png', out.getvalue())
+        for split, n in per_class.items():
+            for c in classes:
+                for i in range(n):
+                    out = io.BytesIO()
+                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(out, kind)
+                    z.writestr(f'{split}/{c}/{i:03}.{kind}', out.getvalue())
+    return path
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for seed, part in enumerate(('train-1', 'train-2', 'test')): archive(tmp_path/f'{part}.zip', 4, seed)
+    archive(tmp_path/'cifar10.zip', train=8, test=4)
     return tmp_path
 
 
@@ -113,28 +114,36 @@ def test_crops_are_those_of_single_images(b, c, h, w, pad, seed):
             for o in zip(x, shift, flip)]))
 
 
-def test_archives_together(folder):
-    zipped = ZippedImages(folder/'train-1.zip', folder/'train-2.zip', cache=folder/'cache')
+def test_archives_and_folders(folder):
+    file = folder/'cifar10.zip'
+    zipped = ClassFolders(file, 'train', cache=folder/'cache')
     assert len(zipped) == 80 and zipped.labels.tolist() == sorted(zipped.labels.tolist())
-    by_name = {}
-    for part in ('train-1', 'train-2'):
-        with zipfile.ZipFile(folder/f'{part}.zip') as z:
-            by_name |= {n: np.asarray(Image.open(io.BytesIO(z.read(n)))) for n in z.namelist()}
-    expected = [by_name[n] for n in sorted(by_name)]
-    assert np.array_equal(zipped[range(80)], np.stack(expected))
+    with zipfile.ZipFile(file) as z:
+        by_name = {n: np.asarray(Image.open(io.BytesIO(z.read(n)))) for n in z.namelist() if n.startswith('train/')}
+        z.extractall(folder/'inner')
+    expected = np.stack([by_name[n] for n in sorted(by_name)])
+    assert np.array_equal(zipped[range(80)], expected)
+    assert np.array_equal(ClassFolders(folder/'inner', 'train', cache=folder/'cache')[range(80)], expected)
     zipped.few = 10
-    assert np.array_equal(zipped[[7, 79, 7]], np.stack(expected)[[7, 79, 7]]) and not (folder/'cache').exists()
-    assert np.array_equal(zipped[range(80)], np.stack(expected)) and len(list((folder/'cache').iterdir())) == 2
+    assert np.array_equal(zipped[[7, 79, 7]], expected[[7, 79, 7]]) and not (folder/'cache').exists()
+    assert np.array_equal(zipped[range(80)], expected) and len(list((folder/'cache').iterdir())) == 1
     # another archive of the same name and size meets no old pixels
-    archive(folder/'train-1.zip', 4, 9)
-    assert not np.array_equal(ZippedImages(folder/'train-1.zip', folder/'train-2.zip', few=0,
-                                           cache=folder/'cache')[range(80)], np.stack(expected))
-    assert not list((folder/'cache').glob('.*'))
+    archive(file, 9, train=8, test=4)
+    again = ClassFolders(file, 'train', few=0, cache=folder/'cache')
+    assert not np.array_equal(again[range(80)], expected) and not list((folder/'cache').glob('.*'))
+
+
+def test_an_archive_may_hold_the_set_in_a_folder_of_its_own(folder):
+    with zipfile.ZipFile(folder/'cifar10.zip') as a, zipfile.ZipFile(folder/'b.zip', 'w') as b:
+        for n in a.namelist(): b.writestr(f'cifar10/{n}', a.read(n))
+    a, b = (cifar10(folder/n, n_valid=20, seed=0).train_ds.x for n in ('cifar10.zip', 'b.zip'))
+    assert torch.equal(a, b)
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(folder):
     (folder/'cache').write_text('a file where the folder should be')
-    assert ZippedImages(folder/'test.zip', few=0, cache=folder/'cache')[[0]].shape == (1, 32, 32, 3)
+    images = ClassFolders(folder/'cifar10.zip', 'test', few=0, cache=folder/'cache')
+    assert images[[0]].shape == (1, 32, 32, 3)
 
 
 def test_test_images_choose_nothing(folder):
@@ -151,26 +160,15 @@ def test_learner_and_card(folder, tmp_path):
     learn = Learner(dls, resnet20(dls.n_classes, width=2), nn.CrossEntropyLoss())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     card = read_card(save_model(learn, tmp_path/'net', dataset=dls.about))
-    assert card['classes'] == names and 'harder than the original' in card['dataset'] and card['normalisation'][
+    assert card['classes'] == names and card['dataset'] == 'CIFAR-10' and card['normalisation'][
             'mean'] == list(dls.stats[0])
     df = noise_sweep(learn.model, dls.test, MaxGaussian(), [0, 0.1], draws=2, progress=False)
     assert list(df['class'].unique()) == [*names, '']
 
 
-def test_originals_from_torchvision(tmp_path, monkeypatch):
-    "The same interface on torchvision's arrays, whose order is their own."
-    class Fake:
-        classes = names
-        def __init__(self, root, train=True, download=False):
-            rng = np.random.default_rng(int(train))
-            self.targets = rng.permutation(np.repeat(range(10), 6)).tolist()
-            self.data = rng.integers(0, 256, (60, 32, 32, 3), np.uint8)
-            self.data[:, 0, 0, 0] = self.targets
-    monkeypatch.setattr(cifar, 'CIFAR10', Fake)
-    (tmp_path/'cifar-10-batches-py').mkdir()
-    dls = cifar10(tmp_path, n_valid=20, subset=20, bs=4, seed=0, augment=False)
-    assert dls.about == 'CIFAR-10, the original' and [len(d.dataset) for d in dls.loaders] == [20, 20, 60]
-    for d in dls.loaders: assert torch.equal(d.dataset.x[:, 0, 0, 0].long(), d.dataset.labels.long())
+def test_jpegs_are_not_the_original(folder):
+    archive(folder/'cifar10.zip', kind='jpeg', train=8, test=4)
+    assert 'harder than the original' in cifar10(folder, n_valid=20).about
 
 
 def test_missing(tmp_path, monkeypatch):
@@ -181,7 +179,7 @@ def test_missing(tmp_path, monkeypatch):
 
 def test_real_archives():
     root = data_root()
-    if root is None or not (root/'cifar10'/'train-1.zip').is_file(): pytest.skip('CIFAR-10 is not on this machine')
+    if root is None or not (root/'cifar10').is_dir(): pytest.skip('CIFAR-10 is not on this machine')
     dls = cifar10(subset=200, n_valid=100, bs=20, seed=0)
     assert [len(d.dataset) for d in dls.loaders] == [200, 100, 10_000] and dls.vocab == names
     x, y = dls.one_batch()

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from noisyseg.measure.corruption_sweep import corruption_error, corruption_sweep, mean_corruption_error
-from noisyseg.data.corruptions import ALL_19, CORRUPTIONS, STANDARD_15, Corruption, CorruptedBatches, CorruptedDataset, corrupt
+from noisyseg.data.corruptions import (ALL_19, CORRUPTIONS, STANDARD_15, CorruptedBatches, CorruptedDataset, Corruption,
+                                       all_corruptions, corrupt, corruption)
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes, scene_palette
@@ -121,8 +122,29 @@ def test_jpeg_and_pixelate_are_pillows():
 def test_families_and_sets():
     assert [CORRUPTIONS[n].family for n in STANDARD_15] == ['noise'] * 3 + ['blur'] * 4 + ['weather'] * 4 + [
             'digital'] * 4
-    assert len(ALL_19) == 19 and ALL_19[:15] == STANDARD_15
+    assert len(ALL_19) == 19 and ALL_19[:15] == STANDARD_15 and set(ALL_19) == set(CORRUPTIONS)
     assert all(len(k.imagenet) == len(k.cifar) == 5 and k.apply.__name__ == f'_{n}' for n, k in CORRUPTIONS.items())
+
+
+def test_a_corruption_of_ones_own_does_not_change_what_was_published():
+    @corruption('occlusion', (1, 2, 3, 4, 5), random=False)
+    def upside_down(x, setting, g): return x.flip(1)
+    try:
+        assert all_corruptions() == (*ALL_19, 'upside_down') and len(ALL_19) == 19
+        assert torch.equal(corrupt(x8, 'upside_down', 2), (x8*255).round().flip(2)/255)
+        assert not Corruption('upside_down').random and Corruption('fog').random
+        with pytest.raises(ValueError, match='five settings'): corruption('occlusion', (1, 2))(lambda x, s, g: x)
+    finally: del CORRUPTIONS['upside_down']
+
+
+def test_a_corruption_is_a_disturbance():
+    c, batches = Corruption('snow', 2), [(x8[:3], y8[:3]), (x8[3:], y8[3:])]
+    assert (c.level, c.at(5).severity, c.at(0.).severity, c.name, c.label) == (2, 5, 0, 'snow', 'corrupted inputs')
+    assert c.ordered([5, 0, 1]) == [0, 1, 5] and [c.level_text(v) for v in (0, 3)] == ['clean', 'severity 3']
+    assert c.at(0).batches(batches) is batches
+    seen = torch.cat([x for x, _ in c.batches(batches)])
+    assert torch.equal(seen, c(x8)) and not torch.equal(torch.cat([x for x, _ in c.batches(batches, 1)]), seen)
+    assert Corruption.from_dict(c.to_dict()) == c
 
 
 x8 = torch.stack([image(40, i) for i in range(8)])

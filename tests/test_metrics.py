@@ -12,7 +12,8 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from noisyseg.train.losses import (DeepSupervisionLoss, FocalLoss, HybridLoss, IoULoss, MSSSIMLoss, class_presence,
                                    ms_ssim,
     presence_loss)
-from noisyseg.measure.metrics import ConfusionMeter, miou_from_matrix, to_mask
+from noisyseg.measure.metrics import ConfusionMeter, miou_from_matrix
+from noisyseg.nets.adapter import to_classes
 
 settings.register_profile('noisyseg', max_examples=40, deadline=None)
 settings.load_profile('noisyseg')
@@ -93,7 +94,7 @@ def test_void_pixels_never_matter(binary, data):
     wild = torch.where(void[:, None], data.draw(st.sampled_from([-1e30, 0., 7., torch.inf, -torch.inf])), x)
     a, b = ConfusionMeter(n, v).update(x, y), ConfusionMeter(n, v).update(torch.where(void[:, None], 5., x), y)
     assert torch.equal(a.matrix, b.matrix)
-    garbage = torch.where(void, 10**6, to_mask(x))
+    garbage = torch.where(void, 10**6, to_classes(x))
     assert torch.equal(a.matrix, ConfusionMeter(n, v).update(garbage, y).matrix)
     for cls in LOSSES:
         loss, x1, x2 = cls(ignore_index=v), x.clone().requires_grad_(), wild.clone().requires_grad_()

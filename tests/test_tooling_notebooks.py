@@ -2,10 +2,16 @@
 import ast
 import builtins
 import importlib
+import json
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import derive
+import nbformat
 import pytest
 from conftest import nb_id, notebooks, read_nb, root
 
@@ -14,11 +20,69 @@ module_of = dict(derive.modules())
 each = pytest.mark.parametrize('path', notebooks(), ids=nb_id)
 
 
+class Server:
+    "Forks a process for each notebook (notebook_server.py), so that torch and fastai are imported once, not each time"
+    def __init__(self):
+        cmd = [sys.executable, root/'tests'/'notebook_server.py']
+        self.process = subprocess.Popen(cmd, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout.readline() == 'ready\n'
+
+    def run(self, path, out, flags=''):
+        "The exit status of a notebook and what it printed. However this ends, what the notebook started ends too"
+        print(json.dumps(dict(path=str(path), flags=flags, out=str(out))), file=self.process.stdin, flush=True)
+        pid, status = int(self.process.stdout.readline()), None
+        try: status = int(self.process.stdout.readline())
+        finally:
+            try: os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+            if status is None: self.process.stdout.readline()
+        return status, out.read_text(errors='replace')
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+@pytest.fixture(scope='session')
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def in_a_browser():
+    "Does tests/test_lab.py run the tour?"
+    return any(shutil.which(o) for o in ('chromium', 'chromium-browser', 'google-chrome'))
+
+
 @each
-def test_runs(path, sh):
+def test_runs(path, server, tmp_path):
     "Every cell, top to bottom, in a process of its own. NOISYSEG_FLAGS=slow runs the cells marked `#| slow` too."
-    out = sh('nbdev-test', path, '--flags', os.environ.get('NOISYSEG_FLAGS', ''))
-    assert 'Success.' in out, out
+    flags = os.environ.get('NOISYSEG_FLAGS', '')
+    if nb_id(path) == 'tutorials/tour.ipynb' and in_a_browser() and not flags:
+        pytest.skip('test_tour_in_jupyterlab runs every cell of it')
+    status, said = server.run(path, tmp_path/'said', flags)
+    if status or 'Success.' not in said:
+        pytest.fail(f'{nb_id(path)} ended with status {status}:\n{said}', pytrace=False)
+
+
+def test_notebooks_share_nothing(server, tmp_path):
+    "A notebook sees nothing of the one before it; one that fails, or kills its process, is seen, and the next one runs"
+    folder = tmp_path/'nbs'
+    folder.mkdir()
+    def status(name, *sources):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in sources])
+        nbformat.write(nb, folder/f'{name}.ipynb')
+        return server.run(folder/f'{name}.ipynb', tmp_path/name)
+    import_some = 'import builtins, os, torch; builtins.left = 1; torch.manual_seed(3); os.environ["LEFT"] = "1"'
+    assert status('first', import_some) == (0, 'Success.\n')
+    nothing = 'import builtins, os, torch; assert not hasattr(builtins, "left") and "LEFT" not in os.environ'
+    seeds = 'assert torch.initial_seed() != 3'
+    assert status('second', nothing, seeds)[0] == 0
+    failed, said = status('third', '1/0', 'never')
+    assert failed == 1 and 'ZeroDivisionError' in said and 'third.ipynb' in said
+    assert status('fourth', 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)')[0] == -9
+    assert status('fifth', '1+1')[0] == 0
 
 
 def modules(folder):

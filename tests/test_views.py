@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from fastai.callback.progress import ProgressCallback # noqa: F401, gives Learner its no_bar
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
-from noisyseg.data.datasets import check_dataset, data_root, scenes
+from noisyseg.data.datasets import check_dataset, scenes
 from noisyseg.data.loaders import MaskDataset, augmenter
-from noisyseg.data.files import colorize
+from noisyseg.data.files import colorize, data_root
 from noisyseg.data.procedural import scene, scene_classes, scene_palette
-from noisyseg.data.splits import _choose, check_apart, pair_some, read_list, read_split, split_labelled
+from noisyseg.data.splits import (check_apart, choose_balanced, pair_some, read_list, read_split,
+                                  split_labelled)
 from noisyseg.data.semi_supervised import (SemiDL, SemiDataset, ViewDataset, cutmix, cutmix_boxes, partners,
                                            semi_dataloaders, semi_folder, semi_scenes,
     strong_view)
@@ -169,7 +170,7 @@ def test_skipped_batches_are_not_loaded():
     read = []
     def loud(o): read.append(1); return o
     dls = make()
-    dls.train_ds.unlabelled.read = lambda o: (loud(o), np.ones(o.shape[:2], np.uint8))
+    dls.train_ds.unlabelled.read = lambda o: (loud(o)[0], np.ones(o[0].shape[:2], np.uint8))
     dls.train.start = 6
     assert len(passes(dls.train)[0])==1 and len(read)==4      # one batch of four images
 
@@ -283,8 +284,8 @@ def test_split_where_classes_run_out():
     shown = np.zeros((6,3), bool)
     # one image of class 1, none of class 2, the rest show nothing at all
     shown[0,1] = True
-    assert _choose(shown, 3, np.random.default_rng(0)).tolist()[0] is True
-    assert _choose(shown, 5, np.random.default_rng(0)).sum()==5
+    assert choose_balanced(shown, 3, np.random.default_rng(0)).tolist()[0] is True
+    assert choose_balanced(shown, 5, np.random.default_rng(0)).sum()==5
 
 def test_split_says_what_it_chose(capsys):
     dls = scenes(20, 4, size=32, bs=2, device='cpu')

@@ -37,7 +37,7 @@ from noisyseg.data.splits import split_labelled
 from noisyseg.basics import write_atomic
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_slim
-from noisyseg.data.semi_supervised import semi_camvid, semi_dataloaders
+from noisyseg.data.semi_supervised import semi, semi_dataloaders
 
 SIZES = {'small': dict(size=(96, 128), epochs=5, bs=4), 'full': dict(size=(240, 320), epochs=100, bs=8)}
 # images with masks; one-cycle's highest learning rate; epochs of 'supervised, long' per epoch of the others
@@ -100,7 +100,8 @@ def learner(a, dls, arm, seed, **changes):
                         **settings)
 
 def loaders(a, seed):
-    return semi_camvid(LABELLED, size=SIZES[a.size]['size'], bs=a.bs, split_seed=seed, seed=seed, verbose=False)
+    dls = camvid(size=SIZES[a.size]['size'], augment=False, cache=False)
+    return semi(dls, LABELLED, bs=a.bs, split_seed=seed, seed=seed, cache=True)
 
 def fit(learn, epochs):
     start = time.process_time()

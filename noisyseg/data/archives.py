@@ -1,4 +1,4 @@
-"""Getting a data set from the network and out of its archive: the file that was meant, in the folder that was meant, and whole or not at all.
+"""Getting a data set from the network and out of its archive: the file that was meant, whole or not at all.
 
 Docs: https://noisyseg.github.io/noisyseg/data/archives.html.md"""
 
@@ -11,9 +11,11 @@ __all__ = ['BadArchive', 'extract', 'fetch', 'fetch_and_extract']
 import bz2, errno, gzip, hashlib, lzma, os, shutil, stat, tarfile, tempfile, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from fastprogress import progress_bar
+
+from ..basics import remove_parts, whole_file
 
 # %% ../../nbs/data/04_archives.ipynb #3b93f920
 class BadArchive(ValueError):
@@ -22,76 +24,98 @@ class BadArchive(ValueError):
 def _inside(name, path):
     "A member's name as parts of a path below the folder"
     parts = PurePosixPath(name.replace('\\', '/')).parts
-    if not name or '\0' in name or name[0] in '/\\' or '..' in parts or name[1:2]==':':
+    if not name or '\0' in name or name[0] in '/\\' or '..' in parts or name[1:2] == ':':
         raise BadArchive(f"{path} holds a file called {name!r}, which leads out of its folder. Is it from where you "
-                         f"think?")
-    return tuple(p for p in parts if p!='.')
+                         f"think? `fetch` it with the digest that its publisher gives")
+    return tuple(p for p in parts if p != '.')
 
 # %% ../../nbs/data/04_archives.ipynb #b83efc5b
+class _Limit:
+    "So many bytes may pass, and no more."
+    def __init__(self, room, complaint):
+        self.room = room
+        self.complaint = complaint
+
+    def check(self, n):
+        "May `n` more bytes pass?"
+        if n > self.room: raise BadArchive(self.complaint)
+
+    def took(self, n):
+        self.check(n)
+        self.room -= n
+
 class _Counted:
-    "A stream that may give so many bytes and no more"
-    def __init__(self, stream, room, complaint): self.stream, self.room, self.complaint = stream, room, complaint
+    "A stream whose bytes count towards a limit."
+    def __init__(self, stream, limit):
+        self.stream = stream
+        self.limit = limit
+
     def read(self, n):
         block = self.stream.read(n)
-        self.room -= len(block)
-        if self.room<0: raise BadArchive(self.complaint)
+        self.limit.took(len(block))
         return block
 
 # %% ../../nbs/data/04_archives.ipynb #e97fc01e
-def _tar_members(path, count):
+class _Header(tarfile.TarInfo):
+    "A tar file's header: long names and notes are read into memory whole, so they must be short."
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        m = super().frombuf(buf, encoding, errors)
+        notes = (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if m.size < 0 or m.type in notes and m.type != tarfile.GNUTYPE_SPARSE and m.size > 2**20:
+            raise BadArchive(f"its headers say {m.size:,} bytes: it is damaged, or made to do harm. `fetch` it anew")
+        return m
+
+# %% ../../nbs/data/04_archives.ipynb #ade33ddd
+def _tar_members(path, unpacked):
+    "Name, size as written, and a stream (None for a folder) of each member."
     with open(path, 'rb') as f: magic = f.read(6)
-    compressed = next((o for start,o in ((b'\x1f\x8b', gzip.open), (b'BZh', bz2.open), (b'\xfd7zXZ', lzma.open))
+    compressed = next((o for start, o in ((b'\x1f\x8b', gzip.open), (b'BZh', bz2.open), (b'\xfd7zXZ', lzma.open))
                        if magic.startswith(start)), open)
-    with compressed(path, 'rb') as f, tarfile.open(fileobj=(stream := count(f)), mode='r|') as archive:
+    with (compressed(path, 'rb') as f,
+          tarfile.open(fileobj=(stream := _Counted(f, unpacked)), mode='r|', tarinfo=_Header) as archive):
         for m in archive:
             if not (m.isfile() or m.isdir()): raise BadArchive(f"{path} holds {m.name!r}, which is a link or a device")
-            yield m.name, None if m.isdir() else archive.extractfile(m)
+            yield m.name, m.size, None if m.isdir() else archive.extractfile(m)
         while stream.read(2**20): pass   # to the end, where the checksum is
 
 # %% ../../nbs/data/04_archives.ipynb #0efd8969
-def _zip_members(path, count):
+def _zip_members(path, unpacked):
+    "As `_tar_members`; a zip file's headers are not compressed."
     with zipfile.ZipFile(path) as archive:
         for m in archive.infolist():
-            if stat.S_IFMT(m.external_attr>>16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            if stat.S_IFMT(m.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise BadArchive(f"{path} holds {m.filename!r}, which is a link or a device")
-            if m.is_dir(): yield m.filename, None
+            if m.is_dir(): yield m.filename, 0, None
             else:
-                with archive.open(m) as f: yield m.filename, count(f)
+                with archive.open(m) as f: yield m.filename, m.file_size, f
 
 # %% ../../nbs/data/04_archives.ipynb #d75b0404
 def extract(
-    path, # a .zip, or a .tar that may be compressed
-    folder, # where to; it must not be there yet, or be empty
-    inside:str='', # of the archive, what lies in this folder; all else is left out
-    max_gb:float=20, # so much may come out
-    max_files:int=200_000, # so many files and folders
-    max_ratio:float=200 # so many times the archive's own size
-) -> Path: # the folder
-    "Extract an archive: below the folder, within limits, and all of it or nothing"
-    path = Path(path)
-    folder = Path(folder)
-    inside = PurePosixPath(inside).parts
-    if not path.is_file(): raise FileNotFoundError(f"there is no archive {path}")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: extract into a new folder")
-    stream = _Counted(None, min(max_gb*2**30, max(max_ratio*path.stat().st_size, 2**20)),
-                      f"more than {max_gb:g} GB, or more than {max_ratio:g} times its "
-                      f"own size, comes out of {path}. If that is right, raise max_gb= or max_ratio=")
-    def count(f): stream.stream = f; return stream
+    path,  # a .zip, or a .tar that may be compressed
+    folder,  # where to; it must not be there yet, or be empty
+    inside: str = '',  # of the archive, what lies in this folder; all else is left out
+    max_gb: float = 20,  # so much may come out
+    max_files: int = 200_000,  # so many files and folders
+    max_ratio: float = 200,  # so many times the archive's own size
+) -> Path:  # the folder
+    "Extract an archive: below the folder, within limits, and all of it or nothing."
+    path, folder = _archive_and_folder(path, folder)
+    most = min(max_gb * 2**30, max(max_ratio * path.stat().st_size, 2**20))
+    complaint = (f"more than {max_gb:g} GB, or more than {max_ratio:g} times its own size, comes out of {path}. "
+                 f"If that is right, raise `max_gb=` or `max_ratio=`")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.part', dir=folder.parent))
     try:
-        for n,(name,source) in enumerate((_zip_members if zipfile.is_zipfile(path) else _tar_members)(path, count)):
-            if n>=max_files:
-                raise BadArchive(f"{path} holds more than {max_files:,} files. If that is right, raise max_files=")
-            if (parts := _inside(name, path))[:len(inside)]==inside: _write(part.joinpath(*parts[len(inside):]), source)
+        members = (_zip_members if zipfile.is_zipfile(path) else _tar_members)(path, _Limit(most, complaint))
+        _write_all(members, part, PurePosixPath(inside).parts, _Limit(most, complaint), max_files, path)
         part.chmod(0o755)
         if folder.exists(): folder.rmdir()
         os.rename(part, folder)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError,
             NotImplementedError, RuntimeError) as e:
         raise _damaged(path, e) from e
-    except OSError as e: # the disk's errors have a number; a broken stream's have none
+    except OSError as e:   # the disk's errors have a number; a broken stream's have none
         if e.errno in (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             raise _damaged(path, e) from e
         raise
@@ -99,61 +123,105 @@ def extract(
     return folder
 
 # %% ../../nbs/data/04_archives.ipynb #06b8f213
-def _write(file, source):
-    (file if source is None else file.parent).mkdir(parents=True, exist_ok=True)
-    if source is not None:
+def _archive_and_folder(path, folder):
+    for name, p in (('path', path), ('folder', folder)):
+        if not isinstance(p, (str, os.PathLike)):
+            raise TypeError(f"{name}= is the name of a file or folder, got {p!r}: `extract('set.zip', 'data/set')`")
+    path = Path(path).expanduser()
+    folder = Path(folder).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no archive {path}: `fetch(url, {str(path)!r}, sha256=...)` gets one")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already: extract into a new folder, such as `{folder.name}_2`")
+    return path, folder
+
+def _write_all(members, part, inside, written, max_files, path):
+    for n, (name, size, source) in enumerate(members):
+        if n >= max_files:
+            raise BadArchive(f"{path} holds more than {max_files:,} files. If that is right, raise `max_files=`")
+        written.check(size)   # as the archive says; and counted all the same
+        parts = _inside(name, path)
+        if parts[:len(inside)] != inside: continue
+        file = part.joinpath(*parts[len(inside):])
+        (file if source is None else file.parent).mkdir(parents=True, exist_ok=True)
+        if source is None: continue
+        counted = _Counted(source, written)
         with open(file, 'xb') as f:
-            while block := source.read(2**20): f.write(block)
+            while block := counted.read(2**20): f.write(block)
 
 def _damaged(path, e):
-    return BadArchive(f"{path} cannot be extracted: {e!r}. If its download broke off, delete it and fetch it again")
+    return BadArchive(f"{path} cannot be extracted: {e!r}. If its download broke off, delete it and fetch it again, "
+                      f"`fetch(url, path, sha256=...)`")
 
 # %% ../../nbs/data/04_archives.ipynb #2e8de485
 def _digest_of(path, kind):
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
+def _expected(url, sha256, md5):
+    "The digest that is asked for, as (kind, hexadecimal digits)."
+    kind, digest, n = ('sha256', sha256, 64) if sha256 else ('md5', md5, 32)
+    if not isinstance(digest, str):
+        raise ValueError(f"{url}: give the digest that the file must have, `fetch(url, path, sha256='...')` or `md5=`")
+    if len(digest) != n or set(digest.lower()) - set('0123456789abcdef'):
+        raise ValueError(f"{kind}= is {n} hexadecimal digits, got {digest!r}: `{kind}sum FILE` prints them")
+    return kind, digest.lower()
+
+def _check_address(url):
+    if not isinstance(url, str) or urlsplit(url).scheme not in ('http', 'https'):
+        raise ValueError(f"{url}: expected an address that begins with https:// or http://, such as "
+                         f"`'https://example.org/set.zip'`")
+
+# %% ../../nbs/data/04_archives.ipynb #9297dd6f
+class _Redirects(HTTPRedirectHandler):
+    "A server may send us to another address, but not to another scheme, and not from https to http."
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _check_address(newurl)
+        if (urlsplit(req.full_url).scheme, urlsplit(newurl).scheme) == ('https', 'http'):
+            raise ValueError(f"{req.full_url} leads to {newurl}, which is not encrypted: give that address itself, if "
+                             f"you trust it, `fetch({newurl!r}, path, sha256=...)`")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
 # %% ../../nbs/data/04_archives.ipynb #a8640add
 def fetch(
-    url:str, # http or https
-    path, # the file; its folder is made
-    sha256:str=None, # digest that the file must have, in hexadecimal
-    md5:str=None, # the same, for sets that are published with an MD5
-    max_gb:float=20 # so much is loaded at most
-) -> Path: # the file
-    ("Download a file with a progress bar, and keep it only if its digest is right; one that is there already and "
-     "right is taken")
-    path, (kind, digest) = Path(path), ('sha256', sha256) if sha256 else ('md5', md5)
-    if not isinstance(digest, str):
-        raise ValueError(f"{url}: give the digest that the file must have, as sha256= or md5=")
-    if urlsplit(url).scheme not in ('http', 'https'):
-        raise ValueError(f"{url}: expected an address that begins with https:// or http://")
-    if path.is_file() and _digest_of(path, kind)==digest: return path
+    url: str,  # http or https
+    path,  # the file; its folder is made
+    sha256: str = None,  # digest that the file must have, in hexadecimal
+    md5: str = None,  # the same, for sets that are published with an MD5
+    max_gb: float = 20,  # so much is loaded at most
+) -> Path:  # the file
+    "Download a file, and keep it only if its digest is right; one that is there already and right is taken."
+    kind, digest = _expected(url, sha256, md5)
+    _check_address(url)
+    path = Path(path).expanduser()
+    if path.is_file() and _digest_of(path, kind) == digest: return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        with urlopen(Request(url, headers={'User-Agent': 'noisyseg'}), timeout=60) as r, open(part, 'wb') as f:
-            stream = _Counted(r, max_gb*2**30, f"{url}: more than {max_gb:g} GB")
-            total = int(r.headers.get('Content-Length') or 0)
-            for block in progress_bar(iter(lambda: stream.read(2**20), b''), total=max(1, -(-total//2**20))):
-                f.write(block)
-        if (got := _digest_of(part, kind))!=digest:
-            raise BadArchive(f"{url} gave another file than the one that is meant: its {kind} is {got}, expected "
-                             f"{digest}. "
-                             "Was the download cut, or the file replaced?")
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    remove_parts(path)
+    h = hashlib.new(kind, usedforsecurity=False)
+    request = Request(url, headers={'User-Agent': 'noisyseg'})
+    with build_opener(_Redirects).open(request, timeout=60) as r, whole_file(path) as f:
+        complaint = f"{url}: more than {max_gb:g} GB. If that is right, raise `max_gb=`"
+        stream = _Counted(r, _Limit(max_gb * 2**30, complaint))
+        total = r.headers.get('Content-Length') or ''
+        blocks = -(-int(total) // 2**20) if total.isdecimal() else 1
+        for block in progress_bar(iter(lambda: stream.read(2**20), b''), total=max(1, blocks)):
+            f.write(block)
+            h.update(block)
+        if h.hexdigest() != digest:
+            raise BadArchive(f"{url} gave another file than the one that is meant: its {kind} is {h.hexdigest()}, "
+                             f"expected {digest}. Was the download cut, or the file replaced? `fetch` it again, or ask "
+                             f"its publisher for the digest")
     return path
 
 # %% ../../nbs/data/04_archives.ipynb #5d47f76f
 def fetch_and_extract(
-    url:str, # http or https
-    folder, # where the files go; it must not be there yet, or be empty
-    inside:str='', # of the archive, what lies in this folder
-    **digest # sha256= or md5=
-) -> Path: # the folder
-    "Download an archive, check it, extract it, delete it"
-    folder = Path(folder)
+    url: str,  # http or https
+    folder,  # where the files go; it must not be there yet, or be empty
+    inside: str = '',  # of the archive, what lies in this folder
+    **digest,  # sha256= or md5=
+) -> Path:  # the folder
+    "Download an archive, check it, extract it, delete it."
+    folder = Path(folder).expanduser()
     archive = fetch(url, folder.with_name(f'.{folder.name}-{PurePosixPath(urlsplit(url).path).name}'), **digest)
     extract(archive, folder, inside)
     archive.unlink()

@@ -1,4 +1,4 @@
-"""Labelled and unlabelled images in one loader: weak and strong views of an unlabelled image, CutMix, and fair splits into few masks and many images.
+"""`semi` makes a semi-supervised task of any data set: some images keep their masks, the others are seen in weak and strong views.
 
 Docs: https://noisyseg.github.io/noisyseg/data/semi_supervised.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/data/semi_supervised.html.md"""
 
 # %% auto #0
 __all__ = ['strong_view', 'ViewDataset', 'cutmix_boxes', 'partners', 'cutmix', 'SemiDataset', 'SemiDL', 'semi_dataloaders',
-           'semi_scenes', 'semi_camvid', 'semi_folder']
+           'masked_and_rest', 'semi', 'semi_scenes', 'semi_folder']
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #a4aa69ec
 import math
@@ -25,12 +25,12 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import fa_collate
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
-from fastai.vision.core import imagenet_stats
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
-from .files import colorize, denormalize, distinct_palette, label_table, pair_files, read_colour_mask, read_image, read_pair, whole
-from .datasets import _by_colour, _class_names, _hold_out, camvid
+from .loaders import ColourOnly, as_image, seeded, stats_of
+from .files import colorize, read_image, to_rgb, whole
+from .datasets import custom_masks, scenes
 from .splits import check_apart, check_images, pair_some, split_labelled
-from .procedural import outlines, scene, scene_classes, scene_palette
+from .procedural import outlines
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #6d9f4842
 def strong_view(
@@ -42,13 +42,13 @@ def strong_view(
 ): # a function of an image (3, height, width) of bytes
     "Colour jitter, greyscale and blur: what UniMatch (arXiv 2208.09910) adds to a weak view"
     blur = v2.GaussianBlur(2*math.ceil(3*sigma[1]) + 1, sigma)
-    return v2.Compose([v2.RandomApply([v2.ColorJitter(*jitter)], p_jitter), v2.RandomGrayscale(p_grey),
-                       v2.RandomApply([blur], p_blur)])
+    colour = [v2.RandomApply([v2.ColorJitter(*jitter)], p_jitter), v2.RandomGrayscale(p_grey)]
+    return v2.Compose([*map(ColourOnly, colour), v2.RandomApply([blur], p_blur)])
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #995997c8
 def _with_inside(read, item):
     "An image and a mask of ones, which geometry will carry along"
-    x = read(item)
+    x = as_image(read(item), item)
     return x, np.ones(x.shape[:2], np.uint8)
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #a41fde00
@@ -72,9 +72,7 @@ class ViewDataset(MaskDataset):
         "Three views, bytes (3, height, width), and where they show the image, bool (height, width)"
         i = range(len(self))[i]
         weak, inside = super().item(i, epoch)
-        seed = np.random.SeedSequence([self.seed, epoch, i, 1]).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))
+        with seeded(self.seed, epoch, i, 1):
             strong = [TensorImage(self.strong(tv_tensors.Image(weak)).as_subclass(Tensor)) for _ in range(2)]
         return weak, *strong, inside.as_subclass(Tensor)>0
 
@@ -126,7 +124,7 @@ def partners(
 ) -> Tensor: # int64, (n,): the image that each image is pasted from, never itself
     "A partner for each image of a batch: the batch rolled by a drawn shift"
     if whole('n', n, 1)<2:
-        raise ValueError("CutMix pastes from another image, and a batch of one has no other: use batches of two or more")
+        raise ValueError("CutMix pastes from another image, and a batch of one has no other: bs_unlabelled=2 or more")
     device = generator.device if generator is not None else 'cpu'
     shift = int(torch.randint(1, n, (1,), generator=generator, device=device))
     return (torch.arange(n) + shift) % n
@@ -220,7 +218,7 @@ def _show_rows(rows, ds):
     fig, axes = plt.subplots(n, len(rows), figsize=(1.25*len(rows), 1.25*h/w*n + 0.3), squeeze=False,
                              layout='constrained')
     for (name,pictures),axs in zip(rows.items(), axes.T):
-        if pictures.ndim==4: pictures = denormalize(pictures, ds.stats).permute(0,2,3,1)
+        if pictures.ndim==4: pictures = to_rgb(pictures, ds.stats)
         elif pictures.dtype!=torch.bool: pictures = colorize(pictures, ds.palette)
         for ax in axs: ax.set(xticks=[], yticks=[])
         for picture,ax in zip(pictures, axs): ax.imshow(picture, cmap='gray', vmin=0, vmax=1)
@@ -247,7 +245,7 @@ def semi_dataloaders(
     zoom:tuple=(0.75,1.5), # range of the random scale, of labelled and unlabelled images alike
     flip:float=0.5, # probability of a mirror image
     jitter:float=0., # colour jitter of the labelled images; UniMatch has none
-    stats:tuple=imagenet_stats, # (mean, std) per channel
+    stats:tuple|None=None, # (mean, std) per channel; None: ImageNet's for three channels, else measured
     device=None # None: fastai's default device
 ) -> DataLoaders: # training batches are (x, y, weak, strong1, strong2, inside), validation batches (x, y)
     "A training loader of labelled and unlabelled images, and a validation loader"
@@ -257,20 +255,72 @@ def semi_dataloaders(
         raise ValueError(f"{len(unlabelled)} unlabelled images for batches of {bs_unlabelled=}: expected as many or "
                          f"more; pass fewer to a batch")
     seed = int(torch.randint(2**31, (1,))) if seed is None else whole('seed', seed, 0)
+    stats = stats_of(read, labelled, stats)
     dls = mask_dataloaders(labelled, valid, read, vocab, palette, ignore_index, size, bs,
-                           augmenter(size, zoom, flip, jitter, ignore_index), seed,
-        num_workers, cache, zoom, stats, device)
+                           augmenter(size, zoom, flip, jitter, ignore_index), seed, num_workers, cache, zoom, stats,
+                           device)
     other = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
     views = ViewDataset(unlabelled, read_unlabelled, size, augmenter(size, zoom, flip, 0, 0), strong, largest=zoom[1],
-                        seed=other, cache=cache)
-    if cache and num_workers:
-        for i in range(len(views)): views.resized(i)
+                        seed=other, cache=cache, stats=stats)
+    if cache and num_workers: views.read_all()
     after = [IntToFloatTensor(), Normalize.from_stats(*dls.stats, cuda=False)]
     train = SemiDL(SemiDataset(dls.train_ds, views, bs, bs_unlabelled), num_workers=num_workers, after_batch=after)
     return DataLoaders(train, dls.valid, device=device or default_device())
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #9d2a4077
+def masked_and_rest(
+    dls:DataLoaders, # of images and masks
+    n, # see `semi`
+    split_seed:int=0, # of the choice, where `n` is a number or a share
+    verbose:bool=False # print which classes the chosen images show?
+) -> tuple: # (items with masks, items without)
+    "Which training images keep their masks"
+    items = dls.train_ds.items
+    if n is None: return items, []
+    if isinstance(n, float) and 0<n<1: n = max(1, round(n*len(items)))
+    if isinstance(n, (int,float)): return split_labelled(dls, n, split_seed, verbose=verbose)
+    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str)): return list(n[0]), [(o,) for o in n[1]]
+    named = lambda i: isinstance(i, (tuple,list)) and isinstance(i[0], (str,Path))
+    at = {Path(i[0]).stem: k for k,i in enumerate(items) if named(i)}
+    try: chosen = {range(len(items))[o] if isinstance(o, int) else at[Path(o).stem] for o in n}
+    except (KeyError, IndexError) as e:
+        raise ValueError(f"n names {e}, which is none of the {len(items)} images: expected names or numbers below that "
+                         "many, such as n=[0, 3]") from e
+    return tuple([o for k,o in enumerate(items) if (k in chosen)==side] for side in (True, False))
+
+# %% ../../nbs/data/08_semi_supervised.ipynb #857a06e5
+@delegates(semi_dataloaders, but=['ignore_index','vocab','palette','read','valid','size','bs'])
+def semi(
+    dls:DataLoaders, # of any data set: its training images are split, all else stays as it is
+    # images that keep their masks: how many (chosen by `split_labelled`), a share, their names or numbers, or two lists
+    # (items with, items without masks), as `read_split` gives them; None: all, where `unlabelled` has the others
+    n=20,
+    unlabelled=(), # more images without masks: files, or what `read_unlabelled` takes
+    bs:int=4, # labelled images in a batch
+    split_seed:int=0, # of the choice of the labelled images
+    seed:int|None=None, # of order and views; None: that of `dls`
+    verbose:bool=False, # print which classes the labelled images show?
+    **kwargs
+) -> DataLoaders: # training batches are (x, y, weak, strong1, strong2, inside), validation batches (x, y)
+    "A semi-supervised task of any data set: few images with masks, the others without"
+    ds = getattr(dls, 'train_ds', None)
+    if not isinstance(ds, MaskDataset):
+        raise TypeError(f"dls holds {type(ds).__name__}: expected the loaders of images and masks. Those of other "
+                        "libraries become ones by mask_dataloaders(train, valid, read, vocab, palette)")
+    labelled, rest = masked_and_rest(dls, n, split_seed, verbose)
+    image = getattr(ds.read, 'image', None)
+    if image is not None: rest = [o[0] for o in rest] # of (image, mask) files
+    else: image = partial(_image_of, ds.read)
+    kwargs = dict(read_unlabelled=image, stats=ds.stats, device=dls.device) | kwargs
+    # zooming shows what lies outside of an image: its label must be one that does not count
+    void = 255 if ds.ignore_index is None else ds.ignore_index
+    return semi_dataloaders(labelled, [*rest, *unlabelled], dls.valid_ds.items, ds.read, ds.vocab, ds.palette, void,
+                            ds.size, bs, seed=ds.seed if seed is None else seed, **kwargs)
+
+def _image_of(read, item): return read(item)[0]
+
 # %% ../../nbs/data/08_semi_supervised.ipynb #2afe8380
-@delegates(semi_dataloaders)
+@delegates(semi, but=['unlabelled','n','split_seed','verbose'])
 def semi_scenes(
     n_labelled:int=20, # scenes with masks
     n_unlabelled:int=180, # scenes without
@@ -280,39 +330,13 @@ def semi_scenes(
     classes=tuple(outlines), # names of the objects that occur
     **kwargs
 ) -> DataLoaders: # 7 classes; 255 is the label of margins
-    "Procedural scenes, few of them with masks"
-    n_labelled = whole('n_labelled', n_labelled, 1)
-    n_unlabelled = whole('n_unlabelled', n_unlabelled, 1)
-    n_valid = whole('n_valid', n_valid, 1)
-    seed = whole('seed', seed, 0)
-    draw = lambda split, start, n: [scene(np.random.default_rng([seed, split, i]), size, classes)
-                                    for i in range(start, start+n)]
-    return semi_dataloaders(draw(0, 0, n_labelled), [x for x,_ in draw(0, n_labelled, n_unlabelled)],
-                            draw(1, 0, n_valid), noop, scene_classes,
-        scene_palette, 255, size=size, seed=seed, read_unlabelled=noop, **kwargs)
-
-# %% ../../nbs/data/08_semi_supervised.ipynb #89085baf
-@delegates(semi_dataloaders, but=['ignore_index','read_unlabelled'])
-def semi_camvid(
-    n_labelled:int=20, # training images whose masks are used
-    size=(180,240), # number, or (height, width); the files have 360x480
-    bs:int=4, # labelled images in a batch
-    split_seed:int=0, # of the choice of the labelled images
-    path=None, # folder of CamVid; None: see `camvid`
-    cache:bool=True, # keep decoded, resized images in memory (190 MB at this size)?
-    download:bool=True, # may it be downloaded?
-    verbose:bool=True, # print which classes the labelled images show?
-    **kwargs
-) -> DataLoaders: # 11 classes, 11 = void; the validation set is CamVid's own
-    "CamVid with masks for a few images, chosen by `split_labelled`"
-    dls = camvid(path, size, augment=False, seed=0, cache=False, download=download)
-    labelled, rest = split_labelled(dls, n_labelled, split_seed, verbose=verbose)
-    return semi_dataloaders(labelled, [image for image,_ in rest], dls.valid_ds.items, dls.train_ds.read, dls.vocab,
-                            dls.palette, dls.ignore_index,
-        size=size, bs=bs, cache=cache, **kwargs)
+    "Procedural scenes, the first few of them with masks"
+    n = whole('n_labelled', n_labelled, 1)
+    dls = scenes(n + whole('n_unlabelled', n_unlabelled, 1), n_valid, size, seed=seed, classes=classes)
+    return semi(dls, range(n), **kwargs)
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #b512c815
-@delegates(semi_dataloaders, but=['ignore_index','read_unlabelled'])
+@delegates(semi, but=['n','split_seed','verbose'])
 def semi_folder(
     images, # a folder of images, or a list of files
     masks, # a folder of masks, or a list of files; a mask has its image's name
@@ -327,22 +351,16 @@ def semi_folder(
     ignore_index:int=255, # label that does not count
     suffix:str='', # what a mask's name has after its image's
     check:bool=True, # read all masks and compare the files of the three sets now?
+    seed:int|None=None, # of order and views; None draws one from torch's generator
     **kwargs
 ) -> DataLoaders:
     "Anyone's images, with masks for a few of them"
-    classes, n = _class_names(classes), len(classes)
-    if whole('ignore_index', ignore_index, n)>255: raise ValueError(f"{ignore_index=}: expected {n} to 255")
-    if colours is None: read = partial(read_pair, table=label_table(n, ignore_index))
-    else: read = partial(read_pair, read=read_colour_mask, colours=_by_colour(colours, classes, ignore_index))
     pairs, rest = pair_some(images, masks, unlabelled, suffix)
-    train, held = (pairs, pair_files(*valid, suffix)) if _two_folders(valid) else _hold_out(pairs, valid, valid_seed)
+    dls = custom_masks(pairs, None, classes, size, bs, valid, valid_seed, palette, colours, ignore_index, suffix, False,
+                       seed=seed)
     if check:
-        check_images([*train, *held], read)
+        train, held = dls.train_ds.items, dls.valid_ds.items
+        check_images([*train, *held], dls.train_ds.read)
         check_images(rest)
         check_apart({'labelled': [i for i,_ in train], 'for validation': [i for i,_ in held], 'unlabelled': rest})
-    return semi_dataloaders(train, rest, held, read, classes, palette or distinct_palette(n), ignore_index, size=size,
-                            bs=bs, **kwargs)
-
-# %% ../../nbs/data/08_semi_supervised.ipynb #80cd9c1a
-def _two_folders(valid):
-    return isinstance(valid, (tuple,list)) and len(valid)==2 and all(Path(v).is_dir() for v in valid)
+    return semi(dls, None, rest, bs, **kwargs)

@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/inference.html.md"""
 __all__ = ['window_corners', 'image_logits', 'predict_mask', 'evaluate']
 
 # %% ../../nbs/measure/04_inference.ipynb #b22492d2
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,8 @@ from torch.nn.functional import interpolate, pad
 from ..basics import evaluating
 from ..data.loaders import MaskDataset, fit
 from ..data.files import label_table, read_image, read_mask, whole
-from .metrics import ConfusionMeter, finest, to_mask
+from ..nets.adapter import class_count, class_names, logits_of, probabilities, to_classes
+from .metrics import ConfusionMeter
 
 # %% ../../nbs/measure/04_inference.ipynb #0d6642cd
 def _pair(name, value):
@@ -55,16 +56,10 @@ def window_corners(
 
 # %% ../../nbs/measure/04_inference.ipynb #61870ed5
 def _forward(model, x, autocast):
-    "Logits of a batch as float32, checked."
-    p = next(chain(model.parameters(), model.buffers()), x)
-    with torch.autocast(p.device.type, autocast) if autocast else nullcontext():
-        out = model(x.to(p.device, p.dtype if p.is_floating_point() and not autocast else x.dtype))
-    out = finest(out['out'] if isinstance(out, Mapping) and 'out' in out else out)
-    if out.ndim != 4 or len(out) != len(x) or out.shape[2:] != x.shape[2:]:
-        raise ValueError(f"expected logits (batch, classes, height, width) of the images' size {tuple(x.shape)}, but "
-                         f"the model gave {tuple(out.shape)}. "
-                         "If its logits are coarser, let the model end with an upsampling")
-    return out.float()
+    "Logits of a batch as float32, at the images' size."
+    device = next(chain(model.parameters(), model.buffers()), x).device.type
+    with torch.autocast(device, autocast) if autocast else nullcontext():
+        return logits_of(model, x, x.shape[2:]).float()
 
 # %% ../../nbs/measure/04_inference.ipynb #af8aae45
 def _slide(model, x, window, corners, bs, average, autocast):
@@ -73,7 +68,7 @@ def _slide(model, x, window, corners, bs, average, autocast):
     for i in range(0, len(corners), bs):
         some = corners[i:i + bs]
         out = _forward(model, torch.stack([x[:, t:t + h, l:l + w] for t, l in some]), autocast)
-        if average == 'probabilities': out = out.softmax(1) if out.shape[1] > 1 else out.sigmoid()
+        if average == 'probabilities': out = probabilities(out)
         if total is None: total, count = out.new_zeros(out.shape[1], *x.shape[1:]), out.new_zeros(x.shape[1:])
         for (t, l), o in zip(some, out):
             total[:, t:t + h, l:l + w] += o
@@ -199,63 +194,55 @@ def predict_mask(
     model, _, known = _known(model)
     size, stats = _how(known, size, window, stats)
     out = _own_size_logits(model, image, size, window, stride, stats, average=average, bs=bs, autocast=autocast)
-    return to_mask(out[None])[0].cpu().numpy().astype(np.uint8 if len(out) <= 256 else np.int64)
+    return to_classes(out[None])[0].cpu().numpy().astype(np.uint8 if len(out) <= 256 else np.int64)
 
 # %% ../../nbs/measure/04_inference.ipynb #8095339a
-def _samples(data, read, n, void, progress):
+def _samples(data, read, progress):
     "Pairs (image, mask) one by one: read from items, or taken from the batches of a loader."
     if isinstance(data, MaskDataset): data, read = data.items, read or data.read
-    # one of the classes, or a number that no file of bytes holds, is not for the table
-    void = void if void in range(n, 256) else None
     for item in progress_bar(data) if progress and hasattr(data, '__len__') else data:
         x, y = (read(item) if read else item)[:2]
         if isinstance(x, Tensor) and x.ndim == 4: yield from zip(x, y)
-        else: yield x, read_mask(y, label_table(n, void)) if isinstance(y, (str, Path)) else y
+        else: yield x, y
 
-# %% ../../nbs/measure/04_inference.ipynb #328d7a0d
-def _class_names(classes):
-    "Names of at least two classes: a single one is the foreground."
-    if classes is None: raise ValueError("the data don't say which classes there are: pass classes=, names or a number")
-    if isinstance(classes, (int, np.integer)):
-        classes = [str(i) for i in range(whole('classes', classes, 1))] if classes != 1 else ['foreground']
-    names = [str(c) for c in classes]
-    return names if len(names) > 1 else ['background', *names]
+def _labels(y, n, void):
+    "A mask as a tensor of class numbers; files are read."
+    # one of the classes, or a number that no file of bytes holds, is not for the table
+    if isinstance(y, (str, Path)): y = read_mask(y, label_table(n, void if void in range(n, 256) else None))
+    return y.as_subclass(Tensor) if isinstance(y, Tensor) else torch.from_numpy(np.asarray(y).astype(np.int64,
+                                                                                               casting='safe'))
 
 # %% ../../nbs/measure/04_inference.ipynb #df310f45
 @delegates(predict_mask, but=['image'])
 def evaluate(
     model,  # a network that segments, or a Learner
-    # DataLoaders (their validation set), a loader, a `MaskDataset`, or items; None: a Learner's validation set
-    data=None,
-    # item -> (image, mask), arrays of bytes; None: as the dataset reads; other items are pairs, of arrays or of files
-    read=None,
-    classes=None,  # names of the classes, or how many; None: as the data or the card says
+    data=None,  # DataLoaders (valid part), a loader, a `MaskDataset`, or items; None: a Learner's validation set
+    read=None,  # item -> (image, mask), arrays of bytes; None: the dataset's own; other items are arrays or files
+    classes=None,  # names, or how many; None: as the data or the card says, else numbers, as many as there are logits
     ignore_index: int = None,  # label of pixels that don't count; None: as the data or the card says
     progress: bool = False,  # show a bar?
     **kwargs,
-# metric ('IoU', 'mIoU', 'pixel accuracy'), class, value in [0, 1], n_pixels (of the class in the truth, or all that
-# count)
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # metric ('IoU', 'mIoU', 'pixel accuracy'), class, value in [0, 1], n_pixels (in the truth)
     "Per-class IoU, mIoU and pixel accuracy over images of any sizes, each pixel counted once, at the images' own size."
     how = dict(size=None, window=None, stride=None, stats=None) | kwargs
     model, data, known = _known(model, data)
     if not isinstance(data, (Iterable, MaskDataset)) or isinstance(data, str):
         raise TypeError(f"data: expected DataLoaders, a loader, a dataset or a list of items, got {_told(data)}")
     how['size'], how['stats'] = _how(known, how['size'], how['window'], how['stats'])
-    names = _class_names(known['classes'] if classes is None else classes)
-    void = known['ignore_index'] if ignore_index is None else ignore_index
-    meter, n = ConfusionMeter(len(names), void), 0
-    for x, y in _samples(data, read, len(names), void, progress):
-        y = y.as_subclass(Tensor) if isinstance(y, Tensor) else torch.from_numpy(np.asarray(y).astype(np.int64,
-                casting='safe'))
+    names = known['classes'] if classes is None else classes
+    if isinstance(names, (int, np.integer)): names = range(whole('classes', names, 1)) if names != 1 else ['foreground']
+    void, meter = known['ignore_index'] if ignore_index is None else ignore_index, None
+    for i, (x, y) in enumerate(_samples(data, read, progress)):
         out = _own_size_logits(model, x, **how)
+        if meter is None:
+            names = class_names(class_count(out[None]), names, 'classes')
+            meter = ConfusionMeter(len(names), void)
+        y = _labels(y, len(names), void)
         if y.shape != out.shape[1:]:
-            raise ValueError(f"image {n} is {out.shape[1]}×{out.shape[2]} pixels, but its mask has shape "
-                             f"{tuple(y.shape)}")
+            raise ValueError(f"image {i} is {out.shape[1]}×{out.shape[2]} pixels, but its mask has shape {(*y.shape,)}")
         meter.update(out[None], y[None])
-        n += 1
-    if not n: raise ValueError("data: there are no images in it (an empty set, or a generator that was used up?)")
-    return _table(meter, names, dict(images=n) | {k: v for k, v in how.items() if k != 'stats'})
+    if meter is None: raise ValueError("data: there are no images in it (an empty set, or a generator used up?)")
+    return _table(meter, names, dict(images=i + 1) | {k: v for k, v in how.items() if k != 'stats'})
 
 # %% ../../nbs/measure/04_inference.ipynb #dbec8bed
 def _table(meter, names, how):

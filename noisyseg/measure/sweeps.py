@@ -19,7 +19,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .. import __version__
-from .evaluation import Batches, digest, draw_seed, logits_of, scores, untouched
+from .evaluation import Batches, digest, draw_seed, scores, untouched
+from ..nets.adapter import class_count, class_names, logits_of
 from .jobs import as_place, run_jobs
 
 # %% ../../nbs/measure/09_sweeps.ipynb #387474a4
@@ -95,19 +96,14 @@ class _Grid:
         self.classes = self._find_classes(class_names)
 
     @torch.no_grad()
-    def _find_classes(self, class_names):
+    def _find_classes(self, names):
         x, y = self.batches.first
-        outs = {name: logits_of(m, x, y, f'model {name!r}') for (name, _), m in self.models.items()}
-        # a single channel is background against foreground
-        found = {name: max(o.shape[1], 2) for name, o in outs.items()}
+        outs = {name: logits_of(m, x, y.shape[1:], f'model {name!r}') for (name, _), m in self.models.items()}
+        found = {name: class_count(o) for name, o in outs.items()}
         if len(set(found.values())) > 1:
             raise ValueError(f"models: expected the same number of classes from each, got {found}")
         n = next(iter(found.values()))
-        given = self.batches.vocab if class_names is None else class_names
-        classes = [str(i) for i in range(n)] if given is None else [str(c) for c in given]
-        if len(classes) != n or len(set(classes)) != n:
-            raise ValueError(f"class_names: expected {n} different names, one for each class of the models' output, "
-                             f"got {len(classes)}: {', '.join(classes)[:200]}")
+        classes = class_names(n, self.batches.vocab if names is None else names)
         for out in outs.values(): ConfusionMeter(n, self.ignore_index).update(out, y)
         return classes
 

@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from ..basics import expect_module, plain_name, unwrapped
+
 # %% ../../nbs/perturb/01_selectors.ipynb #8f2de734
 class Site(NamedTuple):
     "One weight in a model: the place it is reached by."
@@ -46,11 +48,11 @@ def weight_sites(
     model: nn.Module,  # any module
 ) -> list[Site]:  # every parameter and every parametrized tensor, in module order
     "All the places in `model` that hold a weight."
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module to perturb, got {type(model).__name__}")
+    model = unwrapped(expect_module(model))
     sites = []
     for mname, module in model.named_modules():
         if 'parametrizations' in mname.split('.'): continue
+        mname = plain_name(model, mname)
         attrs = [a for a, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
         attrs += list(getattr(module, 'parametrizations', {}))
         sites += [Site(f'{mname}.{a}' if mname else a, module, a) for a in attrs]
@@ -163,7 +165,9 @@ kernels_and_scales = Selector(lambda *a: _is_kernel(*a) or _is_scale(*a), 'kerne
 def _computed_by_hooks(model):
     ("The weights that torch's hook-based pruning, weight norm and spectral norm recompute before each forward pass: "
      "plain tensors, no parameters.")
+    model = unwrapped(model)
     for mname, m in model.named_modules():
+        mname = plain_name(model, mname)
         for suffix in ('_orig', '_v'):
             for a in [a.removesuffix(suffix) for a, _ in m.named_parameters(recurse=False) if a.endswith(suffix)]:
                 if isinstance(m.__dict__.get(a), Tensor): yield Site(f'{mname}.{a}' if mname else a, m, a)
@@ -172,6 +176,10 @@ def _computed_by_hooks(model):
 def _check_weight(name, w):
     if isinstance(w, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name} has no shape yet: run one batch through the model first")
+    if hasattr(w, 'full_tensor'):
+        raise ValueError(f"{name} is a shard of a weight (fully_shard): each process holds a part of it, so its scale and "
+                         f"its noise are not known here. Use torch.nn.parallel.DistributedDataParallel(model), or "
+                         f"perturb the network before it is sharded")
     if w.is_meta: raise ValueError(f"{name} is on the meta device and holds no numbers: load the weights first")
     if w.is_inference():
         raise ValueError(f"{name} was made under torch.inference_mode and can't be changed in place: build the model "

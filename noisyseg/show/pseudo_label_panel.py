@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from torch import nn
 
-from ..measure.evaluation import logits_of, untouched
+from ..measure.evaluation import untouched
+from ..nets.adapter import logits_of
 from ..data.loaders import fit
 from ..data.files import colorize, whole
 from ..train.methods.match_loss import pseudo_labels
@@ -161,7 +162,7 @@ def look(self:PseudoLabelPanel,
     if num_distrib() > 1: mode = 'eval'
     with _in_mode(model, mode):
         parts = [self._x] if mode == 'train' else [x[None] for x in self._x]
-        found = [t for x in parts for t in zip(*(t.cpu() for t in pseudo_labels(logits_of(model, x, x[:, 0]))[:2]))]
+        found = [t for x in parts for t in zip(*(t.cpu() for t in pseudo_labels(logits_of(model, x, x.shape[2:]))[:2]))]
     return self._numbers(found, tau), self._html(found, tau, mode, learn.dls)
 
 # %% ../../nbs/show/08_pseudo_label_panel.ipynb #a02caecf

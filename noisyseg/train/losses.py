@@ -17,21 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basics import check_whole
-from ..measure.metrics import class_numbers, finest, to_mask, valid_pixels
+from ..measure.metrics import class_numbers, valid_pixels
+from ..nets.adapter import as_logits, probabilities, to_classes
 
 # %% ../../nbs/train/01_losses.ipynb #108eaca8
 def _prepare(logits, y, ignore_index):
     "Checked logits in at least 32 bit and labels with the void pixels set to 0, and which pixels are valid"
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"expected logits as a torch.Tensor, got {type(logits).__name__}; "
-        "a network that returns a list of logits needs DeepSupervisionLoss")
-    logits, y = logits.as_subclass(Tensor), class_numbers(y, 'the mask')
+    if isinstance(logits, (list, tuple)):
+        raise TypeError("expected logits as a torch.Tensor, got a list; a network that returns a list of logits needs "
+                        "DeepSupervisionLoss(HybridLoss())")
+    logits, y = as_logits(logits), class_numbers(y, 'the mask')
     if not logits.is_floating_point(): raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if logits.ndim != 4 or y.ndim != 3 or logits.shape[:1] + logits.shape[2:] != y.shape:
+    if logits.ndim != 4 or y.ndim != 3 or len(logits) != len(y):
         raise ValueError(f"expected logits (batch, classes, height, width) and masks (batch, height, width), got "
-                         f"{tuple(logits.shape)} and "
-            f"{tuple(y.shape)}; a mask with a channel of its own needs .squeeze(1)")
+                         f"{(*logits.shape,)} and {(*y.shape,)}; a mask with a channel of its own needs .squeeze(1)")
     if not logits.numel(): raise ValueError(f"there is nothing in logits of shape {tuple(logits.shape)}")
+    logits = as_logits(logits, y.shape[1:])
     if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
     ok = valid_pixels(y, max(logits.shape[1], 2), ignore_index)
     return logits.masked_fill(~ok[:, None], 0.), y.masked_fill(~ok, 0), ok
@@ -43,12 +44,10 @@ def _weight(v, name):
         raise ValueError(f"{name} must be a number >= 0, got {v!r}")
     return v
 
-def _probabilities(x): return x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
-
 def _maps(x, y, ok):
     "Probability and truth of each class as maps in [0, 1], (B, C, H, W); both are 0 at void pixels"
     g = y[:, None].to(x.dtype) if x.shape[1] == 1 else torch.zeros_like(x).scatter_(1, y[:, None], 1.)
-    return _probabilities(x)*ok[:, None], g*ok[:, None]
+    return probabilities(x)*ok[:, None], g*ok[:, None]
 
 # %% ../../nbs/train/01_losses.ipynb #c70cb97e
 class SegmentationLoss(nn.Module):
@@ -76,12 +75,12 @@ class SegmentationLoss(nn.Module):
 
     def activation(self, out):
         "Logits, or a list of them, to probabilities."
-        return _probabilities(finest(out))
+        return probabilities(as_logits(out))
 
     def decodes(self, prob):
         "Probabilities to masks."
-        p = finest(prob)
-        return to_mask(p - 0.5) if p.shape[1] == 1 else to_mask(p)
+        p = as_logits(prob)
+        return to_classes(p - 0.5) if p.shape[1] == 1 else to_classes(p)
 
     def extra_repr(self): return f'ignore_index={self.ignore_index}, reduction={self.reduction!r}'
 
@@ -303,17 +302,17 @@ class DeepSupervisionLoss(SegmentationLoss):
     def _one(self, logits, y):
         # a plain function
         kw = {} if hasattr(self.base, 'reduction') or self.reduction == 'mean' else dict(reduction=self.reduction)
-        loss = self.base(logits.as_subclass(Tensor), y, **kw)
+        loss = self.base(as_logits(logits, y.shape[1:]), y, **kw)
         return loss.flatten(1).mean(1) if loss.ndim > 1 else loss   # one number an image, where asked for
 
     def forward(self,
-        out,  # logits, a list of logits (finest first), or (either of them, presence logits (B, C))
+        out,  # what a network returned: a list of logits (finest first), either with presence logits (B, C), …
         y: Tensor,  # masks (B, H, W), integers
     ) -> Tensor:
         y, presence = class_numbers(y, 'the mask'), None
         if isinstance(out, (list, tuple)) and len(out) == 2 and getattr(out[1], 'ndim', 0) == 2: out, presence = out
         outs = list(out) if isinstance(out, (list, tuple)) else [out]
-        finest(outs)
+        as_logits(outs)   # an error, if they are none
         if len(outs) == 1: w = [1.]   # at validation only the finest output is left
         else: w = self.weights or [1.]*len(outs)
         if len(w) != len(outs):

@@ -1,0 +1,74 @@
+"The suite itself: what stops it, what is run first, and what `make check` leaves out."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import root
+
+own = """
+import signal, os
+def test_first(): raise KeyboardInterrupt
+def test_second():
+    os.kill(os.getpid(), signal.SIGINT)
+    while True: pass
+def test_third(): pass
+def test_killed(): assert signal.SIGKILL
+"""
+
+
+@pytest.fixture
+def pytest_in(tmp_path):
+    "Runs pytest with our conftest.py on a file of tests, in a process of its own; gives what it says"
+    def run(source, *args, **env):
+        (tmp_path/'test_own.py').write_text(source)
+        cmd = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'conftest', *args, 'test_own.py']
+        path = os.pathsep.join([str(root/'tests'), str(root)])
+        env = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST')} | {'PYTHONPATH': path, **env}
+        return subprocess.run(cmd, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120).stdout
+    return run
+
+
+@pytest.mark.parametrize('how', [['-n', '1'], ['-p', 'no:xdist']], ids=['in a process', 'alone'])
+def test_a_keyboard_interrupt_is_a_failure(pytest_in, how):
+    "A test that lets one out has failed, whether it was raised or came as a signal; the next ones run"
+    said = pytest_in(own, *how, '-k', 'first or third')
+    assert '1 failed, 1 passed' in said and 'a KeyboardInterrupt came out of this test' in said
+    said = pytest_in(own, *how, '-k', 'second or third')
+    assert '1 failed, 1 passed' in said
+
+
+def test_two_of_them_stop_it(pytest_in):
+    "Somebody who presses Ctrl-C twice wants it to stop"
+    said = pytest_in(own, '-p', 'no:xdist')
+    assert '1 failed' in said and 'KeyboardInterrupt' in said and 'passed' not in said
+
+
+def test_longest_first(request):
+    "Files and notebooks that take long come first, and the tests of one file stay together"
+    from conftest import known_durations, local_id
+    durations, total = known_durations(), {}
+    for item in request.session.items:
+        total[item.group] = total.get(item.group, 0) + durations.get(local_id(item.nodeid), .1)
+    seen = list(dict.fromkeys(item.group for item in request.session.items))
+    assert [total[o] for o in seen] == sorted(total.values(), reverse=True)
+
+
+def test_what_make_check_leaves_out(request):
+    "Tests with a browser, with Ray, with killed processes and whole notebooks are marked, and no others of the tooling"
+    items = {item.nodeid.removeprefix('tests/'): item for item in request.session.items}
+    marked = lambda name, mark: any(o.name == mark for o in items[name].iter_markers())
+    for name, mark in {'test_lab.py::test_tour_in_jupyterlab': 'browser', 'test_tooling_notebooks.py::'
+                       'test_runs[basics.ipynb]': 'slow'}.items():
+        if name in items: assert marked(name, mark)
+    quick = 'test_tooling_package.py::test_facts_are_the_same_everywhere'
+    if quick in items: assert not [o for o in ('browser', 'ray', 'kill', 'slow') if marked(quick, o)]
+
+
+def test_durations_are_of_today():
+    "The record names tests that are there; `NOISYSEG_RECORD=1 make test` writes it anew"
+    from conftest import DURATIONS
+    if not DURATIONS.exists(): pytest.skip('no record yet')
+    files = {o.split('::')[0] for o in json.loads(DURATIONS.read_text())}
+    assert not [o for o in files if not (root/'tests'/o).exists()]
