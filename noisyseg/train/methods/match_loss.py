@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..losses import DeepSupervisionLoss, FocalLoss
-from ...measure.metrics import finest, to_mask
+from ...nets.adapter import as_logits, confidence, to_classes
 from ...data.semi_supervised import cutmix
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #94804c2f
@@ -32,24 +32,20 @@ class PseudoLabels(NamedTuple):
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #dee23cb5
 @torch.no_grad()
 def pseudo_labels(
-    # of the weak view: logits (u, classes, h, w), or a list of them, finest first; one class: foreground against
-    # background
-    out,
+    out,  # of the weak view: logits (u, classes, h, w), or whatever a network returns (see `as_logits`)
     inside: Tensor = None,  # (u, h, w) bool; None: there are no margins
 ) -> PseudoLabels:
     "Labels and their confidence, in float32 whatever the logits are."
-    logits = finest(out).detach().float()
+    logits = as_logits(out, None if inside is None else inside.shape[1:]).detach().float()
     if logits.ndim != 4:
         raise ValueError(f"expected logits (images, classes, height, width), got shape {tuple(logits.shape)}")
-    with torch.autocast(logits.device.type, enabled=False):
-        p = logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
-    if logits.shape[1] > 1: confidence, labels = p.max(1)
-    else: labels, confidence = (p[:, 0] >= 0.5).long(), torch.maximum(p, 1 - p)[:, 0]
+    labels = to_classes(logits)
+    with torch.autocast(logits.device.type, enabled=False): sure = confidence(logits)
     inside = torch.ones_like(labels, dtype=torch.bool) if inside is None else inside
     if inside.dtype != torch.bool or inside.shape != labels.shape:
         raise ValueError(f"inside= is a bool tensor {tuple(labels.shape)}, True in the image, got {inside.dtype} of "
                          f"shape {tuple(inside.shape)}")
-    return PseudoLabels(labels, confidence, inside)
+    return PseudoLabels(labels, sure, inside)
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #894ffe3d
 @patch
@@ -65,7 +61,7 @@ def _levels(out):
     ("The logits in an output: of every head, where there are several; the presence logits of UNet3+'s "
      "classification-guided module are left out.")
     if isinstance(out, (list, tuple)) and len(out) == 2 and getattr(out[1], 'ndim', 0) == 2: out = out[0]
-    return list(out) if isinstance(out, (list, tuple)) else [out]
+    return list(out) if isinstance(out, (list, tuple)) else [as_logits(out)]
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #993a9a83
 def consistency(
@@ -77,10 +73,10 @@ def consistency(
      "2208.09910).")
     counts = (pseudo.confidence >= threshold) & pseudo.inside
     def one(logits):
-        if logits.shape[:1] + logits.shape[2:] != counts.shape:
+        if len(logits) != len(counts):
             raise ValueError(f"logits of shape {tuple(logits.shape)} don't fit pseudo-labels of shape "
                              f"{tuple(counts.shape)}")
-        logits = logits.float()
+        logits = as_logits(logits, counts.shape[1:]).float()
         if logits.shape[1] > 1: ce = F.cross_entropy(logits, pseudo.labels, reduction='none')
         else: ce = F.binary_cross_entropy_with_logits(logits[:, 0], pseudo.labels.float(), reduction='none')
         return torch.where(counts, ce, 0.).sum() / pseudo.inside.sum().clamp(min=1)
@@ -96,9 +92,8 @@ def agreement(
 ) -> Tensor:  # in [0, 1]; nan where no pixel counts
     "Share of the confident pixels on which the perturbed pass gives the pseudo-label: how hard the perturbation is."
     counts = (pseudo.confidence >= threshold) & pseudo.inside
-    logits = finest(out).detach()
-    return (((to_mask(logits) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()) == pseudo.labels)
-            & counts).sum() / counts.sum()
+    classes = to_classes(as_logits(out, counts.shape[1:]))
+    return ((classes == pseudo.labels) & counts).sum() / counts.sum()
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #792471a8
 UNLABELLED = ('L_u_s1', 'L_u_s2', 'L_u_fp', 'L_u_np')
