@@ -198,7 +198,8 @@ def _leave(self:TrainStep):
     if learn.__dict__.get('_with_events') is self._hook:
         if self._below is None: del learn._with_events
         else: learn._with_events = self._below
-    if isinstance(learn.dl, _Watched): learn.dl = learn.dl.dl
+    dl = vars(learn).get('dl')
+    if isinstance(dl, _Watched): learn.dl = dl.dl
     self._hook = None
     self.fitting = False
     self._tidy_up()
