@@ -120,6 +120,7 @@ def sections():
     for name in 'tutorials', 'studies':
         first = FIRST[name]
         found[name][''].sort(key=lambda o: first.index(o[0]) if o[0] in first else len(first))
+    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')   # its story, if it has one
     return found
 
 
@@ -147,7 +148,8 @@ def quarto_yml():
     text = (root/'_quarto.yml').read_text(encoding='utf-8')
     for section, folders in sections().items():
         at = {name: nb for nb, name in folders['']}
-        story = at.get(STORY.get(section)) or next(iter(at.values()))
+        story = next(iter(at.values()))
+        if not story.endswith('/index.ipynb'): story = at.get(STORY.get(section), story)
         text = re.sub(rf'(- text: {section}\n +href: ).*', rf'\g<1>{story}', text)
     return re.sub(r'(?<=  sidebar:  # made by [.]ci/derive[.]py\n).*', lambda m: sidebars(), text, flags=re.S)
 

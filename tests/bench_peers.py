@@ -1,4 +1,6 @@
-"""The same job by other libraries, each only if it can be imported. noisyseg does not need them; `bench.py --peers PYTHON` takes them from elsewhere:
+"""The same job by other libraries, each only if it can be imported.
+
+noisyseg does not need them; `bench.py --peers PYTHON` takes them from elsewhere:
 
 python -m venv peers && peers/bin/pip install --no-deps pytorch-optimizer segmentation-models-pytorch aihwkit-lightning
 

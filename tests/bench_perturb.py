@@ -1,4 +1,6 @@
-("""Clone, inject, recover beside the plain loop. Both sides make the same noise, on a CPU bit for bit: that is checked before anything is timed.""")
+"""Clone, inject, recover beside the plain loop.
+
+Both sides make the same noise, on a CPU bit for bit: that is checked before anything is timed."""
 import itertools
 import statistics
 

@@ -16,16 +16,10 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from noisyseg.data import datasets as data_module
-<<<<<<< HEAD
 from noisyseg.data.datasets import (camvid, camvid_classes, check_dataset, custom_masks, sbd, scenes, voc,
                                     voc_palette)
 from noisyseg.data.files import (MissingData, check_sizes, colorize, data_root, denormalize, label_table, pair_files,
                                  read_colour_mask, read_image, read_mask)
-=======
-from noisyseg.data.datasets import (MissingData, camvid, camvid_classes, check_dataset, colorize, custom_masks, data_root, denormalize, sbd, scenes,
-    voc, voc_palette)
-from noisyseg.data.files import check_sizes, label_table, pair_files, read_colour_mask, read_image, read_mask
->>>>>>> main
 from noisyseg.data.procedural import scene, scene_classes
 
 def write(file, pixels, **kwargs):
