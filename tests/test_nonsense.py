@@ -4,7 +4,6 @@ A line of a table is a call that somebody makes by mistake. Add yours: the name,
 import re
 from functools import cache
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -95,6 +94,14 @@ NONSENSE = {
     'deeplabv3plus: an unknown encoder': lambda: ns.deeplabv3plus(3, encoder='resnet19'),
     'deeplabv3plus: stride 7': lambda: ns.deeplabv3plus(3, encoder='resnet18', output_stride=7),
     'resnet20: another shortcut': lambda: ns.resnet20(shortcut='C'),
+    'noise_sweep: a word for a model': lambda: ns.noise_sweep('net', dls().valid, law, [0, 0.1]),
+    'noise_sweep: no models': lambda: ns.noise_sweep({}, dls().valid, law, [0, 0.1]),
+    'noise_sweep: no draws': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, [0, 0.1], draws=0),
+    'noise_sweep: a number for a law': lambda: ns.noise_sweep({'a': net7()}, dls().valid, 0.1, [0, 0.1]),
+    'noise_sweep: no levels': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, []),
+    'noise_sweep: data shuffled': lambda: ns.noise_sweep({'a': net7()}, dls().train, law, [0, 0.1], draws=1),
+    'robustness_card: a path for a model': lambda: ns.robustness_card('net.safetensors', dls().valid),
+    'robustness_card: an unknown corruption': lambda: ns.robustness_card({'a': net7()}, dls().valid, corruptions=['rain']),
     'load_sweep: no such file': lambda: ns.load_sweep('nowhere.csv'),
     'load_sweep: None': lambda: ns.load_sweep(None),
     'summarise: a dict': lambda: ns.summarise({'a': 1}),
@@ -135,7 +142,8 @@ NONSENSE = {
     'semi_learner: ordinary data': lambda: ns.semi_learner(dls()).fit(1),
     'plot_sweep: None': lambda: ns.plot_sweep(None),
     'plot_sweep: another metric': lambda: ns.plot_sweep(frame(), metric='dice'),
-    'plot_prediction: shapes that differ': lambda: ns.plot_prediction(x[0], torch.zeros(8, 8).long(), {'a': torch.zeros(32, 32).long()}),
+    'plot_prediction: shapes that differ': lambda: ns.plot_prediction(
+        x[0], torch.zeros(8, 8).long(), {'a': torch.zeros(32, 32).long()}),
     'plot_card: a sweep': lambda: ns.plot_card(frame()),
     'plot_card: None': lambda: ns.plot_card(None),
     'NoiseExplorer: a path': lambda: ns.NoiseExplorer('net.safetensors', dls()),

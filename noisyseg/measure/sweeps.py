@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .. import __version__
+from ..basics import expect_module
 from .evaluation import Batches, digest, draw_seed, scores, untouched
 from ..nets.adapter import class_count, class_names, logits_of
 from .jobs import as_place, run_jobs
@@ -45,9 +46,7 @@ def _check_models(models):
         name, run = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
         if not isinstance(name, str) or not name.strip() or not isinstance(run, (int, np.integer)):
             raise TypeError(f"models: expected names such as 'clean' or ('clean', training seed) as keys, got {key!r}")
-        if not isinstance(m, nn.Module):
-            hint = ' Pass learn.model.' if isinstance(getattr(m, 'model', None), nn.Module) else ''
-            raise TypeError(f"models[{key!r}]: expected a torch.nn.Module, got {type(m).__name__}.{hint}")
+        expect_module(m, f'models[{key!r}]')
         if (name, run) in named:
             raise ValueError(f"models: there are two of {name!r} with training seed {run}; give each its own name")
         named[name, int(run)] = m

@@ -272,7 +272,8 @@ def gradients(self:Ascent,
 # %% ../../../nbs/train/methods/02_ascent.ipynb #6420e946
 def _number(name, v, low=0., strict=False):
     if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v) or v < low or (strict and v == low):
-        raise ValueError(f"{name} is a number {'above' if strict else 'of at least'} {low:g}, got {v!r}")
+        raise ValueError(f"{name} is a number {'above' if strict else 'of at least'} {low:g}, got {v!r}; "
+                         f"`{name}={low + 0.05 if strict or not low else low:g}` would do")
     return float(v)
 
 def _count(name, v):

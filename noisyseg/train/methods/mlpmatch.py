@@ -190,8 +190,8 @@ def _one_batch(self:MLPMatch):
     if not l.training: return l._do_one_batch()
     batch = (*l.xb, *l.yb)
     if len(batch) != 6:
-        raise ValueError(f"MLPMatch needs batches (x, y, weak, strong1, strong2, inside), as semi_dataloaders makes "
-                         f"them, got {len(batch)} parts")
+        raise ValueError(f"MLPMatch needs batches (x, y, weak, strong1, strong2, inside), got {len(batch)} parts: "
+                         f"`semi_learner(semi(dls, n=20))` makes them of any data")
     if m.seed is None or m.seed != self.seed: self._draw_seed()
     weak = batch[2]
     # SAM passes a batch twice, with the same draws
