@@ -47,7 +47,8 @@ def check_number(
 ) -> float:  # the same as a plain float
     "A finite number within bounds; a bool is none."
     ends = f'of at least {least:g}' if most == math.inf else f'from {least:g} to {most:g}'
-    expected = f'{name}: expected a number {ends}, got {value!r}; `{name}={least if most == math.inf else most:g}` would do'
+    fits = least if most == math.inf else most
+    expected = f'{name}: expected a number {ends}, got {value!r}; `{name}={fits:g}` would do'
     if isinstance(value, (bool, np.bool_, str)): raise TypeError(expected)
     try: number = float(value)
     except (TypeError, ValueError): raise TypeError(expected) from None

@@ -101,7 +101,8 @@ NONSENSE = {
     'noise_sweep: no levels': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, []),
     'noise_sweep: data shuffled': lambda: ns.noise_sweep({'a': net7()}, dls().train, law, [0, 0.1], draws=1),
     'robustness_card: a path for a model': lambda: ns.robustness_card('net.safetensors', dls().valid),
-    'robustness_card: an unknown corruption': lambda: ns.robustness_card({'a': net7()}, dls().valid, corruptions=['rain']),
+    'robustness_card: an unknown corruption': lambda: ns.robustness_card(
+        {'a': net7()}, dls().valid, corruptions=['rain']),
     'load_sweep: no such file': lambda: ns.load_sweep('nowhere.csv'),
     'load_sweep: None': lambda: ns.load_sweep(None),
     'summarise: a dict': lambda: ns.summarise({'a': 1}),

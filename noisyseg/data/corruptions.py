@@ -63,7 +63,8 @@ def _as_given(out, x, stats):
 def _whole(name, value, low, high):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected a whole number, got {value!r}: `Corruption('fog', 3)`")
-    if not low <= value <= high: raise ValueError(f"{name}: expected {low} to {high}, got {value}: `{name}={min(high, 3)}`")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}: `{name}={min(high, 3)}`")
     return int(value)
 
 # %% ../../nbs/data/11_corruptions.ipynb #fe22c3f7

@@ -24,8 +24,8 @@ def _rows(df, metric, by):
     by = [by] if isinstance(by, str) else list(by)
     need = ['metric', 'value', 'train_seed', *_draws, *by]
     if missing := [c for c in need if c not in df]:
-        raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}: `load_sweep(path)` "
-                         f"reads one")
+        raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}: "
+                         f"`load_sweep(path)` reads one")
     if df.empty: raise ValueError("df: there are no rows in it; `load_sweep(path)` reads a sweep")
     d = df[df['metric'] == metric]
     if d.empty:
@@ -57,8 +57,8 @@ def _unit_means(d, by, unit):
 # %% ../../nbs/measure/08_summary.ipynb #8906d607
 def _t_interval(d, by, confidence):
     "Mean, interval, standard deviation and count of `value` in each group."
-    if not 0 < confidence < 1: raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}: 95 % is "
-                                            f"`confidence=0.95`")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}: `confidence=0.95` is 95 %")
     out = d.groupby(by, observed=True, sort=False)['value'].agg(mean='mean', sd='std', n='count').reset_index()
     half = stats.t.ppf(0.5 + confidence / 2, np.maximum(out['n'] - 1, 1)) * out['sd'] / np.sqrt(out['n'])
     return out.assign(half=half, low=out['mean'] - half, high=out['mean'] + half)

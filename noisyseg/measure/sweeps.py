@@ -39,8 +39,8 @@ def _check_models(models):
     "`models` as a dict (name, training seed) -> module."
     if isinstance(models, nn.Module): models = {'model': models}
     if not isinstance(models, Mapping) or not models:
-        raise TypeError(f"models: expected a module or a dict name -> module such as {{'clean': net}}, got "
-                        f"{type(models).__name__}")
+        raise TypeError(f"models: expected a module or a dict name -> module such as `{{'clean': net}}`, "
+                        f"got {type(models).__name__}")
     named = {}
     for key, m in models.items():
         name, run = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
@@ -56,7 +56,7 @@ def _check_models(models):
 def _check_count(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if value < least: raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value < least: raise ValueError(f"{name}: expected at least {least}, got {value}: `{name}={max(least, 1)}`")
     return int(value)
 
 # %% ../../nbs/measure/09_sweeps.ipynb #54001b1b
@@ -67,7 +67,7 @@ def _check_levels(levels):
         raise TypeError(f"levels: expected numbers such as [0, 0.02, 0.05], got {levels!r}")
     bad = [float(l) for l in found if not (math.isfinite(l) and l >= 0)]
     if bad: raise ValueError(f"levels: expected finite numbers of at least 0, got {bad}")
-    if not len(found): raise ValueError("levels: expected at least one noise level, got none")
+    if not len(found): raise ValueError("levels: expected at least one noise level, got none: `levels=[0, 0.05]`")
     return sorted({float(f'{l:.7g}') + 0. for l in found})
 
 # %% ../../nbs/measure/09_sweeps.ipynb #8a1c3413

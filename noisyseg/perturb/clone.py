@@ -262,7 +262,8 @@ def inject(self:WeightClone,
 ) -> WeightClone:  # itself
     "Write `law`'s noise into the weights, starting from the clean ones; noise that was in is replaced."
     if not callable(law):
-        raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as `MaxGaussian(0.05)`, got {law!r}")
+        raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as `MaxGaussian(0.05)`, got "
+                        f"{law!r}")
     generator = as_generator(generator)
     tables = [(_table(d), _table(d)._version) for d in {c.device for c in self._clean}] if self.rng == 'table' else []
     with self._changing(), self._drawing(generator, redraw) as draws:

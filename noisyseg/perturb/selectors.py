@@ -177,8 +177,8 @@ def _check_weight(name, w):
     if isinstance(w, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name} has no shape yet: run one batch through the model first")
     if hasattr(w, 'full_tensor'):
-        raise ValueError(f"{name} is a shard of a weight (fully_shard): each process holds a part of it, so its scale and "
-                         f"its noise are not known here. Use torch.nn.parallel.DistributedDataParallel(model), or "
+        raise ValueError(f"{name} is a shard of a weight (fully_shard): each process holds a part of it, so its scale "
+                         f"and its noise are not known here. Use torch.nn.parallel.DistributedDataParallel(model), or "
                          f"perturb the network before it is sharded")
     if w.is_meta: raise ValueError(f"{name} is on the meta device and holds no numbers: load the weights first")
     if w.is_inference():

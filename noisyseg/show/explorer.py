@@ -54,8 +54,8 @@ def _models(models):
 # %% ../../nbs/show/06_explorer.ipynb #e4f5cbc1
 def _samples(data, n):
     ("The first `n` images and masks (or None) of data in any of the forms that NoiseExplorer takes, and what is known "
-    check_whole('samples', n, 1)
      "of them.")
+    check_whole('samples', n, 1)
     if data is None: data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
     if isinstance(data, torch.Tensor): return _checked(data[:n], None), {}
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data):
