@@ -93,7 +93,8 @@ def find_set(
     holds = lambda folder: any((folder/m).exists() for m in markers)
     if path is not None:
         if holds(root := Path(path).expanduser()): return root
-        raise MissingData(f"{root} is not a folder of {names[0]}: it holds none of {', '.join(markers)}")
+        raise MissingData(f"{root} is not a folder of {names[0]}: it holds none of {', '.join(markers)}. "
+                          f"`{names[0]}()` without a path looks in the usual places")
     for place in (data_root, partial(fastai_path, 'data')):
         for name in names:
             if (folder := place()) and holds(folder/name): return folder/name

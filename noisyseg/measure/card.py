@@ -115,12 +115,13 @@ def robustness_card(
     df = df.sort_values('disturbance', key=lambda s: s.map(order.index), kind='stable', ignore_index=True)
     return df.assign(cost=df['model'].map(costs), baseline=baseline)
 
-# %% ../../nbs/measure/12_card.ipynb #bd6c41a7
+# %% ../../nbs/measure/12_card.ipynb #3fc668e8
 def _checked(df):
     "The main metric of a card's rows, or an error."
     need = [*(c for c in COLUMNS if c != 'class'), 'cost', 'baseline']
     if lacks := [c for c in need if c not in getattr(df, 'columns', ())]:
-        raise ValueError(f"df: expected the rows of robustness_card; there is no column {', '.join(lacks)}")
+        raise ValueError(f"df: expected the rows of robustness_card; there is no column {', '.join(lacks)}. "
+                         f"`robustness_card(models, dl)` makes them")
     return main_metric(df)
 
 def _over_laws(d):

@@ -277,13 +277,15 @@ class Store:
     def __exit__(self, *exc):
         with self.stack: self.save()
 
-# %% ../../nbs/measure/06_store.ipynb #597cedce
+# %% ../../nbs/measure/06_store.ipynb #3a000d8b
 def load_sweep(
     path,  # what a sweep was given as `store=`: a .csv or .parquet file
 ) -> pd.DataFrame:  # as `sweep` returns it, in the order of measurement
     "The rows of a sweep that was stored, also of one that is still running."
     path = store_path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no sweep at {path}")
+    if path is None: raise TypeError("path: expected what a sweep was given as store=: `load_sweep('sweep.csv')`")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no sweep at {path}; `sweep(..., store={str(path)!r})` makes one")
     grid = read_grid(path) or {}
     found = read_rows(path)
     if 'cells' in grid: as_written(path, set(grid['cells']))

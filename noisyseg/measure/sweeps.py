@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/sweeps.html.md"""
 __all__ = ['check_models', 'check_levels', 'reads_inputs', 'Entry', 'entry_of', 'entries_of', 'Grid', 'fingerprint', 'cells_of',
            'groups_of', 'run_grid', 'in_notebook', 'sweep']
 
-# %% ../../nbs/measure/09_sweeps.ipynb #1fc02cf5
+# %% ../../nbs/measure/09_sweeps.ipynb #9a41120c
 import math, sys, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..basics import check_whole, digest, versions
+from ..basics import check_whole, digest, expect_module, versions
 from .evaluation import Batches, draw_seed, scores, untouched
 from .jobs import Interrupted, as_place, run_jobs
 from .prefix import PrefixCache
@@ -37,22 +37,20 @@ def check_models(
     "Models by name and training seed, or an error."
     if isinstance(models, nn.Module): models = {'model': models}
     if not isinstance(models, Mapping) or not models:
-        raise TypeError(f"models: expected a module or a dict name -> module such as {{'clean': net}}, got "
-                        f"{type(models).__name__}")
+        raise TypeError(f"models: expected a module or a dict name -> module such as `{{'clean': net}}`, "
+                        f"got {type(models).__name__}")
     named = {}
     for key, m in models.items():
         name, run = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
         if not isinstance(name, str) or not name.strip() or not isinstance(run, (int, np.integer)):
             raise TypeError(f"models: expected names such as 'clean' or ('clean', training seed) as keys, got {key!r}")
-        if not isinstance(m, nn.Module):
-            hint = ' Pass learn.model.' if isinstance(getattr(m, 'model', None), nn.Module) else ''
-            raise TypeError(f"models[{key!r}]: expected a torch.nn.Module, got {type(m).__name__}.{hint}")
+        expect_module(m, f'models[{key!r}]')
         if (name, run) in named:
             raise ValueError(f"models: there are two of {name!r} with training seed {run}; give each its own name")
         named[name, int(run)] = m
     return named
 
-# %% ../../nbs/measure/09_sweeps.ipynb #f04ddb39
+# %% ../../nbs/measure/09_sweeps.ipynb #dba9b724
 def check_levels(
     disturbance: Disturbance,  # whose levels they are
     levels=None,  # numbers, or one; None: those that it names itself, and nothing
@@ -65,7 +63,7 @@ def check_levels(
         raise TypeError(f"levels: expected numbers such as [0, 0.02, 0.05], got {levels!r}")
     bad = [float(l) for l in found if not (math.isfinite(l) and l >= 0)]
     if bad: raise ValueError(f"levels: expected finite numbers of at least 0, got {bad}")
-    if not len(found): raise ValueError("levels: expected at least one level, got none")
+    if not len(found): raise ValueError("levels: expected at least one level, got none: `levels=[0, 0.05]`")
     found = disturbance.ordered({float(f'{l:.7g}') + 0. for l in found})
     for l in found: disturbance.at(l)  # a level that it refuses is refused now
     return found
