@@ -101,8 +101,9 @@ NONSENSE = {
     'sweep: no levels': lambda: ns.sweep({'a': net7()}, dls().valid, law, levels=[]),
     'sweep: data shuffled': lambda: ns.sweep({'a': net7()}, dls().train, law, levels=[0, 0.1], draws=1),
     'robustness_card: a path for a model': lambda: ns.robustness_card('net.safetensors', dls().valid),
-    'robustness_card: an unknown corruption': lambda: ns.robustness_card(
-        {'a': net7()}, dls().valid, corruptions=['rain']),
+    'robustness_card: a word for a disturbance': lambda: ns.robustness_card({'a': net7()}, dls().valid, ['rain']),
+    'robustness_card: levels of what is not asked': lambda: ns.robustness_card(
+        {'a': net7()}, dls().valid, law, levels={'rain': 3}),
     'load_sweep: no such file': lambda: ns.load_sweep('nowhere.csv'),
     'load_sweep: None': lambda: ns.load_sweep(None),
     'summarise: a dict': lambda: ns.summarise({'a': 1}),
