@@ -50,13 +50,13 @@ class Untouched(Disturbance):
     random: ClassVar[bool] = False
     def kind_name(self) -> str: return ''
 
-# %% ../../nbs/measure/12_card.ipynb #2e71f18a
+# %% ../../nbs/measure/12_card.ipynb #ee57f6d2
 def _card_levels(disturbances, given, metric):
     "The levels of each disturbance: those that were given, else the defaults, without the one at which nothing happens."
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not set(given) <= set(disturbances):
         raise ValueError(f"levels: expected a dict with some of {', '.join(map(repr, disturbances))}, such as "
-                         f"{{{next(iter(disturbances), 'a label')!r}: (…)}}, got {given!r}")
+                         f"`levels={{{next(iter(disturbances), 'a label')!r}: (0.05, 0.1)}}`, got {given!r}")
     found = {}
     for label, several in disturbances.items():
         d = several[0] if isinstance(several, (list, tuple)) and several else several
