@@ -6,8 +6,8 @@ Docs: https://noisyseg.github.io/noisyseg/measure/jobs.html.md"""
 
 # %% auto #0
 __all__ = ['LOCAL_RAY', 'OnRay', 'is_address', 'as_place', 'torch_settings', 'under', 'kind_of_machine', 'whoami', 'pack',
-           'unpack', 'portable', 'Worker', 'import_ray', 'own_ray', 'threads_of', 'ray_at', 'connected', 'tasks_of',
-           'Pool', 'Interrupted', 'run_jobs']
+           'unpack', 'portable', 'Worker', 'import_ray', 'only_here', 'own_ray', 'threads_of', 'ray_at', 'connected',
+           'tasks_of', 'Pool', 'Interrupted', 'run_jobs']
 
 # %% ../../nbs/measure/07_jobs.ipynb #5fa878d8
 import copyreg, io, os, platform, socket, sys, tempfile, time, traceback, warnings
@@ -129,7 +129,7 @@ def unpack(
     def place(storage, location): return storage if location == 'cpu' else storage.cuda()
     return torch.load(io.BytesIO(packed), map_location=place, weights_only=False)
 
-# %% ../../nbs/measure/07_jobs.ipynb #fd9087de
+# %% ../../nbs/measure/07_jobs.ipynb #64321494
 def portable(
     error: Exception,  # any
 ) -> bytes:  # for cloudpickle.loads
@@ -146,8 +146,9 @@ def portable(
 class Worker:
     "A Ray actor: has the work, and runs tasks."
     def __init__(self, packed, settings):
+        import ray
         self.settings = settings
-        with under(settings): self.work = unpack(packed)
+        with under(settings): self.work = unpack(ray.get(packed[0]))
 
     def kind(self): return kind_of_machine()
 
@@ -164,7 +165,7 @@ class Worker:
             except Exception as e: error = portable(e)
         return done, error, list(dict.fromkeys((str(w.message), w.category.__name__) for w in told)), whoami()
 
-# %% ../../nbs/measure/07_jobs.ipynb #7fedb326
+# %% ../../nbs/measure/07_jobs.ipynb #e65ce5bd
 def import_ray():
     "Ray, or an error that says how to get it."
     try: import ray
@@ -175,6 +176,14 @@ LOCAL_RAY = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'
              'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '1'}  # read when Ray is imported, and by its processes
 
 @contextmanager
+def only_here():
+    "Within, a Ray that starts listens to this machine only, and reports to nobody."
+    # Ray reads its environment when it is imported. One that is imported already can only be told from the inside: this
+    # is the one place that does it, and a test looks where Ray listens
+    constants = import_module('ray._private.ray_constants')
+    with patch.dict(os.environ, LOCAL_RAY), patch.object(constants, 'ENABLE_RAY_CLUSTER', False): yield
+
+@contextmanager
 def own_ray(
     place: OnRay,  # how many workers, of how many threads
     size: int,  # bytes that will be in the object store
@@ -182,13 +191,13 @@ def own_ray(
     "A cluster of this machine alone, for as long as the block lasts."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     cpus = max(cores, (place.workers or 1) * threads_of(place))
-    with patch.dict(os.environ, LOCAL_RAY), tempfile.TemporaryDirectory(prefix='ray', ignore_cleanup_errors=True) as d:
-        ray = import_ray()
+    ray = import_ray()
+    with only_here(), tempfile.TemporaryDirectory(prefix='ray', ignore_cleanup_errors=True) as d:
         folder = d if len(d) < 40 else None   # the paths of its sockets may have 107 letters
         for left in reversed(range(3)):   # on a busy machine its processes may be too slow for it: once more
             try:
                 ray.init('local', include_dashboard=False, log_to_driver=False, logging_level='ERROR', num_cpus=cpus,
-                         _node_ip_address='127.0.0.1', _temp_dir=folder, object_store_memory=2 * size + 2**30)
+                         _temp_dir=folder, object_store_memory=2 * size + 2**30)
                 break
             except Exception as e:
                 ray.shutdown()
@@ -264,7 +273,7 @@ def _size(ray, place, work, n):
     raise ValueError(f"on: a worker needs {threads} CPUs (threads=) and {gpus:g} GPUs (num_gpus=), and the cluster "
                      f"has {cpu:g} and {gpu:g}. For one that grows, pass OnRay(workers=…)")
 
-# %% ../../nbs/measure/07_jobs.ipynb #b0257cb4
+# %% ../../nbs/measure/07_jobs.ipynb #9afab72d
 class Pool:
     "The workers of one run, and what they are at."
     def __init__(self, ray, work, packed, groups, place, name):
@@ -275,10 +284,11 @@ class Pool:
         self.tasks = tasks_of(groups, n)[::-1]
         self.told = set()
         self.at = {}   # reference -> (worker, key, jobs)
-        packed = ray.put(np.frombuffer(packed, np.uint8))
+        # in a list it stays a reference; it is held, since a worker that is started anew needs it again
+        self.packed = [ray.put(np.frombuffer(packed, np.uint8))]
         settings = torch_settings() | {'threads': threads}
         make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=place.retries)(Worker)
-        self.workers = [make.remote(packed, settings) for _ in range(n)]
+        self.workers = [make.remote(self.packed, settings) for _ in range(n)]
         for worker in self.workers: self.at[worker.kind.remote()] = worker, None, None
 
     def results(self):
