@@ -21,28 +21,29 @@ from .method import Method, common_seed
 
 # %% ../../nbs/train/03_noise.ipynb #422f6373
 class NoiseBlock(perturbed):
-    "`perturbed`, around a clone that is there already."
+    "`perturbed`, for a loop that knows when its gradients come; a draw may be used again."
     def __init__(self,
         clone: WeightClone,  # of the weights that will hold the noise
         law,  # (clean weight, standard normal draw of its shape) -> perturbed weight
         generator=None,  # torch.Generator, a seed, or None for torch's global generator
         redraw: bool = True,  # False: the clone's last draw once more
     ):
-        self.clone = clone
-        self.law = law
-        self.generator = generator
+        super().__init__(clone, law, generator=generator)
         self.redraw = redraw
-        self.hold = HoldInterrupts()
 
     @HoldInterrupts.within
-    def __enter__(self):
+    def __enter__(self) -> WeightClone:
         self.hold.install()
         try:
             self.clone.inject(self.law, self.generator, self.redraw)
-            if self.hold.waiting: self.clone.recover()
-        finally:
-            if not self.clone.injected: self.hold.release()
+            self.hold.deliver()
+        except BaseException:
+            self._leave()
+            raise
         return self.clone
+
+    @HoldInterrupts.within
+    def __exit__(self, *exc): self._leave()
 
 # %% ../../nbs/train/03_noise.ipynb #0f554259
 def _one_of(name, value, *allowed):
