@@ -16,7 +16,7 @@ from fastai.losses import BaseLoss
 from fastai.optimizer import Adam
 from torch import nn
 
-from ..data.distributed import ShardDL  # noqa: F401  gives Learner its distrib_ctx, where Accelerate is installed
+from ..data.distributed import ShardedLoaders
 from ..measure.metrics import MeanIoU
 from ..nets.adapter import as_logits
 from ..nets.unet3plus import unet3plus_tiny
@@ -73,6 +73,6 @@ def segmentation_learner(
     if law is not None: cbs.append(WeightNoise(law, **(noise_args or {})))
     if loss_func is None: loss_func = DeepSupervisionLoss(HybridLoss(ignore_index=void), normalize=True)
     elif _takes_logits(loss_func): loss_func = DeepSupervisionLoss(loss_func)
-    cbs.append(ReadOutput())
+    cbs += [ReadOutput(), ShardedLoaders()]
     metrics = [MeanIoU(max(n_classes, 2), void)] if metrics is None else metrics
     return Learner(dls, model, loss_func, metrics=metrics, cbs=cbs, **({'opt_func': Adam} | kwargs))
