@@ -28,7 +28,7 @@ set-up: ## the virtual environment (.venv), with pinned dependencies; the others
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" .ci/set-up
 
 lab: set-up ## open JupyterLab on the tour
-	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
+	NOISYSEG_DATA="$${NOISYSEG_DATA:-$$($(PY) tests/real_data.py)}" $(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
 
 # as many processes as there are cores, of one thread each: two torch programs of two threads on two cores stand in each other's way
 test: set-up ## run everything: the notebooks, tests/, and that code, README and site fit the notebooks
@@ -52,7 +52,7 @@ export: set-up ## after editing notebooks: write modules and README from them, a
 docs: set-up ## build the site into _docs/ (needs quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
 		echo "run this again. 'make docs-check' tests the site's sources without it."; exit 1; }
-	$(VENV)/bin/nbdev-docs
+	NOISYSEG_DOCMENTS=0 $(VENV)/bin/nbdev-docs
 
 docs-check: set-up ## test what can be tested of the site and README without quarto
 	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)

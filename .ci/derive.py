@@ -21,8 +21,9 @@ LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
 SECTIONS = [*LAYERS[1:], 'tutorials', 'studies']           # each has a sidebar of its own on the site
 # where the navigation bar leads: the notebook of each subpackage that a newcomer reads
 STORY = dict(perturb='clone', data='datasets', nets='unet3plus', measure='sweeps', train='learner', show='explorer')
-AT_THE_TOP = {'basics.ipynb': 'perturb', 'benchmarks.ipynb': 'studies'}   # the sidebar of notebooks in no folder
-FIRST = dict(tutorials=[f'tutorials/{o}.ipynb' for o in ('tour', 'plain_pytorch', 'own_data', 'few_masks')],
+# the sidebar of notebooks in no folder
+AT_THE_TOP = {'basics.ipynb': 'perturb', 'docments.ipynb': 'perturb', 'benchmarks.ipynb': 'studies'}
+FIRST = dict(tutorials=[f'tutorials/{o}.ipynb' for o in ('drag_it', 'tour', 'plain_pytorch', 'own_data', 'few_masks')],
              studies=['studies/camvid.ipynb'])               # what a reader should meet first
 note = '<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n'
 
@@ -118,6 +119,7 @@ def sections():
     for name in 'tutorials', 'studies':
         first = FIRST[name]
         found[name][''].sort(key=lambda o: first.index(o[0]) if o[0] in first else len(first))
+    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')   # its story, if it has one
     return found
 
 
@@ -145,7 +147,8 @@ def quarto_yml():
     text = (root/'_quarto.yml').read_text(encoding='utf-8')
     for section, folders in sections().items():
         at = {name: nb for nb, name in folders['']}
-        story = at.get(STORY.get(section)) or next(iter(at.values()))
+        story = next(iter(at.values()))
+        if not story.endswith('/index.ipynb'): story = at.get(STORY.get(section), story)
         text = re.sub(rf'(- text: {section}\n +href: ).*', rf'\g<1>{story}', text)
     return re.sub(r'(?<=  sidebar:  # made by [.]ci/derive[.]py\n).*', lambda m: sidebars(), text, flags=re.S)
 

@@ -3,7 +3,13 @@
 The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
 All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
 `train`, `show`."""
+import os
 from importlib import import_module
+
+from .docments import install
+
+# comments beside parameters in help(); the site has a table of them instead (`make docs`)
+if os.environ.get('NOISYSEG_DOCMENTS') != '0': install(__name__)
 
 __version__ = "0.1.0"
 
@@ -13,7 +19,9 @@ _names = {
     'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
     'perturb.quantization': ['Quantize', 'quantized'],
-    'data.datasets': ['scenes', 'camvid', 'voc', 'custom_masks'],
+    'data.datasets': ['scenes', 'camvid', 'voc'],
+    'data.own': ['custom_masks'],
+    'data.doctor': ['check_dataset'],
     'data.cifar': ['cifar10'],
     'data.semi_supervised': ['semi', 'semi_scenes', 'semi_folder'],
     'data.corruptions': ['Corruption'],
@@ -23,11 +31,13 @@ _names = {
     'measure.sweeps': ['noise_sweep', 'layer_sensitivity'],
     'measure.store': ['load_sweep'],
     'measure.summary': ['summarise', 'paired_difference'],
-    'train.learner': ['segmentation_learner', 'WeightNoise'],
+    'train.noise': ['WeightNoise', 'AccumulatingNoise'],
+    'train.learner': ['segmentation_learner'],
     'train.checkpoints': ['save_model', 'load_model'],
     'train.resume': ['Resumable'],
     'train.methods.damp': ['DAMP'],
-    'train.methods.sam': ['SAM', 'SAMCallback'],
+    'train.methods.sam': ['SAM'],
+    'train.methods.sam_callback': ['SAMCallback'],
     'train.methods.mlpmatch': ['MLPMatch', 'semi_learner'],
     'show.plots': ['plot_sweep'],
     'show.pictures': ['plot_prediction'],

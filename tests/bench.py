@@ -30,6 +30,7 @@ JOBS = [  # group, module and function that yields its rows; whether in quick mo
         ('sweeps', 'bench_sweeps:sweeps', True),
     ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True),
         ('peers', 'bench_peers:peers', True)]
+PATIENCE = {False: 600, True: 3600}   # seconds for a job, quick or full: then its rows so far are shown
 GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))
 
 
@@ -43,9 +44,12 @@ def measure(job, a):
             env['PYTHONPATH'] = os.pathsep.join([str(root), *own])   # first what is here, then what is only there
         cmd = [python, __file__, '--job', what, '--rows', f.name, '--device', a.device]
         cmd += (['--full'] if a.full else []) + (['--rounds', str(a.rounds)] if a.rounds else [])
-        done = subprocess.run(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try: done = subprocess.run(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   timeout=PATIENCE[a.full])
+        except subprocess.TimeoutExpired: done = None
         rows = [json.loads(line) for line in f]
-    if done.returncode:
+    if done is None: rows.append(skipped(what, f'the rest took over {PATIENCE[a.full]} s') | {'failed': True})
+    elif done.returncode:
         print(done.stderr, file=sys.stderr)
         rows.append(skipped(what, f'failed: {(done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}')
                     | {'failed': True})

@@ -1,4 +1,6 @@
-"""UNet3+ with its fast decoder (taps, Winograd, batch norm with channels last) beside the plain one: time, rounding errors, memory; and its parts.
+"""UNet3+ with its fast decoder (taps, Winograd, batch norm with channels last) beside the plain one.
+
+Time, rounding errors, memory; and its parts.
 
 Both decoders run the same weights on the same images; first their outputs, or gradients, are compared.
 """
@@ -120,6 +122,9 @@ def memories(plan):
         yield row('memory, with checkpoint=True', where, mb['checkpoint'], 'plain decoder', mb['plain'], unit='MB')
 
 def low_precision(models, x, mode, where, plan):
+    if not plan.cuda and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield skipped(f'{mode}, autocast bfloat16', 'this processor convolves bfloat16 in a plain loop')
+        return
     casts = [torch.float16, torch.bfloat16] if plan.cuda else [torch.bfloat16]
     for cast in casts:
         name = str(cast).removeprefix('torch.')

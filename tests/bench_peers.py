@@ -1,4 +1,6 @@
-"""The same job by other libraries, each only if it can be imported. noisyseg does not need them; `bench.py --peers PYTHON` takes them from elsewhere:
+"""The same job by other libraries, each only if it can be imported.
+
+noisyseg does not need them; `bench.py --peers PYTHON` takes them from elsewhere:
 
 python -m venv peers && peers/bin/pip install --no-deps pytorch-optimizer segmentation-models-pytorch aihwkit-lightning
 
@@ -16,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noisyseg.nets.classifiers import resnet18_small
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.perturb.clone import clone_weights, conv_and_linear
+from noisyseg.perturb.clone import clone_weights
+from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 

@@ -1,4 +1,6 @@
-("""Evaluations per second in sweeps: with what the unchanged parts computed kept (noisyseg.measure.prefix), and draws one by one or batched.""")
+"""Evaluations per second in sweeps.
+
+With what the unchanged parts computed kept (noisyseg.measure.prefix), and draws one by one or batched."""
 import copy
 import statistics
 from contextlib import nullcontext

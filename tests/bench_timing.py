@@ -1,4 +1,4 @@
-("""What the benchmarks share: timing of several ways in turns, and rows of one form. All numbers are costs: the smaller, the better.""")
+"What the benchmarks share: timing of ways in turns, and rows of one form. All numbers are costs: smaller is better."
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ class Plan:
     def generator(self, seed=0): return torch.Generator(self.device).manual_seed(seed)
 
     def in_turns(self, ways, warm_up=1):
-        """Milliseconds of each of `ways` (name -> function), measured in turns, forwards and backwards: what slows the machine meets them all.
-        warm_up: turns that don't count; 0 where the check of the results was one."""
+        """Milliseconds of each of `ways` (name -> function), measured in turns, forwards and backwards: so what slows
+        the machine meets them all. warm_up: turns that don't count; 0 where the check of the results was one."""
         times, begun = {name: [] for name in ways}, None
         for i in count(-warm_up):
             if i == 0: begun = time.perf_counter()
@@ -52,8 +52,9 @@ def quantile(values, q):
     return low + (i - int(i)) * (values[min(int(i) + 1, len(values) - 1)] - low)
 
 def row(what, where, ours, against='', other=None, unit='ms', target=None, of='ratio', note='', **more):
-    """One line of the table: `ours` and `other` are numbers measured in turns, or one number each. ratio = ours / other, the median over turns.
-    A target is the most that `of` (the ratio, or one of the further numbers) may be."""
+    """One line of the table: `ours` and `other` are numbers measured in turns, or one number each.
+    ratio = ours / other, the median over turns. A target is the most that `of` (the ratio, or one of the further
+    numbers) may be."""
     ours, other = ([float(v) for v in (o if isinstance(o, list) else [o])] if o is not None else []
                    for o in (ours, other))
     ratios = [a / b for a, b in zip(ours, other)]

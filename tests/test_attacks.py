@@ -10,15 +10,16 @@ from functools import partial
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.train.attack_sweep import attack_sweep, attack_table, weight_std
 from noisyseg.nets.classifiers import SmallResNet
 from noisyseg.perturb.disturbance import Law
 from noisyseg.perturb.laws import AbsoluteGaussian, RelativeGaussian
-from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
-from noisyseg.show.predictor import usable_laws
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.selectors import conv_and_linear
+from noisyseg.show.predictor import menu_of
 from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.checkpoints import read_card, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 
 
 def net(seed=0):
@@ -75,7 +76,7 @@ def test_relative_noise_by_the_ground_floor():
     clone = clone_weights(m, conv_and_linear).inject(RelativeGaussian(0.1), 3).rescale(0.5)
     for p, q in zip(m.parameters(), direct): torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-7)
     clone.recover()
-    assert Law.from_dict(RelativeGaussian(0.2).to_dict()) == RelativeGaussian(0.2) and RelativeGaussian in usable_laws()
+    assert Law.from_dict(RelativeGaussian(0.2).to_dict()) == RelativeGaussian(0.2) and 'RelativeGaussian' in menu_of()
     one = nn.Linear(1, 1)
     # one number has no spread
     with perturbed(one, RelativeGaussian(9.), conv_and_linear): assert one.weight.isfinite().all()

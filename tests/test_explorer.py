@@ -1,4 +1,6 @@
-("""The explorer as people use it: in a real JupyterLab and as a page without a kernel, in a real browser (see test_lab.py for when it is skipped).""")
+"""The explorer as people use it: in a real JupyterLab, as a page without a kernel, in a real browser.
+
+See test_lab.py for when that is skipped."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,12 @@ class Seen:
         self.page, self.root = page, page.locator('.nse').last
         self.root.wait_for()
         self.wait(lambda: self.data('level') is not None)
+
+    def more(self):
+        "Open what is not there at first sight"
+        button = self.root.locator('button.more')
+        if button.get_attribute('aria-expanded') == 'false': button.click()
+        return self
 
     def data(self, key): return self.root.get_attribute(f'data-{key}')
     def js(self, code, *args): return self.root.evaluate(code, *args)
@@ -53,7 +61,13 @@ class Seen:
 
 def use(seen):
     "Everything that both kinds of explorer do"
-    page, root = seen.page, seen.root
+    page = seen.page
+    root = seen.root
+    at_first = root.locator('.level, .bar').locator('button, input, select').filter(visible=True)
+    assert at_first.count() == 6   # the slider, its number, a new draw, the sample before and after, more
+    assert 'n = ' in root.locator('.level .unit').inner_text() and 'taken for' in root.locator('.legend').inner_text()
+    for name in root.locator('figcaption .name').all():
+        assert name.evaluate('e => e.scrollWidth <= e.clientWidth + 1')   # no name is cut off
     before = seen.pixels()
     assert len(before) == 6 and len(set(before)) >= 5
     seen.slide(0.6)
@@ -98,6 +112,7 @@ def use(seen):
     root.locator('canvas').nth(1).dblclick()
     page.mouse.move(0, 0)
     seen.wait(lambda: seen.pixels() == shown)
+    seen.more()
     with page.expect_download() as saved: root.get_by_role('button', name='save the panels as a PNG').click()
     assert saved.value.suggested_filename == 'noisyseg.png'
     unlabelled = seen.js('''el => [...el.querySelectorAll('button, input, select')]
@@ -119,7 +134,7 @@ drag = '''async ({root, moves}) => {
 
 def corrupt(seen):
     "The picture and all that is made of it change with a corruption and its severity, and come back with none"
-    page, root = seen.page, seen.root
+    page, root = seen.page, seen.more().root
     choose, severity = root.get_by_label('corruption of the picture'), root.get_by_label('severity of the corruption')
     shown = lambda text: seen.wait(lambda: seen.data('corruption') == text)
     assert choose.locator('option').count() == 20 and choose.locator('optgroup').count() == 4 and severity.is_disabled()
@@ -156,11 +171,11 @@ def corrupt(seen):
 
 def quantize(seen):
     "Quantization has whole bits, 0 for none, and nothing to draw anew"
-    page, root = seen.page, seen.root
+    page, root = seen.page, seen.more().root
     title, new = root.locator('.level b'), root.get_by_role('button', name='a new draw (R)')
-    root.get_by_label('noise law').select_option('Quantize')
+    root.get_by_label('what disturbs the network').select_option('Quantize')
     seen.levelled(4)
-    assert title.inner_text() == 'bits of a weight' and not new.is_visible() and not root.get_by_label(
+    assert title.inner_text() == 'fewer bits' and root.locator('.level .unit').inner_text() == '4 bits' and not new.is_visible() and not root.get_by_label(
             'seed of the draw').is_visible()
     seed, fine = seen.data('seed'), seen.pixels()
     root.focus()
@@ -180,8 +195,8 @@ def quantize(seen):
     new.click()
     seen.wait(lambda: seen.data('seed') != seed and seen.pixels()[0] not in (snow, clean[0]))
     root.get_by_label('corruption of the picture').select_option('')
-    root.get_by_label('noise law').select_option('MaxGaussian')
-    seen.wait(lambda: title.inner_text() == 'noise n' and seen.data('corruption') == '' and new.is_visible())
+    root.get_by_label('what disturbs the network').select_option('MaxGaussian')
+    seen.wait(lambda: title.inner_text() == 'weight noise' and seen.data('corruption') == '' and new.is_visible())
 
 
 @contextmanager
@@ -208,21 +223,21 @@ def test_explorer_in_jupyterlab(tmp_path):
         corrupt(seen)
         quantize(seen)
         root = seen.root
-        root.get_by_label('noise law').select_option('MultiplicativeGaussian')
-        seen.wait(lambda: root.locator('.level b').inner_text() == 'noise sigma')
+        root.get_by_label('what disturbs the network').select_option('MultiplicativeGaussian')
+        seen.wait(lambda: root.locator('.level b').inner_text() == 'multiplicative noise')
         # a law that fails is told of, and the explorer lives on
-        root.get_by_label('noise law').select_option('Failing')
+        root.get_by_label('what disturbs the network').select_option('Failing')
         seen.wait(lambda: 'RuntimeError: this law fails' in root.locator('.error').inner_text())
-        root.get_by_label('noise law').select_option('MaxGaussian')
+        root.get_by_label('what disturbs the network').select_option('MaxGaussian')
         seen.wait(lambda: not root.locator('.error').is_visible())
-        root.get_by_label('per of the law').select_option('tensor')
-        root.get_by_label('alpha of the law').fill('-1')
-        root.get_by_label('alpha of the law').press('Enter')
+        root.get_by_label('per of the noise').select_option('tensor')
+        root.get_by_label('alpha of the noise').fill('-1')
+        root.get_by_label('alpha of the noise').press('Enter')
         seen.wait(lambda: 'alpha' in root.locator('.error').inner_text())
-        root.get_by_label('alpha of the law').fill('3')
-        root.get_by_label('alpha of the law').press('Enter')
+        root.get_by_label('alpha of the noise').fill('3')
+        root.get_by_label('alpha of the noise').press('Enter')
         seen.wait(lambda: not root.locator('.error').is_visible())
-        root.get_by_label('which layers get noise').select_option('first 5 layers')
+        root.get_by_label('which layers are disturbed').select_option('first 5 layers')
         # comes back when the last move is shown
         root.evaluate(f'(root) => ({drag})({{root, moves: 60}})')
         page.set_viewport_size(dict(width=900, height=1200))
@@ -329,6 +344,95 @@ def test_the_slider_does_not_corrupt_again(monkeypatch):
     e.close()
 
 
+@contextmanager
+def cell_runs(n):
+    "A notebook cell that runs n times, as far as those can know who ask IPython for it"
+    from noisyseg.show import explorer
+
+    class Shell:
+        run = 0
+        execution_count = 0
+        def get_parent(self): return dict(metadata=dict(cellId='a cell'), header=dict(msg_id=self.run))
+    shell = Shell()
+    before = explorer.get_ipython
+    def runs():
+        for shell.run in range(n): yield shell.run
+    explorer.get_ipython = lambda: shell
+    try: yield runs()
+    finally: explorer.get_ipython = before
+
+
+@pytest.mark.parametrize('shown', [True, False])
+def test_a_cell_that_runs_again_frees_what_it_made(shown):
+    "Networks, the clones of their weights, explorers: at most those of the last run are alive, and none after close()"
+    import gc
+    import weakref
+    import torch
+    from noisyseg.nets.unet3plus import unet3plus_tiny
+    from noisyseg.show.explorer import NoiseExplorer
+    made = []
+    with cell_runs(5) as runs:
+        for _ in runs:
+            net = unet3plus_tiny(3, upsample='after', deep_supervision=False)
+            e = NoiseExplorer({'a': net}, torch.rand(2, 3, 16, 16))
+            e.frame(dict(level=0.1))
+            if shown: assert e.model_id
+            clone = next(iter(e.lens._clones.values()))[0]
+            made.append([weakref.ref(o) for o in (net, e, clone, e.lens)])
+            del clone
+    alive = lambda: sum(r() is not None for refs in made for r in refs)
+    gc.collect()
+    assert alive() <= 4
+    e.close()
+    del e, net
+    gc.collect()
+    assert not alive()
+
+
+def test_a_page_keeps_no_network_of_a_fit():
+    "The dashboard of a monitor stays on its page; the learner, its network and the monitor are free, and a new run frees it all"
+    import gc
+    import weakref
+    from unittest import mock
+    from fastai.learner import Learner
+    from ipywidgets.widgets.widget import _instances
+    from noisyseg.data.datasets import scenes
+    from noisyseg.nets.unet3plus import unet3plus_tiny
+    from noisyseg.show.monitor import TrainingMonitor
+    import torch.nn.functional as F
+    dls = scenes(n_train=2, n_valid=2, size=32, bs=2, seed=0)
+    made, widgets = [], []
+    with cell_runs(4) as runs, mock.patch('IPython.display.display'):
+        for _ in runs:
+            monitor = TrainingMonitor(show=True)
+            learn = Learner(dls, unet3plus_tiny(7, deep_supervision=False), lambda p, y: F.cross_entropy(p, y.long()),
+                            cbs=monitor)
+            with learn.no_bar(), learn.no_logging(): learn.fit(1)
+            made.append([weakref.ref(o) for o in (learn.model, monitor)])
+            del learn, monitor
+            gc.collect()
+            widgets.append(len(_instances))
+    assert not any(r() is not None for refs in made for r in refs)
+    assert len(set(widgets)) == 1
+
+
+def test_one_wrong_pixel_of_an_absent_class_costs_one_pixel(tmp_path):
+    "The mIoU of a single picture is over the classes in its truth, on the page as in what the page says of itself"
+    browser_path()
+    source = (root/'noisyseg'/'show'/'explorer.js').read_text()
+    with browser_page(tmp_path/'profile') as page:
+        page.goto('about:blank')
+        got = page.evaluate("""async ([source]) => {
+            const m = await import('data:text/javascript;base64,' + btoa(unescape(encodeURIComponent(source))))
+            const truth = new Uint8Array(100).fill(1), pred = truth.slice()
+            truth[0] = 0; pred[0] = 0
+            const right = m.scores(truth, pred, 3, null)
+            pred[50] = 2
+            const wrong = m.scores(truth, pred, 3, null)
+            return [right.miou, wrong.miou, wrong.iou.map(v => Number.isNaN(v) ? null : v)] }""", [source])
+    assert got[0] == 1 and got[1] == pytest.approx((1 + 98 / 99) / 2) and got[2][2] is None
+
+
 def test_memory_stays_flat():
     ("A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than "
      "the cache")
@@ -338,22 +442,16 @@ def test_memory_stays_flat():
     from noisyseg.show import explorer
     from noisyseg.nets.unet3plus import unet3plus_tiny
 
-    class Shell:
-        run = 0
-        def get_parent(self): return dict(metadata=dict(cellId='a cell'), header=dict(msg_id=self.run))
-    shell = Shell()
-    before = explorer.get_ipython
-    explorer.get_ipython = lambda: shell
     net, images = unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(2, 3, 16, 16)
     widgets, observers = [], []
-    try:
-        for shell.run in range(50):
+    with cell_runs(50) as runs:
+        for _ in runs:
             e = explorer.NoiseExplorer(net, images, cache_mb=0.01)
+            assert e.model_id                                      # it is shown
             widgets.append(len(_instances))
             observers.append(sum(len(v) for by in e._trait_notifiers.values() for v in by.values()))
-    finally: explorer.get_ipython = before
     assert widgets[-1] == widgets[1] and len(set(observers)) == 1
-    for i in range(1000): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 4000}, have=0), [])
+    for i in range(1000): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 4000}, have='0'), [])
     assert e.lens._bytes <= 0.01 * 2**20 and len(e.lens._cache) <= 21 and len(e.lens._clones) == 1
     e.close()
     e = explorer.NoiseExplorer(net, torch.rand(2, 3, 32, 32), cache_mb=0.1)

@@ -13,13 +13,14 @@ from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObser
 from torch.nn.functional import cross_entropy
 
 from noisyseg.perturb.disturbance import Law
-from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
-from noisyseg.show.predictor import NoisyPredictor, law_form, law_of, law_values, usable_laws
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.selectors import conv_and_linear
+from noisyseg.show.predictor import NoisyPredictor, controls, disturbance_of, menu_of, values_of
 from noisyseg.measure.quantization_sweep import quantization_sweep
 from noisyseg.perturb.quantization import Quantize, inner_layers, quantized, weight_grid
 from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.checkpoints import read_card, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
@@ -143,20 +144,23 @@ def test_first_and_last_layer_stay():
 
 def test_the_explorers_side():
     "It is in the menu, with choices for its settings, and any position of the slider predicts."
-    assert Quantize in usable_laws() and Law.kinds()['Quantize'] is Quantize
-    form = law_form(Quantize)
+    menu = menu_of()
+    assert isinstance(menu['Quantize'], Quantize)
+    form = controls(menu['Quantize'])
+    assert form['apart'] and not form['random']   # no bits are not beside the mildest level
     assert (form['field'], form['level'], form['top']) == ('bits', 4., 12.)
     assert {f['name']: f['choices'] for f in form['fields']} == {'per': ['channel', 'tensor'],
                                                                  'scheme': ['symmetric', 'minmax']}
-    assert law_of('Quantize', 3, {'per': 'tensor', 'scheme': 'minmax'}) == Quantize(3., 'tensor', 'minmax')
-    assert law_values(Quantize(3.))['level'] == 3.
+    settings = {'per': 'tensor', 'scheme': 'minmax'}
+    assert disturbance_of(menu, 'Quantize', 3, settings) == Quantize(3., 'tensor', 'minmax')
+    assert values_of(Quantize(3.), menu)['level'] == 3.
     torch.manual_seed(0)
     lens = NoisyPredictor({'net': unet3plus_tiny(3).eval()}, torch.randn(1, 3, 32, 32), {'all': conv_and_linear})
     clean = lens('net', 0, Quantize(0.), 'all', 0)[0]
     off = {bits: (lens('net', 0, Quantize(bits), 'all', 0)[0][0] != clean[0]).mean()
            for bits in (0.04, 0.5, 1., 1.6, 2.3, 4., 8., 12.)}
     assert off[12.] < 0.02 and off[2.3] >= off[8.]
-    with pytest.raises(ValueError, match='0 .not quantized. to 16'): law_of('Quantize', 20, {})
+    with pytest.raises(ValueError, match='0 .not quantized. to 16'): disturbance_of(menu, 'Quantize', 20)
 
 
 def test_sweeps_of_masks():

@@ -228,8 +228,12 @@ def test_workflows():
     read = lambda name: yaml.safe_load((root/'.github'/'workflows'/name).read_text())['jobs']
     steps = {name: [o.get('run') for job in read(name).values() for o in job['steps']]
              for name in ('test.yml', 'docs.yml')}
-    assert '.ci/run' in steps['test.yml'] and 'make docs' in steps['docs.yml']
-    assert any('built_site' in (o or '') for o in steps['docs.yml'])
+    assert '.ci/run' in steps['test.yml'] and '.ci/lowest' in steps['test.yml']
+    assert read('test.yml')['test']['strategy']['matrix']['python'] == ['3.11', '3.12', '3.13']
+    docs = read('docs.yml')['publish']['steps']
+    done = [o.get('run') or o['uses'].split('@')[0] for o in docs]
+    assert done.index('make docs') < done.index('make docs-check') < done.index('actions/upload-pages-artifact')
+    assert docs[done.index('make docs-check')]['env'] == {'NOISYSEG_SITE': '_docs'}
     assert re.search(r'^make test\b', (root/'.ci'/'run').read_text(), re.M)
 
 

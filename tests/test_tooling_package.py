@@ -67,8 +67,8 @@ def imports(source):
 
 
 def dists(names):
-    "The distributions that hold these top-level names"
-    table = packages_distributions()
+    "The distributions that hold these top-level names; what is optional need not be installed here"
+    table = {o.name: [o.name] for k in cfg if k.endswith('_requirements') for o in lines(k)} | packages_distributions()
     missing = {o for o in names if o not in table}
     assert not missing, f'not installed here, so not looked up: {missing}'
     return {canon(table[o][0]) for o in names}
@@ -89,7 +89,17 @@ def test_dev_requirements_fit_the_imports():
     used = set().union(*(imports(s) for p in notebooks() for s in code(p)), *(imports(p.read_text()) for p in scripts))
     used -= {p.stem for p in (root/'tests').glob('*.py')} | {p.stem for p in scripts}
     named = {canon(o.name) for k in ('requirements', 'dev_requirements') for o in lines(k)}
-    assert dists(used) - closure(named) == set()
+    optional = {canon(o.name) for k in cfg if k.endswith('_requirements') for o in lines(k)} - named
+    assert dists(used) - closure(named) - optional == set()
+
+
+def test_every_dependency_has_a_lower_bound():
+    "And torch comes with the torchvision that was made for it: a mixed pair fails on import"
+    bare = [str(o) for o in lines('requirements') + lines('dev_requirements')
+            if not any(s.operator in ('>=', '==') for s in o.specifier)]
+    assert not bare
+    lowest = {o.name: min(s.version for s in o.specifier) for o in lines('requirements')}
+    assert (lowest['torch'], lowest['torchvision']) == ('2.8', '0.23')
 
 
 def closure(names):

@@ -64,9 +64,9 @@ def arrows(path):
 
 
 def layer(name):
-    "The subpackage of a module, as its place in the order; that of noisyseg itself is before all"
+    "The subpackage of a module, as its place in the order; noisyseg itself and its docments are before all"
     parts = name.split('.')
-    return derive.LAYERS.index(parts[1]) if len(parts) > 1 else -1
+    return derive.LAYERS.index(parts[1]) if len(parts) > 1 and parts[1] != 'docments' else -1
 
 
 @in_package

@@ -1,10 +1,14 @@
-"""The study of the robustness family on segmentation: UNet3+ on CamVid, trained in five ways, under everything that a robustness card knows.
+"""The study of the robustness family on segmentation.
 
-    python nbs/studies/camvid_methods.py train --seeds 0 1          # a checkpoint for each way and seed; those that exist are kept
+UNet3+ on CamVid, trained in five ways, under everything that a robustness card knows.
+
+    python nbs/studies/camvid_methods.py train --seeds 0 1
+        # a checkpoint for each way and seed; those that exist are kept
     python nbs/studies/camvid_methods.py card --seeds 0 1           # camvid_methods.csv; resumes where it was stopped
     python nbs/studies/camvid_methods.py train card --size full     # a longer training at a larger size, for a GPU
 
-The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of the papers, and scores choose nothing.
+The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of
+the papers, and scores choose nothing.
 """
 import argparse
 import os
@@ -24,9 +28,10 @@ from noisyseg.measure.jobs import OnRay
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.show.card import card_table, robustness_card
-from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.train.checkpoints import load_model, read_card, save_model
-from noisyseg.train.learner import WeightNoise, segmentation_learner
+from noisyseg.train.learner import segmentation_learner
+from noisyseg.train.noise import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_small
 
 SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4),

@@ -42,7 +42,7 @@ def train(name):
 
 def gallery():
     "The first held-out scenes, as they come, under three draws."
-    explorer = NoiseExplorer(law=MaxGaussian(0.15))
+    explorer = NoiseExplorer(disturbance=MaxGaussian(0.15))
     layers = [name for name in explorer.info['layers'] if name.endswith('conv.weight')]
     print(explorer.to_site(FOLDER.parents[2]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2),
                            layers=[layers[0], layers[-1]]), 'bytes')

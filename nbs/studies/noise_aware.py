@@ -1,11 +1,18 @@
-"""The study of noise-aware training: ResNet-20 on CIFAR-10, trained in eight ways, then attacked and rounded to few bits.
+"""The study of noise-aware training.
 
-    python nbs/studies/noise_aware.py train --size small --seeds 0 1   # a checkpoint for each way and seed; those that exist are kept
-    python nbs/studies/noise_aware.py cost                             # noise_aware_cost.csv: the ways of training in turn, a few batches each
-    python nbs/studies/noise_aware.py sweep --seeds 0 1                # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
-    python nbs/studies/noise_aware.py train sweep --size full          # the published length: 200 epochs on all of CIFAR-10, for a GPU
+ResNet-20 on CIFAR-10, trained in eight ways, then attacked and rounded to few bits.
 
-Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and choose nothing.
+    python nbs/studies/noise_aware.py train --size small --seeds 0 1
+        # a checkpoint for each way and seed; those that exist are kept
+    python nbs/studies/noise_aware.py cost
+        # noise_aware_cost.csv: the ways of training in turn, a few batches each
+    python nbs/studies/noise_aware.py sweep --seeds 0 1
+        # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
+    python nbs/studies/noise_aware.py train sweep --size full
+        # the published length: 200 epochs on all of CIFAR-10, for a GPU
+
+Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and
+choose nothing.
 """
 import argparse
 import json
@@ -27,17 +34,18 @@ from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 
 from noisyseg import __version__
-from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.train.attack_sweep import attack_sweep, attack_table, weight_std
 from noisyseg.data.cifar import cifar10
 from noisyseg.nets.classifiers import resnet20
 from noisyseg.train.methods.damp import DAMP
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.measure.quantization_sweep import quantization_sweep
-from noisyseg.train.methods.sam import SAMCallback, multi_step_rho
+from noisyseg.train.methods.ascent import multi_step_rho
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.basics import write_atomic
 from noisyseg.train.checkpoints import load_model, read_card, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 
 HERE = Path(__file__).parent
 SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_corruptions.py; None: all

@@ -47,7 +47,8 @@ def members(
             with zipfile.ZipFile(path) as z:
                 infos = [i for i in z.infolist() if not i.is_dir() and f'/{split}/' in f'/{i.filename}']
             found = [(i.filename, i.file_size, i.CRC) for i in infos]
-    except FileNotFoundError as e: raise MissingData(f"{path}: this set is not there. Is its path right?") from e
+    except FileNotFoundError as e: raise MissingData(f"{path}: this set is not there. Is its path right? `cifar10()` "
+                                                     f"looks in the usual places") from e
     except (zipfile.BadZipFile, OSError) as e:
         raise ValueError(f"{path} cannot be read as a zip archive: {e}. If its download broke off, delete it and fetch "
                          "it again") from e
@@ -103,7 +104,7 @@ def decode(self:ClassFolders, numbers):
         read = z.read if z else lambda name: (self.path/name).read_bytes()
         size = _decode(read, self.path, self.names[0]).shape
         out = np.empty((len(names), *size), np.uint8)
-        for k,name in enumerate(progress_bar(names, display=len(names)>6000)):
+        for k,name in enumerate(progress_bar(names) if len(names)>6000 else names):
             x = _decode(read, self.path, name)
             if x.shape!=size:
                 raise ValueError(f"{self.path}: {name} has {x.shape[1]}x{x.shape[0]} pixels, {self.names[0]} has "

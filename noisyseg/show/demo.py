@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/show/demo.html.md"""
 __all__ = ['LEVELS', 'TRAIN_AT', 'train_tiny', 'holds_from', 'run_demo', 'main']
 
 # %% ../../nbs/show/09_demo.ipynb #c146654b
-import argparse, time
+import argparse, sys, time
 from pathlib import Path
 
 from fastai.torch_core import default_device, set_seed
@@ -55,7 +55,8 @@ def holds_from(
     b: str,  # the network that should lose
 ) -> float | None:  # the level; None when `a` never stays clearly above `b`
     "The noise level from which on `a` is clearly better than `b` at every level measured."
-    d, level = paired_difference(df, a, b).sort_values('level', ascending=False), None
+    d = paired_difference(df, a, b).sort_values('level', ascending=False)
+    level = None
     for row in d[d['level'] > 0].itertuples():
         if not row.low > 0: break
         level = row.level
@@ -70,9 +71,11 @@ def run_demo(
     n_valid: int = 48,  # scenes that the networks are measured on
 ) -> Path:  # the report
     "Train clean and under noise, sweep both, print the table, write the report."
-    start, law = time.time(), MaxGaussian(TRAIN_AT)
+    start = time.time()
+    law = MaxGaussian(TRAIN_AT)
     dls = scenes(n_train=n_train, n_valid=n_valid, size=64, bs=16, seed=0)
-    models, seconds = {}, {}
+    models = {}
+    seconds = {}
     for name, l in (('clean-trained', None), ('noise-trained', law)):
         print(f'\n{name}: {epochs} epochs on {n_train} procedural scenes' + (f', {l} in each step' if l else ''))
         t = time.time()
@@ -80,7 +83,8 @@ def run_demo(
         seconds[name] = time.time() - t
     print(f'\nNow both under the same {draws} noise draws at each of {len(LEVELS) - 1} levels')
     df = noise_sweep(models, dls.valid, law, LEVELS, draws=draws)
-    table, level = sweep_table(df), holds_from(df, 'noise-trained', 'clean-trained')
+    table = sweep_table(df)
+    level = holds_from(df, 'noise-trained', 'clean-trained')
     verdict = (f'From {level:.0%} of each kernel\'s largest weight on, the noise-trained network is clearly better.'
                if level else
                'At no level is the noise-trained network clearly better: train longer (--epochs).')
@@ -118,7 +122,8 @@ def main(
     p.add_argument('--draws', type=int, default=10, help='noise draws for each level')
     a = p.parse_args(argv)
     if a.epochs < 1 or a.draws < 2: p.error('--epochs is at least 1 and --draws at least 2')
-    run_demo(a.out, a.epochs, a.draws)
+    try: run_demo(a.out, a.epochs, a.draws)
+    except KeyboardInterrupt: sys.exit('\nStopped; no report was written.')   # one line, and no traceback
 
 # %% ../../nbs/show/09_demo.ipynb #6af52a0a
 if __name__ == '__main__' and globals().get('__spec__'): main()   # with python -m, and not in this notebook

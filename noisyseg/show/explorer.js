@@ -1,57 +1,89 @@
 /* The front end of noisyseg's explorer: one ES module, no build step.
 
    It shows the same dashboard in two places, and differs only in its *host*, which answers with predictions:
-   - in Jupyter, `render` (called by anywidget) makes a KernelHost: each frame is asked of the Python side, noisyseg/explorer.py;
-   - on a web page, `mount` makes a StaticHost: frames were computed before and are read from files (or from the page itself).
+   - in Jupyter, `render` (called by anywidget) makes a KernelHost: each frame is asked of noisyseg/show/explorer.py;
+   - on a web page, `mount` makes a StaticHost: frames were computed before, and are read from files or from the page.
 
-   A host has   info          what there is: classes, palette, models, laws, … (see `NoiseExplorer.info`)
-                state         level, law, params, where, seed, lock, sample, corruption, severity, opacity, mask, hidden, layer
+   A host has   info          what there is: classes, palette, models, disturbances, … (see `NoiseExplorer.info`)
+                state         level, disturbance, params, where, seed, lock, sample, corruption, severity, opacity,
+                mask, hidden, layer
                 set(changes)  change the state; `onChange` is called when it changed, from here or from elsewhere
-                frame(state)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists}
+                frame(state)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists, text, name}
    From a frame on all is done here: blending, errors, IoU, curves. */
 
-const MODEL_COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']   // Okabe and Ito's, safe for colour-blind eyes
+// Okabe and Ito's, safe for colour-blind eyes
+const MODEL_COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
 const css = `
-.nse { --ink: var(--jp-ui-font-color1, var(--bs-body-color, CanvasText)); --line: color-mix(in srgb, var(--ink) 22%, transparent);
-  --soft: color-mix(in srgb, var(--ink) 62%, transparent); --tint: color-mix(in srgb, var(--ink) 7%, transparent); --accent: #0072B2;
-  color: var(--ink); font: 13px/1.4 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; max-width: 1200px; margin: 0 auto;
+.nse { --ink: var(--jp-ui-font-color1, var(--bs-body-color, CanvasText));
+  --line: color-mix(in srgb, var(--ink) 22%, transparent);
+  --soft: color-mix(in srgb, var(--ink) 62%, transparent); --tint: color-mix(in srgb, var(--ink) 7%, transparent);
+    --accent: #0072B2;
+  color: var(--ink); font: 13px/1.4 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; max-width: 1200px;
+    margin: 0 auto;
   padding: 6px 2px; box-sizing: border-box; outline: none; text-align: left }
 .nse.dark { --accent: #56B4E9 } .nse.dark figcaption .name { filter: brightness(1.35) }
 .nse *, .nse *::before { box-sizing: border-box }
 .nse button, .nse select, .nse input { font: inherit; color: inherit }
-.nse button, .nse select, .nse input[type=number], .nse input[type=text] { background: transparent; border: 1px solid var(--line); border-radius: 6px;
+.nse button, .nse select, .nse input[type=number], .nse input[type=text] { background: transparent;
+  border: 1px solid var(--line); border-radius: 6px;
   padding: 2px 8px; height: 27px; margin: 0 }
-.nse button { cursor: pointer } .nse button:hover { background: var(--tint) } .nse button[aria-pressed=true] { background: var(--tint); border-color: var(--soft) }
+.nse button { cursor: pointer } .nse button:hover { background: var(--tint) }
+.nse button[aria-pressed=true] { background: var(--tint); border-color: var(--soft) }
 .nse :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 .nse input[type=range] { accent-color: var(--accent); margin: 0; vertical-align: middle }
-.nse .level { display: flex; align-items: center; gap: 12px; margin: 2px 0 8px } .nse .level input[type=range] { flex: 1; height: 26px; cursor: grab }
-.nse .level b { font-size: 15px } .nse .level input[type=number] { width: 84px; font-size: 15px; font-variant-numeric: tabular-nums }
+.nse .level { display: flex; align-items: center; gap: 10px; margin: 2px 0 8px;
+  flex-wrap: wrap } .nse .level input[type=range] { flex: 1 1 200px; height: 26px; cursor: grab }
+.nse .level b { font-size: 15px } .nse .level input[type=number] { width: 76px; font-size: 15px;
+  font-variant-numeric: tabular-nums }
+.nse .level .unit { min-width: 96px; font-weight: 600 }
 .nse .bar { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin-bottom: 8px }
-.nse .bar label, .nse .group { display: inline-flex; align-items: center; gap: 5px; color: var(--soft); white-space: nowrap }
-.nse .bar input[type=number], .nse .bar input[type=text] { width: 66px; color: var(--ink) } .nse .bar select { color: var(--ink); padding-right: 2px }
+.nse .bar label, .nse .group { display: inline-flex; align-items: center; gap: 5px; color: var(--soft);
+  white-space: nowrap }
+.nse .bar input[type=number], .nse .bar input[type=text] { width: 66px;
+  color: var(--ink) } .nse .bar select { color: var(--ink); padding-right: 2px }
 .nse select option { background: Canvas; color: CanvasText }
-.nse [hidden] { display: none !important } .nse .level .unit, .nse .severity { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums }
+.nse [hidden] { display: none !important } .nse .level .unit, .nse .severity { white-space: nowrap;
+  font-variant-numeric: tabular-nums }
 .nse input:disabled { opacity: .4; cursor: default }
 .nse .panels { display: grid; gap: 10px 8px; margin-bottom: 8px } .nse figure { margin: 0; min-width: 0 }
-.nse figcaption { display: flex; justify-content: space-between; gap: 6px; padding: 0 1px 2px; white-space: nowrap; overflow: hidden }
-.nse figcaption .name { font-weight: 600; overflow: hidden; text-overflow: ellipsis } .nse figcaption .note { color: var(--soft); font-variant-numeric: tabular-nums }
-.nse canvas { display: block; width: 100%; border-radius: 6px; cursor: crosshair; touch-action: none; background: var(--tint) }
+.nse figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 0 8px;
+  padding: 0 1px 3px; min-height: 21px }
+.nse .panels figure { display: flex; flex-direction: column; justify-content: flex-end }
+.nse figcaption .name { font-weight: 600; overflow-wrap: anywhere } .nse figcaption .note { color: var(--soft);
+  font-variant-numeric: tabular-nums }
+.nse canvas { display: block; width: 100%; border-radius: 6px; cursor: crosshair; touch-action: none;
+  background: var(--tint) }
 .nse .under { display: grid; grid-template-columns: minmax(0, 1.15fr) minmax(0, 1fr); gap: 14px }
-.nse h4 { margin: 0 0 2px; font-size: 13px; font-weight: 600; color: var(--ink) } .nse svg { display: block; width: 100%; overflow: visible }
-.nse svg text { fill: var(--soft); font-size: 11px } .nse svg .grid { stroke: var(--line); stroke-width: 1 } .nse svg.curve { cursor: pointer }
-.nse .classes { display: grid; grid-template-columns: minmax(86px, auto) 1fr 42px; gap: 3px 8px; align-items: center }
-.nse .chip { display: flex; align-items: center; gap: 6px; border: none; padding: 0 5px; height: 22px; overflow: hidden }
+.nse h4 { margin: 0 0 2px; font-size: 13px; font-weight: 600; color: var(--ink) } .nse svg { display: block;
+  width: 100%; overflow: visible }
+.nse svg text { fill: var(--soft); font-size: 11px } .nse svg .grid { stroke: var(--line);
+  stroke-width: 1 } .nse svg.curve { cursor: pointer }
+.nse .classes { display: grid; grid-template-columns: minmax(86px, max-content) minmax(60px, 1fr) 42px; gap: 3px 8px;
+  align-items: center }
+.nse .chip { display: flex; align-items: center; gap: 6px; border: none; padding: 0 5px; height: 22px;
+  overflow: hidden }
 .nse .chip i { width: 12px; height: 12px; border-radius: 3px; flex: none; border: 1px solid var(--line) }
 .nse .chip[aria-pressed=false] { opacity: .38; text-decoration: line-through; background: none }
-.nse .only { border: none; padding: 0 4px; height: 20px; color: var(--soft); opacity: .55; font-size: 12px } .nse .only:hover, .nse .only:focus-visible { opacity: 1 }
-.nse .bars { display: grid; gap: 2px } .nse .bars span { display: block; height: 7px; background: var(--tint); border-radius: 3px; overflow: hidden }
+.nse .only { border: none; padding: 0 4px; height: 20px; color: var(--soft); opacity: .55;
+  font-size: 12px } .nse .only:hover, .nse .only:focus-visible { opacity: 1 }
+.nse .bars { display: grid; gap: 2px } .nse .bars span { display: block; height: 7px; background: var(--tint);
+  border-radius: 3px; overflow: hidden }
+.nse .bars.absent span { display: none } .nse .bars.absent::before { content: 'not in this picture';
+  color: var(--soft); font-size: 12px; opacity: .8 }
 .nse .bars span > i { display: block; height: 100%; width: 0; border-radius: 3px }
+.nse .legend { color: var(--soft); margin: -2px 0 6px } .nse .legend i { display: inline-block; width: 11px;
+  height: 11px; border-radius: 3px; vertical-align: -1px; margin-right: 4px; background: #262626;
+  border: 1px solid var(--line) }
 .nse .hover, .nse .error { min-height: 20px; color: var(--soft); font-variant-numeric: tabular-nums }
-.nse .error { display: none; white-space: pre-wrap; color: var(--ink); border-left: 3px solid #D55E00; background: color-mix(in srgb, #D55E00 12%, transparent);
+.nse .error { display: none; white-space: pre-wrap; color: var(--ink); border-left: 3px solid #D55E00;
+  background: color-mix(in srgb, #D55E00 12%, transparent);
   padding: 6px 10px; margin-bottom: 8px; border-radius: 0 6px 6px 0 }
 .nse.failed .error { display: block } .nse.failed .panels, .nse.failed .under { opacity: .4 }
-.nse details { margin-top: 6px; color: var(--soft) } .nse kbd { border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; font: 12px ui-monospace, monospace }
-@media (max-width: 640px) { .nse .panels { grid-template-columns: repeat(2, minmax(0, 1fr)) !important } .nse .under { grid-template-columns: minmax(0, 1fr) } }`
+.nse .about { color: var(--soft); max-width: 80ch;
+  margin: 0 0 6px } .nse .keys { color: var(--soft) } .nse kbd { border: 1px solid var(--line); border-radius: 4px;
+  padding: 0 4px; font: 12px ui-monospace, monospace }
+@media (max-width: 640px) { .nse .panels { grid-template-columns: repeat(2,
+  minmax(0, 1fr)) !important } .nse .under { grid-template-columns: minmax(0, 1fr) } }`
 
 // ---------------------------------------------------------------- small helpers
 
@@ -74,21 +106,22 @@ function svg(name, attributes = {}, text) {
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v))
 const short = v => String(+Number(v).toPrecision(3))        // 0.150 -> 0.15
 const percent = v => Number.isNaN(v) ? '–' : (100 * v).toFixed(1)
-const labelOf = law => law.label ?? `noise ${law.field}`     // a page that was made earlier does not have it
 const words = name => name.replaceAll('_', ' ')
 const corrupted = s => s.corruption ? `${words(s.corruption)}, severity ${s.severity}` : ''
 const css_rgb = c => `rgb(${c.join(',')})`
 
-/** IoU of each class and their mean, as noisyseg.metrics counts them: pixels labelled `ignore` do not count, and neither do
-    classes that are neither in the truth nor in the prediction. */
+/** IoU of each class that the truth of this one picture has, and their mean. A class that is not in the truth has
+    no IoU: it would be 0 from the first wrong pixel on, and drag the mean down as far as a class that is lost.
+    Pixels labelled `ignore` do not count. */
 export function scores(truth, pred, n, ignore) {
-  const both = new Uint32Array(n), either = new Uint32Array(n)
+  const both = new Uint32Array(n), either = new Uint32Array(n), there = new Uint8Array(n)
   for (let i = 0; i < truth.length; i++) {
     const t = truth[i], p = pred[i]
     if (t === ignore || t >= n) continue
+    there[t] = 1
     if (t === p) { both[t]++; either[t]++ } else { either[t]++; if (p < n) either[p]++ }
   }
-  const iou = [...both].map((b, c) => either[c] ? b / either[c] : NaN), found = iou.filter(v => !Number.isNaN(v))
+  const iou = [...both].map((b, c) => there[c] ? b / either[c] : NaN), found = iou.filter(v => !Number.isNaN(v))
   return {iou, miou: found.length ? found.reduce((a, b) => a + b) / found.length : NaN}
 }
 
@@ -101,18 +134,19 @@ function blend(image, classes, palette, shown, opacity, out) {
   }
 }
 
-/** RGBA pixels of what is wrong: the picture grey and dark, wrong pixels in the colour of the class they were taken for; colours that
-    would drown in the dark are made lighter. */
+/** RGBA pixels of what is wrong: the picture grey and dark, wrong pixels in the colour of the class they were taken
+    for; colours that would drown in the dark are made lighter. */
 function errors(image, truth, classes, palette, shown, ignore, out) {
   let wrong = 0, counted = 0
   palette = palette.map(c => c[0] + c[1] + c[2] < 240 ? c.map(v => 110 + v / 2) : c)
   for (let i = 0, j = 0, k = 0; i < classes.length; i++, j += 3, k += 4) {
     const grey = .28 * (.3 * image[j] + .6 * image[j + 1] + .1 * image[j + 2]), t = truth[i], c = classes[i]
-    const bad = t !== ignore && t !== c, p = bad && (shown[c] || shown[t]) ? palette[c] || [128, 128, 128] : [grey, grey, grey]
+    const bad = t !== ignore && t !== c, p = bad && (shown[c] || shown[t]) ? palette[c] || [128, 128, 128]
+      : [grey, grey, grey]
     counted += t !== ignore; wrong += bad
     out[k] = p[0]; out[k + 1] = p[1]; out[k + 2] = p[2]; out[k + 3] = 255
   }
-  return wrong / counted
+  return counted ? wrong / counted : NaN
 }
 
 // ---------------------------------------------------------------- one picture, with the zoom that all share
@@ -120,10 +154,12 @@ function errors(image, truth, classes, palette, shown, ignore, out) {
 class Panel {
   constructor(name, view, colour) {
     this.view = view
-    this.buffer = document.createElement('canvas')           // the picture at its own size; drawn enlarged on this.canvas
+    // the picture at its own size; drawn enlarged on this.canvas
+    this.buffer = document.createElement('canvas')
     this.canvas = tag('canvas', {role: 'img', 'aria-label': name})
     this.note = tag('span', {class: 'note'})
-    this.figure = tag('figure', {}, tag('figcaption', {}, tag('span', {class: 'name', style: colour ? `color:${colour}` : ''}, name), this.note), this.canvas)
+    this.figure = tag('figure', {}, tag('figcaption', {}, tag('span', {class: 'name', style: colour
+      ? `color:${colour}` : ''}, name), this.note), this.canvas)
   }
   resize(w, h) {
     if (this.buffer.width === w && this.buffer.height === h && this.pixels) return
@@ -136,7 +172,8 @@ class Panel {
     this.draw()
   }
   draw() {                                                   // the zoom or the size changed
-    const w = Math.max(1, Math.round(this.canvas.clientWidth * devicePixelRatio)), h = Math.round(w * this.buffer.height / this.buffer.width)
+    const w = Math.max(1, Math.round(this.canvas.clientWidth * devicePixelRatio)),
+      h = Math.round(w * this.buffer.height / this.buffer.width)
     if (this.canvas.width !== w || this.canvas.height !== h) Object.assign(this.canvas, {width: w, height: h})
     const context = this.canvas.getContext('2d'), scale = w / this.buffer.width * this.view.zoom
     context.imageSmoothingEnabled = false
@@ -144,53 +181,64 @@ class Panel {
     context.setTransform(scale, 0, 0, scale, -this.view.x * scale, -this.view.y * scale)
     context.drawImage(this.buffer, 0, 0)
     const m = this.view.mark
-    if (m) { context.lineWidth = 1.2 * devicePixelRatio / scale; context.strokeStyle = '#fff'; context.strokeRect(m.x, m.y, 1, 1) }
+    if (m) { context.lineWidth = 1.2 * devicePixelRatio / scale; context.strokeStyle = '#fff';
+      context.strokeRect(m.x, m.y, 1, 1) }
     context.setTransform(1, 0, 0, 1, 0, 0)
   }
   at(event) {                                                // the pixel of the picture under the pointer
     const r = this.canvas.getBoundingClientRect(), s = this.buffer.width / r.width / this.view.zoom
-    return {x: Math.floor(this.view.x + (event.clientX - r.left) * s), y: Math.floor(this.view.y + (event.clientY - r.top) * s)}
+    return {x: Math.floor(this.view.x + (event.clientX - r.left) * s),
+      y: Math.floor(this.view.y + (event.clientY - r.top) * s)}
   }
 }
 
 // ---------------------------------------------------------------- figures in SVG
 
-function axes(target, w, h, left, bottom, xs, ys, xlabel, x, y) {
+function axes(target, w, h, left, bottom, xs, ys, xlabel, x, y, factor) {
   for (const v of ys) {
-    target.append(svg('line', {class: 'grid', x1: left, x2: w, y1: y(v), y2: y(v)}), svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, short(v * 100)))
+    target.append(svg('line', {class: 'grid', x1: left, x2: w, y1: y(v), y2: y(v)}),
+      svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, short(v * 100)))
   }
-  for (const v of xs) target.append(svg('text', {x: x(v), y: h - bottom + 15, 'text-anchor': 'middle'}, short(v)))
+  for (const v of xs) target.append(svg('text', {x: x(v), y: h - bottom + 15, 'text-anchor': 'middle'},
+    short(v * factor)))
   target.append(svg('text', {x: (left + w) / 2, y: h - 1, 'text-anchor': 'middle'}, xlabel))
 }
 
-/** mIoU of each model against the level, as far as levels were visited, and a cursor at the present one. Where level 0 is no small level but
-    none at all (0 bits: not quantized) it is a line to compare with, and not a point of the curve. */
+/** mIoU of each model against the level, as far as levels were visited, and a cursor at the present one. Where
+    level 0 is not beside the mildest level (0 bits: not quantized) it is a line to compare with, and not a point of
+    the curve. */
 class Curve {
   constructor(names, pick) {
     this.names = names
-    this.el = svg('svg', {class: 'curve', role: 'img', 'aria-label': 'mIoU against noise level; click to set the level'})
+    this.el = svg('svg', {class: 'curve', role: 'img',
+      'aria-label': 'mIoU against noise level; click to set the level'})
     this.el.addEventListener('click', e => {
       const r = this.el.getBoundingClientRect(), left = 34
       pick(clamp(((e.clientX - r.left) - left) / (r.width - left - 8), 0, 1) * this.top)
     })
   }
-  draw(points, level, law) {                                 // points: Map level -> [mIoU of each model]
-    const w = Math.max(220, this.el.clientWidth || 420), h = 176, left = 34, bottom = 32, {top} = law
+  draw(points, level, kind) {                                // points: Map level -> [mIoU of each model]
+    const w = Math.max(220, this.el.clientWidth || 420), h = 176, left = 34, bottom = 32, {top} = kind
     const x = v => left + (w - left - 8) * v / top, y = v => 6 + (h - bottom - 6) * (1 - v)
     this.top = top
     this.el.setAttribute('viewBox', `0 0 ${w} ${h}`)
     this.el.style.height = `${h}px`
     this.el.replaceChildren()
-    axes(this.el, w, h, left, bottom, [0, .25, .5, .75, 1].map(f => f * top), [0, .25, .5, .75, 1], labelOf(law) + (law.off ? ` (0: ${law.off}, dashed)` : ''), x, y)
-    this.el.append(svg('line', {x1: x(level), x2: x(level), y1: 4, y2: h - bottom, stroke: 'currentColor', 'stroke-opacity': .55, 'stroke-dasharray': '3 3'}))
+    axes(this.el, w, h, left, bottom, [0, .25, .5, .75, 1].map(f => f * top), [0, .25, .5, .75, 1],
+      kind.axis + (kind.apart ? ` (dashed: ${kind.off})` : ''), x, y, kind.share ? 100 : 1)
+    this.el.append(svg('line', {x1: x(level), x2: x(level), y1: 4, y2: h - bottom, stroke: 'currentColor',
+      'stroke-opacity': .55, 'stroke-dasharray': '3 3'}))
     const visited = [...points].sort((a, b) => a[0] - b[0])
     this.names.forEach((name, i) => {
       const colour = MODEL_COLOURS[i % MODEL_COLOURS.length], at = visited.filter(([, m]) => !Number.isNaN(m[i]))
-      const clean = law.off && at[0]?.[0] === 0 ? at[0][1][i] : null, line = clean === null ? at : at.slice(1)
-      if (clean !== null) this.el.append(svg('line', {x1: left, x2: w - 8, y1: y(clean), y2: y(clean), stroke: colour, 'stroke-width': 1.2, 'stroke-dasharray': '5 4', 'stroke-opacity': .8}))
-      this.el.append(svg('polyline', {points: line.map(([v, m]) => `${x(v)},${y(m[i])}`).join(' '), fill: 'none', stroke: colour, 'stroke-width': 2, 'stroke-linejoin': 'round'}))
+      const clean = kind.apart && at[0]?.[0] === 0 ? at[0][1][i] : null, line = clean === null ? at : at.slice(1)
+      if (clean !== null) this.el.append(svg('line', {x1: left, x2: w - 8, y1: y(clean), y2: y(clean), stroke: colour,
+        'stroke-width': 1.2, 'stroke-dasharray': '5 4', 'stroke-opacity': .8}))
+      this.el.append(svg('polyline', {points: line.map(([v, m]) => `${x(v)},${y(m[i])}`).join(' '), fill: 'none',
+        stroke: colour, 'stroke-width': 2, 'stroke-linejoin': 'round'}))
       const now = at.find(([v]) => v === level)
-      if (now) this.el.append(svg('circle', {cx: x(level), cy: y(now[1][i]), r: 4.5, fill: colour, stroke: 'var(--jp-layout-color0, Canvas)', 'stroke-width': 1.5}))
+      if (now) this.el.append(svg('circle', {cx: x(level), cy: y(now[1][i]), r: 4.5, fill: colour,
+        stroke: 'var(--jp-layout-color0, Canvas)', 'stroke-width': 1.5}))
     })
   }
 }
@@ -198,15 +246,18 @@ class Curve {
 /** The weights of a layer before (grey) and after (line), one small histogram for each model. */
 function drawHistograms(target, hists) {
   target.replaceChildren()
-  const n = hists.length, w = Math.max(220, target.clientWidth || 420), h = 104, gap = 14, each = (w - gap * (n - 1)) / n, bottom = 18
+  const n = hists.length, w = Math.max(220, target.clientWidth || 420), h = 104, gap = 14,
+    each = (w - gap * (n - 1)) / n, bottom = 18
   target.setAttribute('viewBox', `0 0 ${w} ${h}`)
   target.style.height = `${h}px`
   hists.forEach(({edge, before, after}, i) => {
     const x0 = i * (each + gap), top = Math.sqrt(Math.max(1, ...before, ...after)), step = each / before.length
     const y = v => (h - bottom) * (1 - .94 * Math.sqrt(v) / top)     // root scale: tails matter here
     const outline = counts => counts.map((c, k) => `${x0 + k * step},${y(c)} ${x0 + (k + 1) * step},${y(c)}`).join(' ')
-    target.append(svg('polygon', {points: `${x0},${h - bottom} ${outline(before)} ${x0 + each},${h - bottom}`, fill: 'currentColor', 'fill-opacity': .2}))
-    target.append(svg('polyline', {points: outline(after), fill: 'none', stroke: MODEL_COLOURS[i % MODEL_COLOURS.length], 'stroke-width': 1.6}))
+    target.append(svg('polygon', {points: `${x0},${h - bottom} ${outline(before)} ${x0 + each},${h - bottom}`,
+      fill: 'currentColor', 'fill-opacity': .2}))
+    target.append(svg('polyline', {points: outline(after), fill: 'none',
+      stroke: MODEL_COLOURS[i % MODEL_COLOURS.length], 'stroke-width': 1.6}))
     for (const [f, anchor] of [[-1, 'start'], [0, 'middle'], [1, 'end']]) {
       target.append(svg('text', {x: x0 + each * (f + 1) / 2, y: h - 3, 'text-anchor': anchor}, short(f * edge)))
     }
@@ -231,8 +282,9 @@ export class Explorer {
     this.ask()
   }
 
-  get draws() { return this.law.random !== false }             // is there anything to draw anew in the noise?
-  get law() { return this.host.info.laws.find(l => l.name === this.host.state.law) || this.host.info.laws[0] }
+  get draws() { return this.kind.random !== false }            // is there anything to draw anew in the noise?
+  get kind() { return this.host.info.disturbances.find(d => d.id === this.host.state.disturbance) ||
+    this.host.info.disturbances[0] }
   set(changes) { this.host.set(changes) }
 
   close() {
@@ -258,8 +310,10 @@ export class Explorer {
     this.el.setAttribute('data-lm-suppress-shortcuts', 'true')   // or JupyterLab takes M and R for itself
     this.el.setAttribute('aria-label', 'noise explorer')
     this.el.addEventListener('keydown', e => this.key(e))
-    this.slider = tag('input', {type: 'range', 'aria-label': 'noise level', oninput: e => this.setLevel(+e.target.value)})
-    this.number = tag('input', {type: 'number', 'aria-label': 'noise level, as a number', min: 0, onchange: e => this.setLevel(+e.target.value)})
+    this.slider = tag('input', {type: 'range', 'aria-label': 'noise level',
+      title: 'how much: drag, or use the arrow keys', oninput: e => this.setLevel(+e.target.value)})
+    this.number = tag('input', {type: 'number', 'aria-label': 'noise level, as a number',
+      title: 'the same as a number', min: 0, onchange: e => this.setLevel(+e.target.value)})
     this.levelName = tag('b')
     this.unit = tag('span', {class: 'unit'})
     this.error = tag('div', {class: 'error', role: 'alert'})
@@ -267,84 +321,153 @@ export class Explorer {
     const truth = new Panel(info.truth ? 'truth' : 'clean prediction', this.view)
     this.panels.truth = truth
     const masks = models.map((m, i) => new Panel(m, this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
-    const wrongs = models.map((m, i) => new Panel(info.truth ? 'wrong' : 'changed', this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
+    const wrongs = models.map((m, i) => new Panel(info.truth ? 'wrong' : 'changed', this.view,
+      MODEL_COLOURS[i % MODEL_COLOURS.length]))
     Object.assign(this.panels, {masks, wrongs})
     this.all = [this.panels.image, ...masks, truth, ...wrongs]
-    const grid = tag('div', {class: 'panels', style: `grid-template-columns: repeat(${models.length + 1}, minmax(0, 1fr))`}, ...this.all.map(p => p.figure))
+    const grid = tag('div',
+      {class: 'panels', style: `grid-template-columns: repeat(${models.length + 1}, minmax(0, 1fr))`},
+      ...this.all.map(p => p.figure))
     this.all.forEach(p => this.listen(p))
     this.hover = tag('div', {class: 'hover', 'aria-live': 'off'})
-    this.curve = new Curve(models, v => this.setLevel(this.law.step ? Math.round(v / this.law.step) * this.law.step : v))
-    this.curveTitle = tag('h4', {}, 'mIoU (%) of this picture')
+    const legend = tag('div', {class: 'legend'}, tag('b', {}, info.truth ? 'wrong' : 'changed'), info.truth
+      ? ': pixels in the colour of the class they were taken for; '
+      : ': pixels that are another class than without noise, in the colour of that class; ', tag('i'), info.truth
+        ? 'right' : 'unchanged')
+    this.curve = new Curve(models, v => this.setLevel(this.kind.step ? Math.round(v / this.kind.step) * this.kind.step
+      : v))
+    this.curveTitle = tag('h4',
+      {title: 'mean intersection over union, over the classes in the truth of this picture'}, info.truth
+      ? 'mIoU (%) of this picture, over its classes' : 'agreement with the clean prediction, mIoU (%)')
     this.histogram = svg('svg', {role: 'img', 'aria-label': 'weights of a layer before and after'})
-    this.layer = tag('select', {'aria-label': 'layer of the histogram', onchange: e => this.set({layer: e.target.value})},
+    this.layer = tag('select', {'aria-label': 'layer of the histogram',
+      onchange: e => this.set({layer: e.target.value})},
       ...info.layers.map(l => tag('option', {value: l}, l)))
     this.rows = classes.map((name, c) => {
       const chip = tag('button', {class: 'chip', title: 'show or hide this class', onclick: () => this.toggleClass(c)},
         tag('i', {style: `background:${css_rgb(palette[c])}`}), name)
-      const only = tag('button', {class: 'only', 'aria-label': `show only ${name}`, onclick: () => this.solo(c)}, 'only')
+      const only = tag('button', {class: 'only', 'aria-label': `show only ${name}`, onclick: () => this.solo(c)},
+        'only')
       const bars = models.map((m, i) => tag('i', {style: `background:${MODEL_COLOURS[i % MODEL_COLOURS.length]}`}))
       return {chip, only, bars, box: tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b)))}
     })
     const under = tag('div', {class: 'under'},
-      tag('div', {}, this.curveTitle, this.curve.el, info.layers.length ? tag('h4', {style: 'margin-top:6px'}, 'weights of ', this.layer) : null, this.histogram),
-      tag('div', {}, tag('h4', {}, 'IoU by class'), tag('div', {class: 'classes'}, ...this.rows.flatMap(r => [r.chip, r.box, r.only]))))
-    const help = tag('details', {}, tag('summary', {}, 'keyboard'), ...[['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'],
-      ...(info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
-      .flatMap(([k, what]) => [tag('kbd', {}, k), ` ${what}   `]), 'wheel: zoom, drag: pan, double click: whole picture')
-    this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.slider, this.number, this.unit), this.controls(), this.error,
-      grid, this.hover, under, help)
+      tag('div', {}, this.curveTitle, this.curve.el),
+      tag('div', {}, tag('h4', {}, 'IoU by class'), tag('div', {class: 'classes'},
+        ...this.rows.flatMap(r => [r.chip, r.box, r.only]))))
+    this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.slider,
+      this.number, this.unit, this.draw = this.drawControl()), this.first(), this.error,
+      grid, legend, this.hover, under)
+  }
+
+  drawControl() {
+    return tag('span', {class: 'group'}, tag('button', {'aria-label': 'a new draw (R)',
+      title: 'Draw the noise anew: another device of the same kind (key R).', onclick: () => this.reroll()},
+      'new draw'))
+  }
+  first() {                                                  // what one needs at first, and the rest under "more"
+    const {info} = this.host, button = (text, label, f) => tag('button',
+      {'aria-label': label, title: label, onclick: f}, text)
+    this.sample = tag('span',
+      {style: 'min-width:52px;text-align:center;font-variant-numeric:tabular-nums;color:var(--ink)'})
+    const sample = tag('span', {class: 'group'}, 'sample', button('‹', 'previous sample ([)', () => this.step(-1)),
+      this.sample, button('›', 'next sample (])', () => this.step(1)))
+    const rest = tag('div', {hidden: true}, this.controls(),
+      info.layers.length ? tag('h4', {}, 'weights of ', this.layer, ', before (grey) and with the noise') : null,
+        this.histogram, this.keys())
+    const more = tag('button', {class: 'more', 'aria-expanded': 'false',
+      title: 'other kinds of noise, layers, corruptions of the picture, saving', onclick: () => {
+      rest.hidden = !rest.hidden
+      more.setAttribute('aria-expanded', !rest.hidden)
+      more.textContent = rest.hidden ? 'more ▾' : 'less ▴'
+      this.redraw()
+    }}, 'more ▾')
+    return tag('div', {}, tag('div', {class: 'bar'}, sample, more), rest)
+  }
+  keys() {
+    const known = [['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'],
+      ...(this.host.info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
+    return tag('div', {class: 'keys', style: 'margin-top:8px'}, ...known.flatMap(([k, what]) => [tag('kbd', {}, k),
+      ` ${what}   `]), 'wheel: zoom, drag: pan, double click: whole picture')
   }
 
   controls() {
-    const {info} = this.host, button = (text, label, f) => tag('button', {'aria-label': label, title: label, onclick: f}, text)
-    this.lawSelect = tag('select', {'aria-label': 'noise law', onchange: e => this.setLaw(e.target.value)}, ...info.laws.map(l => tag('option', {value: l.name}, l.name)))
+    const {info} = this.host, button = (text, label, f) => tag('button',
+      {'aria-label': label, title: label, onclick: f}, text)
+    const label = (text, title, ...rest) => tag('label', {title}, text, ...rest)
+    this.kindSelect = tag('select', {'aria-label': 'what disturbs the network',
+      onchange: e => this.setKind(e.target.value)}, ...info.disturbances.map(d => tag('option', {value: d.id}, d.id)))
+    this.about = tag('p', {class: 'about'})
     this.params = tag('span', {class: 'group'})
-    this.where = tag('select', {'aria-label': 'which layers get noise', onchange: e => this.set({where: e.target.value})}, ...info.wheres.map(w => tag('option', {value: w}, w)))
-    this.seed = tag('input', {type: 'number', min: 0, step: 1, 'aria-label': 'seed of the draw', onchange: e => this.set({seed: Math.max(0, Math.round(+e.target.value))})})
-    this.lock = tag('button', {'aria-label': 'keep the draw while the level moves', title: 'keep the draw while the level moves', onclick: () => this.set({lock: !this.host.state.lock})}, 'lock')
-    this.sample = tag('span', {style: 'min-width:52px;text-align:center;font-variant-numeric:tabular-nums;color:var(--ink)'})
-    this.opacity = tag('input', {type: 'range', min: 0, max: 1, step: .05, 'aria-label': 'opacity of the masks', style: 'width:84px', oninput: e => this.set({opacity: +e.target.value})})
-    this.mask = tag('button', {'aria-label': 'masks on or off (M)', title: 'masks on or off (M)', onclick: () => this.set({mask: !this.host.state.mask})}, 'mask')
-    const draws = info.fixed?.seeds, offered = info.corruptions || [], families = [...new Set(offered.map(c => c.family))]
-    this.draw = tag('span', {class: 'group'}, 'draw', draws ? null : this.seed, button('new', 'a new draw (R)', () => this.reroll()), draws ? null : this.lock)
-    this.corruption = tag('select', {'aria-label': 'corruption of the picture', title: 'corruption of the picture (C)', onchange: e => this.set({corruption: e.target.value || null})},
-      tag('option', {value: ''}, 'none'), ...families.map(f => tag('optgroup', {label: f}, ...offered.filter(c => c.family === f).map(c => tag('option', {value: c.name}, words(c.name))))))
-    this.severity = tag('input', {type: 'range', min: 1, max: 5, step: 1, 'aria-label': 'severity of the corruption', title: 'severity (1 to 5)', style: 'width:64px',
+    this.where = tag('select', {'aria-label': 'which layers are disturbed',
+      onchange: e => this.set({where: e.target.value})}, ...info.wheres.map(w => tag('option', {value: w}, w)))
+    this.whereLabel = label('layers', 'Which weights of the network are disturbed.', this.where)
+    this.seed = tag('input', {type: 'number', min: 0, step: 1, 'aria-label': 'seed of the draw',
+      onchange: e => this.set({seed: Math.max(0, Math.round(+e.target.value))})})
+    this.lock = tag('button', {'aria-label': 'keep the draw while the level moves',
+      title: 'Keep the draw while the level moves; else each level is a new draw.',
+      onclick: () => this.set({lock: !this.host.state.lock})}, 'keep draw')
+    this.seedGroup = tag('span',
+      {class: 'group', title: 'The number that fixes the draw: the same number is the same noise.'}, 'seed',
+      this.seed, this.lock)
+    this.opacity = tag('input', {type: 'range', min: 0, max: 1, step: .05, 'aria-label': 'opacity of the masks',
+      title: 'how much the masks cover the picture', style: 'width:84px',
+      oninput: e => this.set({opacity: +e.target.value})})
+    this.mask = tag('button', {'aria-label': 'masks on or off (M)', title: 'masks on or off (M)',
+      onclick: () => this.set({mask: !this.host.state.mask})}, 'mask')
+    const offered = info.corruptions || [], families = [...new Set(offered.map(c => c.family))]
+    this.corruption = tag('select', {'aria-label': 'corruption of the picture',
+      title: 'corruption of the picture (C)', onchange: e => this.set({corruption: e.target.value || null})},
+      tag('option', {value: ''}, 'none'), ...families.map(f => tag('optgroup', {label: f},
+        ...offered.filter(c => c.family === f).map(c => tag('option', {value: c.name}, words(c.name))))))
+    this.severity = tag('input', {type: 'range', min: 1, max: 5, step: 1, 'aria-label': 'severity of the corruption',
+      title: 'severity (1 to 5)', style: 'width:64px',
       oninput: e => this.set({severity: +e.target.value})})
     this.severityText = tag('span', {class: 'severity', style: 'min-width:1ch'})
-    return tag('div', {class: 'bar'},
-      tag('span', {class: 'group'}, 'sample', button('‹', 'previous sample ([)', () => this.step(-1)), this.sample, button('›', 'next sample (])', () => this.step(1))),
-      info.fixed ? null : tag('label', {}, 'law', this.lawSelect), info.fixed ? null : this.params, info.fixed ? null : tag('label', {}, 'layers', this.where),
-      this.draw, ...(offered.length ? [tag('label', {}, 'corruption', this.corruption), tag('label', {}, 'severity', this.severity, this.severityText)] : []),
-      tag('span', {class: 'group'}, this.mask, this.opacity), tag('span', {class: 'group'}, button('PNG', 'save the panels as a PNG', () => this.savePNG()),
-        this.host.html ? button('HTML', 'save all of it as one HTML file', () => this.saveHTML()) : null))
+    return tag('div', {}, tag('div', {class: 'bar'},
+      info.fixed ? null : label('noise', 'What disturbs the network: each kind of noise that is known.',
+        this.kindSelect), info.fixed ? null : this.params, info.fixed ? null : this.whereLabel,
+      info.fixed ? null : this.seedGroup, ...(offered.length ? [label('picture',
+        'A corruption of the picture itself.', this.corruption), label('severity', 'How strong it is, from 1 to 5.',
+        this.severity, this.severityText)] : []),
+      tag('span', {class: 'group'}, this.mask, this.opacity), tag('span', {class: 'group'},
+        button('PNG', 'save the panels as a PNG', () => this.savePNG()),
+        this.host.html ? button('HTML', 'save all of it as one HTML file', () => this.saveHTML()) : null)), this.about)
   }
 
-  fields() {                                                 // a control for each parameter of the law, made from what Python says of it
-    const {law} = this, known = this.host.state.params
-    if (this.fieldsOf !== law.name) {
-      this.fieldsOf = law.name
-      this.fieldControls = law.fields.map(f => {
-        const set = v => this.set({params: {...this.host.state.params, [f.name]: v}}), label = `${f.name} of the law`
-        const e = f.choices ? tag('select', {'aria-label': label, onchange: e => set(e.target.value)}, ...f.choices.map(c => tag('option', {value: c}, c)))
-          : tag('input', {type: 'text', inputmode: f.type === 'float' ? 'decimal' : 'text', 'aria-label': label, onchange: e => set(f.type === 'float' && e.target.value.trim() !== '' && !Number.isNaN(+e.target.value) ? +e.target.value : e.target.value.trim())})
+  // a control for each parameter of the disturbance, made from what Python says of it
+  fields() {
+    const {kind} = this, known = this.host.state.params
+    if (this.fieldsOf !== kind.id) {
+      this.fieldsOf = kind.id
+      this.fieldControls = kind.fields.map(f => {
+        const set = v => this.set({params: {...this.host.state.params, [f.name]: v}}), label = `${f.name} of the noise`
+        const e = f.choices ? tag('select', {'aria-label': label, onchange: e => set(e.target.value)},
+          ...f.choices.map(c => tag('option', {value: c}, c)))
+          : tag('input', {type: 'text', inputmode: f.type === 'float' ? 'decimal' : 'text', 'aria-label': label,
+            onchange: e => set(f.type === 'float' && e.target.value.trim() !== '' && !Number.isNaN(+e.target.value)
+            ? +e.target.value : e.target.value.trim())})
         return [f, e]
       })
       this.params.replaceChildren(...this.fieldControls.map(([f, e]) => tag('label', {title: f.doc || ''}, f.name, e)))
     }
-    for (const [f, e] of this.fieldControls) if (e !== e.getRootNode().activeElement || e.tagName === 'SELECT') e.value = known[f.name] ?? f.default
+    for (const [f, e] of this.fieldControls) if (e !== e.getRootNode().activeElement ||
+      e.tagName === 'SELECT') e.value = known[f.name] ?? f.default
   }
 
-  listen(panel) {                                            // zoom with the wheel, pan by dragging: the same part of every picture
+  // zoom with the wheel, pan by dragging: the same part of every picture
+  listen(panel) {
     const c = panel.canvas, v = this.view
     c.addEventListener('wheel', e => {
       e.preventDefault()
-      const r = c.getBoundingClientRect(), fx = (e.clientX - r.left) / r.width, fy = (e.clientY - r.top) / r.height, old = v.zoom, {width: w, height: h} = panel.buffer
+      const r = c.getBoundingClientRect(), fx = (e.clientX - r.left) / r.width, fy = (e.clientY - r.top) / r.height,
+        old = v.zoom, {width: w, height: h} = panel.buffer
       v.zoom = clamp(v.zoom * Math.exp(-.0016 * e.deltaY), 1, 24)
       v.x += fx * w * (1 / old - 1 / v.zoom); v.y += fy * h * (1 / old - 1 / v.zoom)
       this.pan(panel, 0, 0)
     }, {passive: false})
-    c.addEventListener('pointerdown', e => { this.drag = {x: e.clientX, y: e.clientY}; c.setPointerCapture(e.pointerId) })
+    c.addEventListener('pointerdown', e => { this.drag = {x: e.clientX, y: e.clientY};
+      c.setPointerCapture(e.pointerId) })
     c.addEventListener('pointerup', () => { this.drag = null })
     c.addEventListener('pointercancel', () => { this.drag = null })
     c.addEventListener('pointermove', e => {
@@ -370,26 +493,30 @@ export class Explorer {
     if (!this.view.mark) { this.hover.textContent = ''; return }
     const i = at.y * f.width + at.x, name = c => c === info.ignore ? 'not counted' : info.classes[c] ?? c
     this.hover.textContent = [`row ${at.y}, column ${at.x}`, ...(f.truth ? [`truth: ${name(f.truth[i])}`] : []),
-      ...f.preds.map((p, m) => `${info.models[m]}: ${name(p.classes[i])}, ${info.fixed ? '≈ ' : ''}${Math.round(p.confidence[i] / 2.55)} % sure`)].join('  ·  ')
+      ...f.preds.map((p, m) =>
+        `${info.models[m]}: ${name(p.classes[i])}, ${info.fixed ? '≈ ' : ''}` +
+          `${Math.round(p.confidence[i] / 2.55)} % sure`)].join('  ·  ')
   }
 
   // ---- what the controls and keys do
 
   setLevel(v) {
     const {fixed} = this.host.info
-    v = clamp(Number.isFinite(v) ? v : 0, 0, fixed ? this.law.top : Infinity)
+    v = clamp(Number.isFinite(v) ? v : 0, 0, fixed ? this.kind.top : Infinity)
     if (fixed) v = fixed.levels.reduce((a, b) => Math.abs(b - v) < Math.abs(a - v) ? b : a)
     else v = +v.toFixed(6)
     if (v === this.host.state.level) return this.sync()
     this.set(this.host.state.lock || fixed || !this.draws ? {level: v} : {level: v, seed: this.host.state.seed + 1})
   }
-  setLaw(name) {
-    const law = this.host.info.laws.find(l => l.name === name)
-    this.set({law: name, params: Object.fromEntries(law.fields.map(f => [f.name, f.default])), level: law.level})
+  setKind(id) {
+    const kind = this.host.info.disturbances.find(d => d.id === id)
+    this.set({disturbance: id, params: Object.fromEntries(kind.fields.map(f => [f.name, f.default])),
+      level: kind.level})
   }
   step(by) { const n = this.host.info.samples; this.set({sample: (this.host.state.sample + by + n) % n}) }
   corrupt(by) {                                              // the next one of the menu, which begins with none
-    const all = [null, ...(this.host.info.corruptions || []).map(c => c.name)], at = all.indexOf(this.host.state.corruption ?? null)
+    const all = [null, ...(this.host.info.corruptions || []).map(c => c.name)],
+      at = all.indexOf(this.host.state.corruption ?? null)
     this.set({corruption: all[(at + by + all.length) % all.length]})
   }
   reroll() {
@@ -408,12 +535,16 @@ export class Explorer {
   key(e) {
     if (e.ctrlKey || e.metaKey || e.altKey) return
     const typing = e.target.matches('input[type=number], input[type=text], select'), slider = e.target === this.slider
-    if (typing && e.key === 'Enter') { e.preventDefault(); e.target.dispatchEvent(new Event('change')) }   // JupyterLab keeps Enter from doing so
+    // JupyterLab keeps Enter from doing so
+    if (typing && e.key === 'Enter') { e.preventDefault(); e.target.dispatchEvent(new Event('change')) }
     const step = (by) => this.setLevel(this.neighbour(by * (e.shiftKey ? 5 : 1)))
-    const keys = {ArrowRight: () => step(1), ArrowUp: () => step(1), ArrowLeft: () => step(-1), ArrowDown: () => step(-1),
-      '[': () => this.step(-1), ']': () => this.step(1), m: () => this.set({mask: !this.host.state.mask}), r: () => this.reroll(),
+    const keys = {ArrowRight: () => step(1), ArrowUp: () => step(1), ArrowLeft: () => step(-1),
+      ArrowDown: () => step(-1),
+      '[': () => this.step(-1), ']': () => this.step(1), m: () => this.set({mask: !this.host.state.mask}),
+        r: () => this.reroll(),
       ...(this.host.info.corruptions?.length ? {c: () => this.corrupt(e.shiftKey ? -1 : 1)} : {}),
-      ...(this.host.state.corruption && !this.host.info.fixed ? Object.fromEntries([1, 2, 3, 4, 5].map(v => [v, () => this.set({severity: v})])) : {})}
+      ...(this.host.state.corruption && !this.host.info.fixed ? Object.fromEntries([1, 2, 3, 4,
+        5].map(v => [v, () => this.set({severity: v})])) : {})}
     const f = keys[e.key] || keys[e.key.toLowerCase()]
     if (!f || typing || (e.target.type === 'range' && !slider && e.key.startsWith('Arrow'))) return
     e.preventDefault(); e.stopPropagation()
@@ -421,7 +552,8 @@ export class Explorer {
   }
   neighbour(by) {
     const {levels} = this.host.info.fixed || {}, {level} = this.host.state
-    return levels ? levels[clamp(levels.indexOf(level) + by, 0, levels.length - 1)] : clamp(level + by * (this.law.step || this.law.top / 60), 0, this.law.top)
+    return levels ? levels[clamp(levels.indexOf(level) + by, 0, levels.length - 1)]
+      : clamp(level + by * (this.kind.step || this.kind.top / 60), 0, this.kind.top)
   }
 
   // ---- state in, pictures out
@@ -429,30 +561,40 @@ export class Explorer {
   changed(keys) {
     if (this.closed) return
     this.sync()
-    const asked = ['level', 'law', 'params', 'where', 'seed', 'sample', 'corruption', 'severity', 'layer'].some(k => keys.includes(k))
+    const asked = ['level', 'disturbance', 'params', 'where', 'seed', 'sample', 'corruption', 'severity',
+      'layer'].some(k => keys.includes(k))
     if (asked) this.ask()
     else this.show()
   }
 
   sync() {                                                   // controls show the state
-    const {state: s, info} = this.host, {law} = this
-    this.levelName.textContent = labelOf(law)
-    Object.assign(this.slider, {min: 0, max: Math.max(law.top, s.level), step: info.fixed ? law.top / 240 : law.step || law.top / 300})
-    this.slider.value = s.level; this.number.value = short(s.level); this.number.step = short(law.step || law.top / 60)
-    this.unit.textContent = law.off || ''; this.unit.hidden = !law.off; this.unit.style.visibility = s.level ? 'hidden' : 'visible'   // in its place already: the slider keeps its width
-    this.slider.setAttribute('aria-valuetext', law.off && !s.level ? law.off : `${law.field} = ${short(s.level)}`)
-    this.draw.hidden = !this.draws && !s.corruption; this.lock.hidden = !this.draws   // a seed that nothing depends on is not shown
-    this.corruption.value = s.corruption || ''; this.severity.value = s.severity ?? 3; this.severityText.textContent = s.severity ?? 3
+    const {state: s, info} = this.host, {kind} = this
+    this.levelName.textContent = kind.label
+    this.levelName.title = kind.doc
+    this.about.textContent = kind.doc
+    Object.assign(this.slider, {min: 0, max: Math.max(kind.top, s.level), step: info.fixed ? kind.top / 240
+      : kind.step || kind.top / 300})
+    this.slider.value = s.level; this.number.value = short(s.level); this.number.step = short(kind.step ||
+      kind.top / 60)
+    this.slider.setAttribute('aria-valuetext', `${kind.field} = ${short(s.level)}`)
+    // a seed that nothing depends on is not shown
+    this.draw.hidden = this.seedGroup.hidden = !this.draws && !s.corruption; this.lock.hidden = !this.draws
+    this.whereLabel.hidden = !kind.where
+    this.corruption.value = s.corruption || ''; this.severity.value = s.severity ?? 3;
+      this.severityText.textContent = s.severity ?? 3
     this.severity.disabled = !s.corruption
-    this.panels.image.note.textContent = corrupted(s)
-    this.lawSelect.value = law.name; this.where.value = s.where; this.seed.value = s.seed; this.layer.value = s.layer
-    this.lock.setAttribute('aria-pressed', s.lock); this.mask.setAttribute('aria-pressed', s.mask); this.opacity.value = s.opacity
+    this.panels.image.note.textContent = [corrupted(s), info.channels > 3 ? `channels 1 to 3 of ${info.channels}`
+      : ''].filter(t => t).join(' · ')
+    this.kindSelect.value = kind.id; this.where.value = s.where; this.seed.value = s.seed; this.layer.value = s.layer
+    this.lock.setAttribute('aria-pressed', s.lock); this.mask.setAttribute('aria-pressed', s.mask);
+      this.opacity.value = s.opacity
     this.sample.textContent = `${s.sample + 1} of ${info.samples}`
     if (!info.fixed) this.fields()
     this.rows.forEach((r, c) => r.chip.setAttribute('aria-pressed', !s.hidden.includes(c)))
   }
 
-  async ask() {                                              // latest wins: one request at a time, and after it the then newest state
+  // latest wins: one request at a time, and after it the then newest state
+  async ask() {
     clearTimeout(this.idle)
     if (this.busy) { this.waiting = true; return }
     this.busy = true
@@ -480,7 +622,7 @@ export class Explorer {
     this.el.classList.add('failed')
   }
 
-  key_of(s) { return JSON.stringify([s.law, s.params, s.where, s.seed, s.sample, corrupted(s)]) }
+  key_of(s) { return JSON.stringify([s.disturbance, s.params, s.where, s.seed, s.sample, corrupted(s)]) }
   points(s) {
     const k = this.key_of(s)
     if (!this.curves.has(k)) this.curves.set(k, new Map())
@@ -492,13 +634,17 @@ export class Explorer {
     f.scores = f.preds.map(p => scores(p.reference || f.truth, p.classes, n, this.host.info.ignore))
     this.points(f.state).set(f.state.level, f.scores.map(s => s.miou))
   }
-  async fill() {                                             // while nobody touches anything: the rest of the curve, level by level
-    const s = {...this.host.state}, {top} = this.law, points = this.points(s)
-    const grid = this.host.info.fixed?.levels || Array.from({length: 13}, (_, i) => +(i * top / 12).toFixed(6))
+  // while nobody touches anything: the rest of the curve, level by level
+  async fill() {
+    const s = {...this.host.state}, {top, step} = this.kind, points = this.points(s), n = step
+      ? Math.floor(top / step) : 12
+    const grid = this.host.info.fixed?.levels || Array.from({length: n + 1},
+      (_, i) => +(i * (step || top / 12)).toFixed(6))
     const missing = grid.filter(v => !points.has(v))
     if (this.busy || this.closed || !missing.length || document.hidden || this.el.classList.contains('failed')) return
     this.busy = true
-    try { this.remember({...await this.host.frame({...s, level: missing[0], layer: ''}), state: {...s, level: missing[0]}}) } catch { this.busy = false; return }
+    try { this.remember({...await this.host.frame({...s, level: missing[0], layer: ''}),
+      state: {...s, level: missing[0]}}) } catch { this.busy = false; return }
     this.busy = false
     if (this.closed) return
     if (this.waiting) return this.ask()
@@ -510,13 +656,15 @@ export class Explorer {
     const f = this.frame
     if (!f) return
     const {state: s, info} = this.host, {width: w, height: h} = f, n = info.classes.length
-    const shown = Array.from({length: 256}, (_, c) => c < n && !s.hidden.includes(c)), opacity = s.mask ? s.opacity : 0, none = new Uint8Array(w * h).fill(255)
+    const shown = Array.from({length: 256}, (_, c) => c < n && !s.hidden.includes(c)), opacity = s.mask ? s.opacity
+      : 0, none = new Uint8Array(w * h).fill(255)
     this.all.forEach(p => p.resize(w, h))
     blend(f.image, none, info.palette, shown, 0, this.panels.image.pixels.data)
     blend(f.image, f.truth || f.preds[0].reference, info.palette, shown, opacity, this.panels.truth.pixels.data)
     f.preds.forEach((p, i) => {
       blend(f.image, p.classes, info.palette, shown, opacity, this.panels.masks[i].pixels.data)
-      const wrong = errors(f.image, p.reference || f.truth, p.classes, info.palette, shown, info.ignore, this.panels.wrongs[i].pixels.data)
+      const wrong = errors(f.image, p.reference || f.truth, p.classes, info.palette, shown, info.ignore,
+        this.panels.wrongs[i].pixels.data)
       this.panels.masks[i].note.textContent = `mIoU ${percent(f.scores[i].miou)}`
       this.panels.wrongs[i].note.textContent = `${percent(wrong)} % of pixels`
     })
@@ -524,16 +672,20 @@ export class Explorer {
     this.rows.forEach((r, c) => {
       const v = f.scores.map(o => o.iou[c])
       r.bars.forEach((b, i) => { b.style.width = Number.isNaN(v[i]) ? 0 : `${100 * v[i]}%` })
-      r.box.setAttribute('aria-label', info.models.map((m, i) => `${m} ${percent(v[i])}`).join(', '))
+      r.box.setAttribute('aria-label', v.every(Number.isNaN) ? 'not in this picture'
+        : info.models.map((m, i) => `${m} ${percent(v[i])} %`).join(', '))
       r.box.title = r.box.getAttribute('aria-label')
+      r.box.classList.toggle('absent', v.every(Number.isNaN))
     })
     this.drawCurve()
+    this.unit.textContent = f.text || ''
     drawHistograms(this.histogram, f.hists || [])
-    this.el.dataset.level = f.state.level; this.el.dataset.sample = f.state.sample; this.el.dataset.seed = f.state.seed   // what is seen, for tests and screen readers
+    // what is seen, for tests and screen readers
+    this.el.dataset.level = f.state.level; this.el.dataset.sample = f.state.sample; this.el.dataset.seed = f.state.seed
     this.el.dataset.corruption = corrupted(f.state)
     this.el.dataset.miou = f.scores.map(o => o.miou.toFixed(4)).join(' ')
   }
-  drawCurve() { if (this.frame) this.curve.draw(this.points(this.frame.state), this.frame.state.level, this.law) }
+  drawCurve() { if (this.frame) this.curve.draw(this.points(this.frame.state), this.frame.state.level, this.kind) }
   redraw() {
     if (!this.frame) return
     this.all.forEach(p => p.draw())
@@ -544,19 +696,24 @@ export class Explorer {
   // ---- export
 
   caption() {
-    const s = this.frame.state, params = Object.entries(s.params).map(([k, v]) => `, ${k}=${v}`).join('')
-    return `${s.law}(${this.law.field}=${short(s.level)}${params}) on ${s.where}, seed ${s.seed}, sample ${s.sample + 1}${s.corruption ? `, ${corrupted(s)}` : ''}`
+    const s = this.frame.state
+    const picture = s.corruption ? `, ${corrupted(s)}` : ''
+    return `${this.frame.name} on ${s.where}, seed ${s.seed}, sample ${s.sample + 1}${picture}`
   }
   png() {                                                    // a canvas with the panels and the parameters
-    const columns = this.host.info.models.length + 1, side = 320, {width, height} = this.frame, h = Math.round(side * height / width), gap = 10, head = 24
-    const c = Object.assign(document.createElement('canvas'), {width: columns * (side + gap) + gap, height: 2 * (h + head) + gap + 34}), x = c.getContext('2d')
+    const columns = this.host.info.models.length + 1, side = 320, {width, height} = this.frame,
+      h = Math.round(side * height / width), gap = 10, head = 24
+    const c = Object.assign(document.createElement('canvas'), {width: columns * (side + gap) + gap,
+      height: 2 * (h + head) + gap + 34}), x = c.getContext('2d')
     x.fillStyle = '#fff'; x.fillRect(0, 0, c.width, c.height)
     x.imageSmoothingEnabled = false
     this.all.forEach((p, i) => {
       const left = gap + (i % columns) * (side + gap), top = Math.floor(i / columns) * (h + head)
-      const {zoom, x: vx, y: vy} = this.view, [name, note] = [p.figure.querySelector('.name').textContent, p.note.textContent]
+      const {zoom, x: vx, y: vy} = this.view, [name, note] = [p.figure.querySelector('.name').textContent,
+        p.note.textContent]
       x.fillStyle = '#222'; x.font = '600 13px system-ui, sans-serif'; x.fillText(name, left, top + 17)
-      x.font = '13px system-ui, sans-serif'; x.textAlign = 'right'; x.fillText(note, left + side, top + 17); x.textAlign = 'left'
+      x.font = '13px system-ui, sans-serif'; x.textAlign = 'right'; x.fillText(note, left + side, top + 17);
+        x.textAlign = 'left'
       x.drawImage(p.buffer, vx, vy, width / zoom, height / zoom, left, top + head, side, h)
     })
     x.fillStyle = '#555'; x.font = '13px system-ui, sans-serif'; x.fillText(this.caption(), gap, c.height - 12)
@@ -577,13 +734,14 @@ function download(blob, name) {
 
 // ---------------------------------------------------------------- the two hosts
 
-const STATE = ['level', 'law', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity', 'opacity', 'mask', 'hidden', 'layer']
+const STATE = ['level', 'disturbance', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity',
+  'opacity', 'mask', 'hidden', 'layer']
 
 /** Frames from Python, over the widget's messages. */
 class KernelHost {
   constructor(model) {
     this.model = model; this.info = model.get('info'); this.replies = new Map(); this.id = 0
-    this.image = {}                                          // the picture that we have (sample and corruption): its pixels travel once
+    this.image = {}                                          // the picture that we have: its pixels travel once
     this.onMessage = (m, buffers) => { const r = this.replies.get(m.id); this.replies.delete(m.id); r?.(m, buffers) }
     model.on('msg:custom', this.onMessage)
   }
@@ -602,20 +760,25 @@ class KernelHost {
   ask(content) {
     const id = `${Date.now()}-${++this.id}`
     return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => { this.replies.delete(id); reject(Error('The kernel has not answered for 60 seconds. Is it busy, or gone? Run the cell again.')) }, 60_000)
-      this.replies.set(id, (m, buffers) => { clearTimeout(timer); m.error ? reject(Error(m.error)) : resolve([m, buffers]) })
+      const timer = setTimeout(() => { this.replies.delete(id);
+        reject(Error('The kernel has not answered for 60 seconds. Is it busy, or gone? Run the cell again.')) }, 60_000)
+      this.replies.set(id, (m, buffers) => { clearTimeout(timer); m.error ? reject(Error(m.error))
+        : resolve([m, buffers]) })
       this.model.send({...content, id})
     })
   }
   async frame(state) {
     const [m, buffers] = await this.ask({kind: 'frame', state, have: this.image.key ?? null})
-    const bytes = b => new Uint8Array(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength), {width, height} = m, size = width * height, rest = buffers.map(bytes)
+    const bytes = b => new Uint8Array(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength), {width, height} = m,
+      size = width * height, rest = buffers.map(bytes)
     if (m.image) {
       this.image = {key: m.picture, image: rest.shift()}
       this.image.truth = m.truth ? rest.shift() : null
     }
-    const preds = rest.map(b => ({classes: b.subarray(0, size), confidence: b.subarray(size, 2 * size), reference: b.length > 2 * size ? b.subarray(2 * size) : null}))
-    return {width, height, image: this.image.image, truth: this.image.truth, preds, hists: m.hists}
+    const preds = rest.map(b => ({classes: b.subarray(0, size), confidence: b.subarray(size, 2 * size),
+      reference: b.length > 2 * size ? b.subarray(2 * size) : null}))
+    return {width, height, image: this.image.image, truth: this.image.truth, preds, hists: m.hists, text: m.text,
+      name: m.name}
   }
   async html() { return (await this.ask({kind: 'html'}))[0].html }
 }
@@ -626,14 +789,17 @@ class StaticHost {
     this.info = info; this.read = read; this.files = new Map(); this.address = address; this.listeners = new Set()
     this.state = {...info.state, ...(address ? this.parse() : {})}
     this.onHash = () => {
-      const s = {...info.state, ...this.parse()}, keys = STATE.filter(k => JSON.stringify(s[k]) !== JSON.stringify(this.state[k]))
+      const s = {...info.state, ...this.parse()},
+        keys = STATE.filter(k => JSON.stringify(s[k]) !== JSON.stringify(this.state[k]))
       if (keys.length) { this.state = s; this.listeners.forEach(f => f(keys)) }
     }
     if (address) addEventListener('hashchange', this.onHash)
   }
   parse() {                                                  // what the address says, if it makes sense here
-    const q = new URLSearchParams(location.hash.slice(1)), out = {}, {fixed, samples, classes, layers} = this.info, n = k => Number(q.get(k))
-    if (q.has('level')) out.level = fixed.levels.reduce((a, b) => Math.abs(b - n('level')) < Math.abs(a - n('level')) ? b : a)
+    const q = new URLSearchParams(location.hash.slice(1)), out = {}, {fixed, samples, classes, layers} = this.info,
+      n = k => Number(q.get(k))
+    if (q.has('level')) out.level = fixed.levels.reduce((a, b) => Math.abs(b - n('level')) < Math.abs(a - n('level'))
+      ? b : a)
     if (q.has('sample') && n('sample') >= 1 && n('sample') <= samples) out.sample = Math.round(n('sample')) - 1
     if (q.has('draw') && fixed.seeds.includes(n('draw'))) out.seed = n('draw')
     if (q.has('opacity')) out.opacity = clamp(n('opacity') || 0, 0, 1)
@@ -653,7 +819,8 @@ class StaticHost {
         if (!s.mask) q.mask = 0
         if (s.hidden.length) q.hidden = s.hidden.join('.')
         if (s.layer !== d.layer) q.layer = s.layer
-        if (s.corruption) Object.assign(q, {corruption: s.corruption, severity: s.severity})   // of the page: another one was not computed
+        // of the page: another one was not computed
+        if (s.corruption) Object.assign(q, {corruption: s.corruption, severity: s.severity})
         history.replaceState(null, '', `#${new URLSearchParams(q)}`)
       }, 150)
     }
@@ -662,15 +829,19 @@ class StaticHost {
   onChange(f) { this.listeners.add(f); return () => this.listeners.delete(f) }
   close() { removeEventListener('hashchange', this.onHash); clearTimeout(this.writing) }
 
-  /** A sample's file, unpacked: the picture (rgb), the truth, and for level 0, then for each draw and each further level, a byte for
-      each model's pixel: the class in the low five bits, the confidence in the high three. Levels are stored as what changed (xor).
-      Under a corruption each draw begins anew with picture, truth and level 0, and without a truth with what models said of the clean picture. */
+  /** A sample's file, unpacked: the picture (rgb), the truth, and for level 0, then for each draw and each further
+    level, a byte for
+      each model's pixel: the class in the low five bits, the confidence in the high three. Levels are stored as what
+      changed (xor). Under a corruption each draw begins anew with picture, truth and level 0, and without a truth with
+      what models said of the clean picture. */
   load(sample) {
-    if (!this.files.has(sample)) this.files.set(sample, this.unpack(sample).catch(e => { this.files.delete(sample); throw e }))
+    if (!this.files.has(sample)) this.files.set(sample, this.unpack(sample).catch(e => { this.files.delete(sample);
+      throw e }))
     return this.files.get(sample)
   }
   async unpack(sample) {
-    const {width: w, height: h, models, truth: known, state: {corruption}, fixed: {levels, seeds}} = this.info, size = w * h, step = models.length * size
+    const {width: w, height: h, models, truth: known, state: {corruption}, fixed: {levels, seeds}} = this.info,
+      size = w * h, step = models.length * size
     const stream = new Blob([await this.read(sample)]).stream().pipeThrough(new DecompressionStream('gzip'))
     const bytes = new Uint8Array(await new Response(stream).arrayBuffer()), draws = new Map()
     let at = 0, picture
@@ -692,16 +863,20 @@ class StaticHost {
     return draws
   }
   async frame(state) {
-    const {width, height, models, fixed} = this.info, size = width * height, {image, truth, reference, frames} = (await this.load(state.sample)).get(state.seed)
+    const {width, height, models, fixed} = this.info, size = width * height,
+      {image, truth, reference, frames} = (await this.load(state.sample)).get(state.seed)
     const packed = frames.get(state.level), part = (bytes, m) => bytes.subarray(m * size, (m + 1) * size)
-    const preds = models.map((_, m) => ({classes: part(packed, m).map(v => v & 31), confidence: part(packed, m).map(v => ((v >> 5) + .5) * 255 / 8),
+    const preds = models.map((_, m) => ({classes: part(packed, m).map(v => v & 31),
+      confidence: part(packed, m).map(v => ((v >> 5) + .5) * 255 / 8),
       reference: reference && part(reference, m)}))
-    const hists = fixed.hists?.[state.layer]?.[`${state.seed} ${fixed.levels.indexOf(state.level)}`]
-    return {width, height, image, truth: this.info.truth ? truth : null, preds, hists: hists?.map((after, m) => ({...fixed.before[state.layer][m], after}))}
+    const at = fixed.levels.indexOf(state.level), hists = fixed.hists?.[state.layer]?.[`${state.seed} ${at}`]
+    return {width, height, image, truth: this.info.truth ? truth : null, preds, text: fixed.texts[at],
+      name: fixed.names[at], hists: hists?.map((after, m) => ({...fixed.before[state.layer][m], after}))}
   }
 }
 
-/** On a web page: an explorer in `el`, from the files under `src`, or from an object {manifest, files} with base64 text. */
+/** On a web page: an explorer in `el`, from the files under `src`, or from an object {manifest, files} with base64
+    text. */
 export async function mount(el, src) {
   const inside = typeof src !== 'string'
   const get = async name => {
@@ -711,12 +886,14 @@ export async function mount(el, src) {
   }
   try {
     const manifest = inside ? src.manifest : await (await get('manifest.json')).json()
-    const read = inside ? async i => Uint8Array.from(atob(src.files[i]), c => c.charCodeAt(0)) : async i => (await get(manifest.files[i])).arrayBuffer()
+    const read = inside ? async i => Uint8Array.from(atob(src.files[i]), c => c.charCodeAt(0))
+      : async i => (await get(manifest.files[i])).arrayBuffer()
     el.explorer = new Explorer(el, new StaticHost(manifest, read))
   } catch (e) { el.textContent = `The explorer could not start: ${e.message}` }
   return el.explorer
 }
-export const mountAll = () => document.querySelectorAll('.noisyseg-explorer[data-src]').forEach(el => { if (!el.explorer) mount(el, el.dataset.src) })
+export const mountAll = () => document.querySelectorAll('.noisyseg-explorer[data-src]').forEach(el =>
+  { if (!el.explorer) mount(el, el.dataset.src) })
 
 /** In Jupyter: anywidget calls this for each view. */
 function render({model, el}) {

@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/show/monitor.html.md"""
 __all__ = ['TrainingMonitor']
 
 # %% ../../nbs/show/07_monitor.ipynb #01d28059
-import time
+import time, weakref
 from functools import partial
 from html import escape
 from itertools import cycle
@@ -34,7 +34,8 @@ from ..perturb.clone import perturbed
 from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row, plain_text,
                                     noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
-from ..train.learner import WeightNoise
+from .explorer import close_with_cell
+from ..train.noise import WeightNoise
 
 # %% ../../nbs/show/07_monitor.ipynb #f8994b44
 def _held_out(dl, i):
@@ -119,12 +120,13 @@ def _in_notebook():
 
 # %% ../../nbs/show/07_monitor.ipynb #aa87a351
 class _Dashboard:
-    "The widgets: made once, then only changed."
+    "The widgets: made once, then only changed. The page holds it, by the button; it holds no network."
     def __init__(self, figure, on_stop, n_panels=0):
+        self.on_stop = on_stop
         self.state, self.progress, self.sample, *self.panels = (W.HTML() for _ in range(3 + n_panels))
         self.stop = W.Button(description='Stop',
                              tooltip='Stop after this batch. Should a click not be heard, interrupt the kernel')
-        self.stop.on_click(lambda _: on_stop())
+        self.stop.on_click(lambda _: self.on_stop())
         _hear_at_once(self.stop)
         self.figure = go.FigureWidget(figure)
         # as wide as there is room for, and nothing that leads elsewhere
@@ -156,12 +158,13 @@ def tell(self:_Dashboard, state, share, text, stoppable):
 
 # %% ../../nbs/show/07_monitor.ipynb #b7f675b7
 @patch
-def free(self:_Dashboard):
+def close(self:_Dashboard):
     "Free all widgets, with the layouts and styles that each brought along."
     for w in self.parts:
         for name in ('style', 'layout'):
             if w.has_trait(name) and hasattr(inner := w._trait_values.get(name), 'close'): inner.close()
         w.close()
+    self.parts = []
 
 # %% ../../nbs/show/07_monitor.ipynb #be2a0d64
 class TrainingMonitor(Callback):
@@ -306,9 +309,13 @@ def _open(self:TrainingMonitor):
     "Make the widgets if there are none, and show them once in a cell."
     if not (self.show if self.show is not None else _in_notebook() and num_distrib() <= 1): return
     from IPython.display import display
-    if self._dash is None: self._dash, self._cell = _Dashboard(self.figure, self._ask, len(self.panels)), None
+    if self._dash is None or not self._dash.parts:   # none yet, or closed since its cell ran again
+        me = weakref.ref(self)                       # a page that shows the curves must not keep the network
+        self._dash, self._cell = _Dashboard(self.figure, lambda: me() and me()._ask(), len(self.panels)), None
     cell = getattr(get_ipython(), 'execution_count', None)
-    if self._cell is None or cell != self._cell[0]: display(self._dash.box)
+    if self._cell is None or cell != self._cell[0]:
+        display(self._dash.box)
+        close_with_cell(self._dash)
     self._cell = (cell,)
 
 # %% ../../nbs/show/07_monitor.ipynb #add8d321
@@ -339,7 +346,7 @@ def load_state_dict(self:TrainingMonitor,
 @patch
 def close(self:TrainingMonitor):
     "Free the widgets. What was recorded stays, and another fit makes new ones."
-    if self._dash: self._dash.free()
+    if self._dash: self._dash.close()
     self._dash = None
 
 # %% ../../nbs/show/07_monitor.ipynb #becb87e7
