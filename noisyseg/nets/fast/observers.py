@@ -12,7 +12,6 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 # %% ../../../nbs/nets/fast/05_observers.ipynb #3c5d6530
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
