@@ -11,7 +11,7 @@ __all__ = ['PadShortcut', 'ResBlock', 'SmallResNet', 'resnet20', 'resnet18_small
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .unet3plus import FACTORIES, _factory  # noqa: F401  the same list of factories, so that a checkpoint can name these too
+from .unet3plus import FACTORIES, factory  # noqa: F401  the same list of factories, so that a checkpoint can name these too
 
 # %% ../../nbs/nets/05_classifiers.ipynb #b3b10114
 class PadShortcut(nn.Module):
@@ -98,7 +98,7 @@ class SmallResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 # %% ../../nbs/nets/05_classifiers.ipynb #2d7bd79a
-@_factory
+@factory
 def resnet20(
     n_classes: int = 10,  # number of classes
     in_channels: int = 3,  # channels of the images
@@ -109,7 +109,7 @@ def resnet20(
     return SmallResNet(n_classes, in_channels, (3, 3, 3), width, shortcut)
 
 # %% ../../nbs/nets/05_classifiers.ipynb #5526f694
-@_factory
+@factory
 def resnet18_small(
     n_classes: int = 10,  # number of classes
     in_channels: int = 3,  # channels of the images

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from .encoders import ResNetEncoder, resnet_encoder
-from .unet3plus import _factory
+from .unet3plus import factory
 
 # %% ../../nbs/nets/04_deeplab.ipynb #0a84e450
 def dilate(
@@ -79,7 +79,7 @@ class DeepLabV3Plus(nn.Module):
         return up(self.head(self.fuse(torch.cat([self.reduce(fine), up(self.pyramid(deep), fine)], 1))), x)
 
 # %% ../../nbs/nets/04_deeplab.ipynb #20d46c72
-@_factory
+@factory
 def deeplabv3plus(
     n_classes: int,  # number of classes, background included; 1 for a binary mask
     in_channels: int = 3,  # channels of the images
