@@ -92,8 +92,8 @@ def notebooks():
 
 def module(nb_id):
     "The module that a notebook exports, as a name below noisyseg; None where it exports none"
-    cells = nbformat.read(root/'nbs'/nb_id, as_version=4).cells
-    found = re.search(r'^#\|\s*default_exp (\S+)', '\n'.join(c.source for c in cells if c.cell_type == 'code'), re.M)
+    cells = json.loads((root/'nbs'/nb_id).read_text(encoding='utf-8'))['cells']
+    found = re.search(r'^#\|\s*default_exp (\S+)', '\n'.join(''.join(c['source']) for c in cells), re.M)
     return found[1] if found else None
 
 
@@ -155,7 +155,7 @@ def quarto_yml():
 
 def title(nb_path):
     "A notebook's title and its one-line description"
-    first = nbformat.read(nb_path, as_version=4).cells[0].source
+    first = ''.join(json.loads(Path(nb_path).read_text(encoding='utf-8'))['cells'][0]['source'])
     m = re.fullmatch(r'# (.+)\n+> (.+)', first.strip())
     if not m:
         raise ValueError(f'{nb_path} should begin with "# Title" and "> one line of description", and begins with '
