@@ -150,6 +150,9 @@ def custom_masks(
     classes = class_names(classes)
     if whole('ignore_index', ignore_index, len(classes))>255:
         raise ValueError(f"{ignore_index=}: expected {len(classes)} to 255")
+    if images is None:
+        raise TypeError("images: expected a folder, a list of files or of pairs (image, mask), got None: "
+                        "`custom_masks('images', 'masks', classes)`")
     pairs = [tuple(map(Path, p)) for p in images] if masks is None else pair_files(images, masks, suffix)
     train, held = pair_folders(pairs, valid, suffix) or hold_out(pairs, valid, valid_seed, groups)
     read = mask_reader(classes, ignore_index, colours, codes, read_image)
