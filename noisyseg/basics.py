@@ -188,7 +188,7 @@ def plain_name(
     module = model
     for part in name.split('.'):
         if module is None or part != _wraps(module): kept.append(part)
-        module = module and module._modules.get(part)
+        module = module._modules[part] if module is not None and part in module._modules else None
     return '.'.join(kept)
 
 # %% ../nbs/basics.ipynb #fcbec29d

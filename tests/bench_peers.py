@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noisyseg.nets.classifiers import resnet18_small
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.perturb.clone import clone_weights, conv_and_linear
+from noisyseg.perturb.clone import clone_weights
+from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 

@@ -10,7 +10,8 @@ from bench_timing import row
 from torch import nn
 
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.perturb.clone import clone_weights, conv_and_norm, perturbed
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.selectors import conv_and_norm
 from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 

@@ -8,7 +8,8 @@ from bench_timing import close, row
 from noisyseg.nets.classifiers import resnet18_small
 from noisyseg.train.methods.damp import damp_backward
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.perturb.clone import clone_weights, kernels_and_scales, perturbed
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.selectors import kernels_and_scales
 from noisyseg.train.methods.sam import SAM, norm_layers
 from noisyseg.nets.unet3plus import unet3plus_resnet34
 

@@ -14,7 +14,8 @@ from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_
 from noisyseg.nets.classifiers import SmallResNet
 from noisyseg.perturb.disturbance import Law
 from noisyseg.perturb.laws import AbsoluteGaussian, RelativeGaussian
-from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.show.predictor import menu_of
 from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.checkpoints import read_card, save_model

@@ -17,7 +17,7 @@ from noisyseg.nets.classifiers import SmallResNet, resnet18_small, resnet20
 from noisyseg.measure.evaluation import Batches, scores
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.data.files import MissingData, data_root
-from noisyseg.perturb.clone import conv_and_linear
+from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.measure.summary import summarise
 from noisyseg.measure.sweeps import layer_sensitivity, load_sweep, noise_sweep
 from noisyseg.train.checkpoints import load_model, read_card, save_model

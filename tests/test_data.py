@@ -16,8 +16,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from noisyseg.data import datasets as data_module
-from noisyseg.data.datasets import (camvid, camvid_classes, check_dataset, custom_masks, sbd, scenes, voc,
-                                    voc_palette)
+from noisyseg.data.datasets import camvid, camvid_classes, sbd, scenes, voc, voc_palette
+from noisyseg.data.doctor import check_dataset, class_weights
+from noisyseg.data.own import custom_masks
 from noisyseg.data.files import (MissingData, check_sizes, colorize, data_root, denormalize, label_table, pair_files,
                                  read_colour_mask, read_image, read_mask)
 from noisyseg.data.procedural import scene, scene_classes
@@ -72,7 +73,8 @@ def spoil(root, how):
     if how=='no images': [f.unlink() for f in (root/'images').iterdir()]; return 'images'
     if how=='no folder': (root/'masks').rename(root/'labels'); return 'masks'
 
-faults = ['no mask', 'no image', 'empty file', 'web page', 'half an image', 'half a mask', 'flipped bits', 'other size', 'label 7',
+faults = ['no mask', 'no image', 'empty file', 'web page', 'half an image', 'half a mask', 'flipped bits',
+    'other size', 'label 7',
           'interpolated', 'colours', '16-bit mask', 'JPEG mask', '16-bit image', 'twice', 'no images', 'no folder']
 
 @pytest.mark.parametrize('how', faults)
@@ -89,7 +91,7 @@ def test_fault_in_a_worker_process_names_the_file(set8):
 def test_check_dataset_names_all(set8):
     spoil(set8, 'half an image')
     write(set8/'masks'/'5.png', np.full((48,48), 200, np.uint8))
-    with pytest.raises(ValueError) as e: check_dataset(load(set8), progress=False)
+    with pytest.raises(ValueError) as e: check_dataset(load(set8, check=False), progress=False)
     assert all(part in str(e.value) for part in ('2 faulty of 8', '3.jpg', '5.png: label 200'))
     pairs = pair_files(set8/'images', set8/'masks')
     with pytest.raises(ValueError, match='2 faulty of 8'): check_dataset(pairs, scene_classes, progress=False)
@@ -108,9 +110,12 @@ def test_colour_masks(set8):
     with pytest.raises(ValueError, match=r'png: colour \(128, 0, 0\)'): read_all(load(set8, colours=colours))
     with pytest.raises(ValueError, match='colours has'): load(set8, colours={(0,0,0): 'house'})
 
-nonsense = [dict(bs=0), dict(bs='4'), dict(bs=True), dict(size=0), dict(size=(48,)), dict(size=4.5), dict(num_workers=-1), dict(seed=-1),
-    dict(seed='x'), dict(zoom=(2,1)), dict(zoom=1), dict(augment=3), dict(stats=([0],[1])), dict(valid=0), dict(valid=2),
-    dict(valid=['nobody']), dict(valid=[str(i) for i in range(8)]), dict(classes='abc'), dict(classes=[]), dict(classes=['a','a']),
+nonsense = [dict(bs=0), dict(bs='4'), dict(bs=True), dict(size=0), dict(size=(48,)), dict(size=4.5),
+    dict(num_workers=-1), dict(seed=-1),
+    dict(seed='x'), dict(zoom=(2,1)), dict(zoom=1), dict(augment=3), dict(stats=([0],[1])), dict(valid=0),
+        dict(valid=2),
+    dict(valid=['nobody']), dict(valid=[str(i) for i in range(8)]), dict(classes='abc'), dict(classes=[]),
+        dict(classes=['a','a']),
     dict(ignore_index=3), dict(ignore_index=300), dict(ignore_index=None), dict(valid_seed=-1), dict(nonsense=1)]
 
 @pytest.mark.parametrize('kwargs', nonsense)
@@ -118,17 +123,21 @@ def test_nonsense_for_custom_masks(set8, kwargs):
     with pytest.raises((ValueError, TypeError)) as e: load(set8, **kwargs)
     assert next(iter(kwargs)) in str(e.value)
 
-@pytest.mark.parametrize('kwargs', [dict(n_train=0), dict(n_valid=-1), dict(n_train=2.5), dict(size=0), dict(size='96'), dict(bs=0),
+@pytest.mark.parametrize('kwargs', [dict(n_train=0), dict(n_valid=-1), dict(n_train=2.5), dict(size=0),
+    dict(size='96'), dict(bs=0),
     dict(seed=-1), dict(classes=[]), dict(classes=['cube']), dict(classes='disc'), dict(augment='yes')])
 def test_nonsense_for_scenes(kwargs):
     with pytest.raises((ValueError, TypeError)) as e: scenes(**dict(n_train=2, n_valid=2) | kwargs)
     assert next(iter(kwargs)) in str(e.value)
 
 zeros, bytes_ = np.zeros((2,2)), np.zeros((2,2), int)
-calls = dict(voc_split=lambda: voc(split='nope'), voc_year=lambda: voc(year=1999), voc_valid=lambda: voc(valid_split=None),
+calls = dict(voc_split=lambda: voc(split='nope'), voc_year=lambda: voc(year=1999),
+    voc_valid=lambda: voc(valid_split=None),
     sbd_split=lambda: sbd(split='trainaug'), camvid_path=lambda: camvid(path=3), no_classes=lambda: label_table(0),
-    many_classes=lambda: label_table(300), ignored_class=lambda: label_table(5, 2), codes=lambda: label_table(3, codes={0: 9}),
-    no_file=lambda: read_image(None), number_as_file=lambda: read_mask(3, label_table(2)), pairs=lambda: pair_files(3, 4),
+    many_classes=lambda: label_table(300), ignored_class=lambda: label_table(5, 2), codes=lambda: label_table(3,
+        codes={0: 9}),
+    no_file=lambda: read_image(None), number_as_file=lambda: read_mask(3, label_table(2)),
+        pairs=lambda: pair_files(3, 4),
     array=lambda: denormalize(np.zeros((3,4,4)), ([0],[1])), flat=lambda: denormalize(torch.zeros(2,2), ([0],[1])),
     logits=lambda: colorize(zeros, voc_palette), negative=lambda: colorize(bytes_ - 1, voc_palette),
     palette=lambda: colorize(bytes_, [1,2,3]), check=lambda: check_dataset(3))
@@ -240,7 +249,8 @@ def test_pickle_new_and_device(set8):
     assert dls.to('cpu').train.device==torch.device('cpu') and dls.one_batch()[0].device.type=='cpu'
 
 class Toy(nn.Sequential):
-    def __init__(self, n): super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, n, 1))
+    def __init__(self, n): super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,
+        n, 1))
 
 def fit_one(dls):
     loss = lambda p,y: F.cross_entropy(p, y, ignore_index=-100 if dls.ignore_index is None else dls.ignore_index)
@@ -269,3 +279,168 @@ def test_learner_on_camvid():
 def test_sizes_in_headers(set8):
     check_sizes(pair_files(set8/'images', set8/'masks'))
     assert read_colour_mask(write(set8/'c.png', np.zeros((4,4,3), np.uint8)), {(0,0,0): 2}).tolist()==[[2]*4]*4
+
+
+# --- files as the world writes them
+
+def set_of(root, save_image=None, save_mask=None, n=8, classes=('ground', 'thing'), **kwargs):
+    "A set of two classes whose files are written by these functions of (path without ending, pixels)"
+    for i in range(n):
+        image, mask = scene(i, 48)
+        for kind, save, pixels in (('images', save_image, image), ('masks', save_mask, (mask > 0).astype(np.uint8))):
+            (root/kind).mkdir(parents=True, exist_ok=True)
+            (save or (lambda p, x: Image.fromarray(x).save(f'{p}.png')))(root/kind/f'{i}', pixels)
+    kwargs = dict(size=48, bs=2, device='cpu', augment=False, seed=0) | kwargs
+    return custom_masks(root/'images', root/'masks', list(classes), **kwargs)
+
+def truth(dls): return torch.cat([y for _, y in dls.valid]).as_subclass(torch.Tensor)
+
+masks = dict(
+    one_bit=lambda p, m: Image.fromarray(m > 0).save(f'{p}.png'),
+    palette=lambda p, m: _palette(p, m),
+    sixteen_bits=lambda p, m: Image.fromarray(m.astype(np.uint16)).save(f'{p}.png'),
+    grey_rgb=lambda p, m: Image.fromarray(np.stack([m]*3, -1)).save(f'{p}.png'),
+    grey_rgba=lambda p, m: Image.fromarray(np.stack([m]*3 + [m*0 + 255], -1)).save(f'{p}.png'),
+    tiff=lambda p, m: Image.fromarray(m).save(f'{p}.tif'),
+    bmp=lambda p, m: Image.fromarray(m).save(f'{p}.bmp'),
+    array=lambda p, m: np.save(f'{p}.npy', m))
+
+def _palette(p, m):
+    im = Image.fromarray(m)
+    im.putpalette([0, 0, 0, 200, 30, 30])
+    im.save(f'{p}.png', bits=1)
+
+@pytest.mark.parametrize('form', masks)
+def test_masks_of_all_forms_are_the_same_labels(tmp_path, form):
+    plain = set_of(tmp_path/'plain')
+    assert torch.equal(truth(set_of(tmp_path/form, save_mask=masks[form])), truth(plain))
+
+@pytest.mark.parametrize('form', [dict(kind='jpg', quality=95), dict(kind='webp', quality=80), dict(kind='avif')],
+                         ids=lambda f: f['kind'])
+def test_masks_through_lossy_files_are_refused(tmp_path, form):
+    def save(p, m): Image.fromarray(m).save(f'{p}.{form["kind"]}', **{k: v for k, v in form.items() if k != 'kind'})
+    with pytest.raises(ValueError, match=r"(?s)8 faulty of 8.*save\('mask.png'\).*and 7 more"):
+        set_of(tmp_path, save_mask=save)
+
+images = dict(
+    grey=lambda p, x: Image.fromarray(x).convert('L').save(f'{p}.png'),
+    rgba=lambda p, x: Image.fromarray(x).convert('RGBA').save(f'{p}.png'),
+    palette=lambda p, x: Image.fromarray(x).quantize(16).save(f'{p}.png', bits=4),
+    array=lambda p, x: np.save(f'{p}.npy', x), tiff=lambda p, x: Image.fromarray(x).save(f'{p}.tif'))
+
+@pytest.mark.parametrize('form', images)
+def test_images_of_all_forms_have_three_channels(tmp_path, form):
+    x = set_of(tmp_path, save_image=images[form]).valid.one_batch()[0]
+    assert x.shape == (2, 3, 48, 48)
+
+def test_images_of_other_channels(tmp_path):
+    dls = set_of(tmp_path, save_image=lambda p, x: np.save(f'{p}.npy', np.concatenate([x, x[..., :2]], -1)),
+        augment=True)
+    x = dls.one_batch()[0]
+    assert x.shape == (2, 5, 48, 48) and len(dls.stats[0]) == 5
+    dls.show_batch()
+
+def test_sixteen_bit_images_say_what_to_do(tmp_path):
+    def save(p, x): Image.fromarray(x.mean(-1).astype(np.uint16)*257).save(f'{p}.png')
+    with pytest.raises(ValueError, match=r'/257\)'): set_of(tmp_path, save).one_batch()
+    read = lambda f: (np.array(Image.open(f))/257).astype(np.uint8)
+    assert set_of(tmp_path, save, read_image=read).one_batch()[0].shape == (2, 1, 48, 48)
+
+@pytest.mark.parametrize('turn', [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270])
+def test_photos_are_upright(tmp_path, turn):
+    "A phone stores what the sensor saw and how to turn it; the mask was drawn on what one sees"
+    orientation = {Image.Transpose.ROTATE_90: 6, Image.Transpose.ROTATE_180: 3, Image.Transpose.ROTATE_270: 8}[turn]
+    def save(p, x):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(x[:40]).transpose(turn).save(f'{p}.png', exif=exif)
+    drawn = lambda p, m: Image.fromarray(m[:40]).save(f'{p}.png')
+    dls = set_of(tmp_path/'a', save, drawn)
+    plain = set_of(tmp_path/'b', lambda p, x: Image.fromarray(x[:40]).save(f'{p}.png'), drawn)
+    for a, b in zip(dls.valid, plain.valid): assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert any('EXIF' in f for f in check_dataset(dls, progress=False, verbose=False).attrs['findings'])
+
+def test_a_mask_that_lies_on_its_side_says_how_to_turn_it(tmp_path):
+    with pytest.raises(ValueError, match='transpose'):
+        set_of(tmp_path, lambda p, x: Image.fromarray(x[:40]).save(f'{p}.png'),
+               lambda p, m: Image.fromarray(np.rot90(m[:40])).save(f'{p}.png'))
+
+def test_codes_and_masks_of_a_paint_tool(tmp_path):
+    paint = lambda p, m: Image.fromarray(m*255).save(f'{p}.png')
+    with pytest.raises(ValueError, match='codes={0: 0, 255: 1}'): set_of(tmp_path, save_mask=paint)
+    for codes in ({0: 0, 255: 1}, {0: 'ground', 255: 'thing'}):
+        assert torch.equal(truth(set_of(tmp_path, save_mask=paint, codes=codes)), truth(set_of(tmp_path/'plain')))
+    with pytest.raises(ValueError, match='codes has 255'): set_of(tmp_path, save_mask=paint, codes={255: 'roof'})
+    with pytest.raises(ValueError, match='pass one of them'): set_of(tmp_path, codes={0: 0}, colours={(0, 0, 0): 0})
+
+def test_names_are_compared_as_they_look(tmp_path):
+    from unicodedata import normalize
+    def named(form, save): return lambda p, x: Image.fromarray(x).save(p.with_name(normalize(form,
+        f'Zürich_{p.name}.png')))
+    dls = set_of(tmp_path, named('NFC', 0), named('NFD', 0), valid=[normalize('NFD', 'Zürich_3')])
+    assert len(dls.train_ds) == 7
+
+@pytest.mark.parametrize('turn', [lambda x: x[..., ::-1], np.fliplr, np.rot90, lambda x: x[::2, ::2],
+    np.asfortranarray],
+                         ids=['bgr', 'fliplr', 'rot90', 'every other', 'fortran'])
+def test_read_functions_may_return_views(turn):
+    from noisyseg.data.loaders import mask_dataloaders
+    flat = lambda y: turn(np.stack([y]*3, -1))[..., 0]
+    read = lambda i: (lambda x, y: (turn(x), flat(y)))(*scene(i, 48))
+    x, y = mask_dataloaders(range(8), range(8, 12), read, scene_classes, voc_palette[:7], 255, size=32, bs=2,
+                            device='cpu').one_batch()
+    assert x.shape == (2, 3, 32, 32) and y.shape == (2, 32, 32)
+
+def test_a_postscript_file_starts_no_program(tmp_path, monkeypatch):
+    gs = tmp_path/'gs'
+    gs.write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+    gs.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:/usr/bin:/bin')
+    for name in ('photo.png', 'photo.eps'):
+        (tmp_path/name).write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n')
+        with pytest.raises(ValueError, match=name): read_image(tmp_path/name)
+    assert not (tmp_path/'ran').exists()
+
+# --- the doctor
+
+def test_groups_stay_on_one_side(tmp_path):
+    dls = set_of(tmp_path, groups=lambda name: int(name)//4, valid=0.5)
+    sides = [{int(i.stem)//4 for i, _ in dl.dataset.items} for dl in dls.loaders]
+    assert not sides[0] & sides[1]
+    with pytest.raises(ValueError, match='one group'): set_of(tmp_path, groups=lambda name: 0)
+
+def test_a_class_without_a_pixel_is_an_error_at_the_door(tmp_path):
+    with pytest.raises(ValueError, match="no pixel of 'roof' in the 6 training masks"):
+        set_of(tmp_path, classes=('ground', 'thing', 'roof'))
+    set_of(tmp_path, classes=('ground', 'thing', 'roof'), check=False)
+
+def test_frames_of_one_film_on_both_sides_are_a_finding(tmp_path):
+    "A random split of a film is flagged, a split by film is not, and neither are unrelated pictures with numbers"
+    from noisyseg.data.loaders import mask_dataloaders
+    def write_films(films, step):
+        for film in range(films):
+            canvas, labels = scene(100 + film, 160)
+            for k in range(12):
+                at = k*step
+                write(tmp_path/'i'/f'{film}_{k:03}.png', canvas[at:at+64, at:at+64])
+                write(tmp_path/'m'/f'{film}_{k:03}.png', labels[at:at+64, at:at+64])
+    write_films(4, 2)
+    from functools import partial
+    load = partial(custom_masks, tmp_path/'i', tmp_path/'m', scene_classes, size=64, bs=2, check=False)
+    from noisyseg.data.doctor import relatives, survey
+    def found(**kw):
+        dls = load(**kw)
+        return relatives(*(survey(dl.dataset.items, dl.dataset.read) for dl in dls.loaders))
+    assert any('sequences' in f or 'near-duplicates' in f for f in found())
+    assert not found(groups=lambda name: name[0])
+    items = [scene(i, 48) for i in range(30)]
+    other = mask_dataloaders(items[:24], items[24:], lambda o: o, scene_classes, voc_palette[:7], 255, size=48, bs=2)
+    assert not relatives(*(survey(dl.dataset.items, dl.dataset.read) for dl in other.loaders))
+
+def test_without_progress_nothing_is_printed(set8, capsys):
+    check_dataset(load(set8), progress=False, verbose=False)
+    assert not capsys.readouterr().out
+
+def test_weights_favour_rare_classes(set8):
+    w = class_weights(check_dataset(load(set8), progress=False, verbose=False))
+    assert len(w) == 7 and w[0] == min(w) and abs(np.mean(w) - 1) < 1e-9

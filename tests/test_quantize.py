@@ -13,7 +13,8 @@ from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObser
 from torch.nn.functional import cross_entropy
 
 from noisyseg.perturb.disturbance import Law
-from noisyseg.perturb.clone import clone_weights, conv_and_linear, perturbed
+from noisyseg.perturb.clone import clone_weights, perturbed
+from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.show.predictor import NoisyPredictor, controls, disturbance_of, menu_of, values_of
 from noisyseg.measure.quantization_sweep import quantization_sweep
 from noisyseg.perturb.quantization import Quantize, inner_layers, quantized, weight_grid

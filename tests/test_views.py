@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastai.callback.progress import ProgressCallback # noqa: F401, gives Learner its no_bar
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
-from noisyseg.data.datasets import check_dataset, scenes
+from noisyseg.data.datasets import scenes
+from noisyseg.data.doctor import check_dataset
 from noisyseg.data.loaders import MaskDataset, augmenter
 from noisyseg.data.files import colorize, data_root
 from noisyseg.data.procedural import scene, scene_classes, scene_palette

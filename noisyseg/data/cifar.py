@@ -103,7 +103,7 @@ def decode(self:ClassFolders, numbers):
         read = z.read if z else lambda name: (self.path/name).read_bytes()
         size = _decode(read, self.path, self.names[0]).shape
         out = np.empty((len(names), *size), np.uint8)
-        for k,name in enumerate(progress_bar(names, display=len(names)>6000)):
+        for k,name in enumerate(progress_bar(names) if len(names)>6000 else names):
             x = _decode(read, self.path, name)
             if x.shape!=size:
                 raise ValueError(f"{self.path}: {name} has {x.shape[1]}x{x.shape[0]} pixels, {self.names[0]} has "

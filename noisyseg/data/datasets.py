@@ -6,26 +6,22 @@ Docs: https://noisyseg.github.io/noisyseg/data/datasets.html.md"""
 
 # %% auto #0
 __all__ = ['camvid_classes', 'camvid_palette', 'camvid_groups', 'voc_classes', 'voc_palette', 'scenes', 'find_set', 'camvid',
-           'voc', 'sbd', 'custom_masks', 'class_names', 'labels_of', 'hold_out', 'pair_folders', 'check_dataset']
+           'voc', 'sbd']
 
 # %% ../../nbs/data/05_datasets.ipynb #70021b96
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from warnings import warn
 import numpy as np
-import pandas as pd
 from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from fastcore.basics import noop
 from fastcore.meta import delegates
-from fastprogress import progress_bar
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, fastai_path
 from .archives import fetch_and_extract
 from .loaders import augmenter, mask_dataloaders
-from .files import (MissingData, PairReader, check_sizes, data_root, distinct_palette, label_table,
-                                 pair_files, whole)
+from .files import MissingData, PairReader, check_sizes, data_root, label_table, pair_files, whole
 from .procedural import outlines, scene, scene_classes, scene_palette
 
 # %% ../../nbs/data/05_datasets.ipynb #ee047737
@@ -200,116 +196,3 @@ def sbd(
     read = PairReader(label_table(21, 255))
     return mask_dataloaders(*_splits(make, root, split, valid_split), read, voc_classes, voc_palette, 255, size, bs,
                             **kwargs)
-
-# %% ../../nbs/data/05_datasets.ipynb #4d4c30d7
-@delegates(mask_dataloaders, but=['ignore_index'])
-def custom_masks(
-    images, # a folder of images, a list of files, or a list of pairs (image, mask)
-    masks, # a folder of masks, or a list of files; a mask has its image's name; None where `images` are pairs
-    classes:list, # class names; a mask's value 0 is the first
-    size=(256,256), # number, or (height, width)
-    bs:int=8, # batch size
-    valid=0.2, # to validate on: a share of the images, a list of their names, or two folders (images, masks)
-    valid_seed:int=0, # which ones, where `valid` is a share
-    palette:list|None=None, # RGB triples, one per class; None: chosen for you
-    colours:dict|None=None, # {(r,g,b): class name or label}, for masks in colours
-    ignore_index:int=255, # label that does not count
-    suffix:str='', # what a mask's name has after its image's
-    check:bool=True, # look into the files now?
-    **kwargs
-) -> DataLoaders:
-    "Anyone's images and masks"
-    classes = class_names(classes)
-    if whole('ignore_index', ignore_index, len(classes))>255:
-        raise ValueError(f"{ignore_index=}: expected {len(classes)} to 255")
-    pairs = list(images) if masks is None else pair_files(images, masks, suffix)
-    train, held = pair_folders(pairs, valid, suffix) or hold_out(pairs, valid, valid_seed)
-    if check: check_sizes([*train, *held])
-    if colours is None: read = PairReader(label_table(len(classes), ignore_index))
-    else: read = PairReader(colours=labels_of(colours, classes, ignore_index))
-    palette = palette or distinct_palette(len(classes))
-    return mask_dataloaders(train, held, read, classes, palette, ignore_index, size, bs, **kwargs)
-
-# %% ../../nbs/data/05_datasets.ipynb #02d78dda
-def class_names(
-    classes # class names; label 0 is the first
-) -> list:
-    "The names as a list, or an error where they are none"
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
-        raise TypeError(f"classes={classes!r}: expected a list of names")
-    classes = list(classes)
-    if not 0<len(set(classes))==len(classes)<256:
-        raise ValueError(f"classes={classes}: expected 1 to 255 different names")
-    return classes
-
-# %% ../../nbs/data/05_datasets.ipynb #1819a1b8
-def labels_of(
-    meanings:dict, # {colour or stored value: class name or label}
-    classes:list, # class names
-    ignore_index:int # label that does not count
-) -> dict: # {colour or stored value: label}
-    "What colours or stored values mean, as labels"
-    labels = {c: classes.index(v) if v in classes else v for c,v in meanings.items()}
-    for c,v in labels.items():
-        if v!=ignore_index and v not in range(len(classes)):
-            raise ValueError(f"colours has {c}: {v!r}; expected one of {classes}")
-    return labels
-
-# %% ../../nbs/data/05_datasets.ipynb #49feeeb4
-def hold_out(
-    pairs:list, # (image, mask) files
-    valid, # share of the images, or a list of their names
-    seed:int=0 # which ones, where `valid` is a share
-) -> tuple: # (training pairs, validation pairs)
-    "Some images for validation, the others for training"
-    if isinstance(valid, (int,float)):
-        if not 0<valid<1: raise ValueError(f"{valid=}: expected a share between 0 and 1, or a list of names")
-        order = np.random.default_rng(whole('valid_seed', seed, 0)).permutation(len(pairs))
-        held = set(order[:max(1, round(valid*len(pairs)))].tolist())
-    else:
-        at = {p[0].stem: i for i,p in enumerate(pairs)}
-        wanted = [Path(v).stem for v in valid]
-        if unknown := [v for v in wanted if v not in at]:
-            raise ValueError(f"valid names {unknown[0]!r}, which is none of the {len(pairs)} images")
-        held = {at[v] for v in wanted}
-    if len(held)==len(pairs):
-        raise ValueError(f"all {len(pairs)} images are held out for validation: nothing is left to train on")
-    return [p for i,p in enumerate(pairs) if i not in held], [p for i,p in enumerate(pairs) if i in held]
-
-# %% ../../nbs/data/05_datasets.ipynb #25d5ddc7
-def pair_folders(
-    pairs:list, # (image, mask) files to train on
-    valid, # two folders (images, masks), or something else
-    suffix:str='' # what a mask's name has after its image's
-): # (training pairs, validation pairs), or None where `valid` is something else
-    "Validation in folders of its own"
-    if isinstance(valid, (tuple,list)) and len(valid)==2 and all(Path(str(v)).is_dir() for v in valid):
-        return pairs, pair_files(*valid, suffix)
-
-# %% ../../nbs/data/05_datasets.ipynb #2e6fd0b0
-def check_dataset(
-    data, # DataLoaders from this notebook, or a list of (image, mask) files
-    classes=None, # class names, for a list of files
-    ignore_index:int|None=255, # label that does not count, for a list of files
-    progress:bool=True # show a bar?
-) -> pd.DataFrame: # a row per set and class: pixels, share of the pixels that count, images that show it
-    "Read every image and mask; one error that names every faulty file, or a table of class frequencies"
-    if isinstance(data, DataLoaders):
-        classes, ignore_index = data.vocab, data.ignore_index
-        sets = {name: (dl.dataset.items, dl.dataset.read) for name,dl in zip(('train','valid'), data.loaders)}
-    elif classes is None or not isinstance(data, Iterable):
-        raise TypeError("expected DataLoaders, or a list of (image, mask) files and classes=")
-    else: sets = {'all': (list(data), PairReader(label_table(len(class_names(classes)), ignore_index)))}
-    rows, faults = [], []
-    for name,(items,read) in sets.items():
-        pixels, images = np.zeros(256, int), np.zeros(256, int)
-        for item in progress_bar(items, display=progress):
-            try: counts = np.bincount(read(item)[1].ravel(), minlength=256)
-            except ValueError as e: faults.append(str(e))
-            else: pixels, images = pixels + counts, images + (counts>0)
-        total = pixels[:len(classes)].sum()
-        rows += [dict(set=name, label=i, name=c, pixels=pixels[i], share=pixels[i]/max(total, 1), images=images[i])
-                 for i,c in enumerate(classes)]
-    n = sum(len(items) for items,_ in sets.values())
-    if faults: raise ValueError('\n'.join([f"{len(faults)} faulty of {n} pairs:", *faults[:20]]))
-    return pd.DataFrame(rows)

@@ -28,7 +28,8 @@ from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
 from .loaders import ColourOnly, as_image, seeded, stats_of
 from .files import colorize, read_image, to_rgb, whole
-from .datasets import custom_masks, scenes
+from .datasets import scenes
+from .own import custom_masks
 from .splits import check_apart, check_images, pair_some, split_labelled
 from .procedural import outlines
 
@@ -336,7 +337,9 @@ def semi_scenes(
     return semi(dls, range(n), **kwargs)
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #b512c815
-@delegates(semi, but=['n','split_seed','verbose'])
+_OWN = ('valid', 'valid_seed', 'palette', 'colours', 'codes', 'ignore_index', 'groups', 'read_image')
+
+@delegates(semi, but=['n','split_seed','verbose'], keep=True)
 def semi_folder(
     images, # a folder of images, or a list of files
     masks, # a folder of masks, or a list of files; a mask has its image's name
@@ -344,23 +347,18 @@ def semi_folder(
     unlabelled=None, # a folder of images without masks, or a list of files; None: those of `images` that have no mask
     size=(256,256), # number, or (height, width)
     bs:int=4, # labelled images in a batch
-    valid=0.2, # to validate on: a share of the images with masks, a list of their names, or two folders (images, masks)
-    valid_seed:int=0, # which ones, where `valid` is a share
-    palette:list|None=None, # RGB triples, one per class; None: chosen for you
-    colours:dict|None=None, # {(r,g,b): class name or label}, for masks in colours
-    ignore_index:int=255, # label that does not count
     suffix:str='', # what a mask's name has after its image's
-    check:bool=True, # read all masks and compare the files of the three sets now?
+    check:bool=True, # read all files, and compare those of the three sets now?
     seed:int|None=None, # of order and views; None draws one from torch's generator
-    **kwargs
+    **kwargs # for `custom_masks` (valid, palette, colours, codes, ignore_index, groups, read_image, ...) and `semi`
 ) -> DataLoaders:
     "Anyone's images, with masks for a few of them"
     pairs, rest = pair_some(images, masks, unlabelled, suffix)
-    dls = custom_masks(pairs, None, classes, size, bs, valid, valid_seed, palette, colours, ignore_index, suffix, False,
-                       seed=seed)
+    own = {k: kwargs.pop(k) for k in [*kwargs] if k in _OWN}
+    dls = custom_masks(pairs, None, classes, size, bs, suffix=suffix, check=check, seed=seed, **own)
     if check:
-        train, held = dls.train_ds.items, dls.valid_ds.items
-        check_images([*train, *held], dls.train_ds.read)
+        sides = {'labelled': dls.train_ds.items, 'for validation': dls.valid_ds.items}
+        check_images([i for s in sides.values() for i,_ in s], dls.train_ds.read.image)
         check_images(rest)
-        check_apart({'labelled': [i for i,_ in train], 'for validation': [i for i,_ in held], 'unlabelled': rest})
+        check_apart({k: [i for i,_ in s] for k,s in sides.items()} | {'unlabelled': rest})
     return semi(dls, None, rest, bs, **kwargs)

@@ -98,7 +98,7 @@ class _Context:
         self._done = []   # what is changed by now
         try:
             result = self._begin()
-            if self.hold.waiting: self._undo()
+            self.hold.deliver()   # signals that waited
             return result
         except BaseException:
             self._undo()

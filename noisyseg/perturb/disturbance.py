@@ -195,11 +195,14 @@ class Law(Disturbance):
     "Base of all laws: `(weight, z) -> perturbed weight`, at a level that is the first field."
     label: ClassVar[str] = 'weight noise'
     where: ClassVar[Selector] = conv_and_norm
+    pure: ClassVar[bool] = False  # a promise not to write into its arguments: then it is not given copies of them
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         # what a parent promised does not hold for a child that computes something else
-        if cls.__dict__.keys() & {'noise', '__call__'} and 'rowwise' not in cls.__dict__: cls.rowwise = Law.rowwise
+        if cls.__dict__.keys() & {'noise', '__call__'}:
+            if 'rowwise' not in cls.__dict__: cls.rowwise = Law.rowwise
+            if 'pure' not in cls.__dict__: cls.pure = False
 
     def __call__(self,
         weight: Tensor,  # clean weight, floating point, any shape
@@ -388,6 +391,7 @@ def another_draw(
 @dataclass(frozen=True)
 class ComposedLaw(Composed, Law):
     "Several laws, one after the other; make one with `compose`."
+    pure = property(lambda self: all(p.pure for p in self.parts))
     acting = Law.acting
     drawn = Law.drawn
     describe = Composed.__str__

@@ -62,6 +62,7 @@ class MaxGaussian(AdditiveLaw):
     levels: ClassVar[tuple] = (0.02, 0.05, 0.1)
     share: ClassVar[bool] = True
     top: ClassVar[float] = 0.3
+    pure: ClassVar[bool] = True
 
     def __post_init__(self):
         check_number(self, 'n', 0)
@@ -86,6 +87,7 @@ class AbsoluteGaussian(AdditiveLaw):
     levels: ClassVar[tuple] = (0.005, 0.01, 0.02)
     where: ClassVar[Selector] = conv_and_linear
     top: ClassVar[float] = 0.2
+    pure: ClassVar[bool] = True
 
     def __post_init__(self): check_number(self, 'strength', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.strength * z
@@ -101,6 +103,7 @@ class MultiplicativeGaussian(AdditiveLaw):
     axis: ClassVar[str] = 'noise sigma, in % of each weight'
     levels: ClassVar[tuple] = (0.05, 0.1, 0.2)
     share: ClassVar[bool] = True
+    pure: ClassVar[bool] = True
 
     def __post_init__(self): check_number(self, 'sigma', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.sigma * weight * z
@@ -116,6 +119,7 @@ class RelativeGaussian(AdditiveLaw):
     axis: ClassVar[str] = 'noise strength, in % of std W'
     levels: ClassVar[tuple] = (0.05, 0.1, 0.2)
     share: ClassVar[bool] = True
+    pure: ClassVar[bool] = True
     where: ClassVar[Selector] = conv_and_linear
 
     def __post_init__(self): check_number(self, 'strength', 0)

@@ -28,6 +28,13 @@ class Grid(NamedTuple):
     low: int  # smallest number
     high: int  # largest number
 
+    def numbers(self,
+        weight: Tensor,  # of a shape that the grid broadcasts to
+    ) -> Tensor:  # whole numbers from `low` to `high`, same shape
+        "The numbers that weights are rounded to."
+        inverse = torch.where(self.step > 0, 1 / self.step, 0)   # as PyTorch's kernels do it: the same ties
+        return ((weight * inverse).round() + self.zero).clamp(self.low, self.high)
+
 # %% ../../nbs/perturb/05_quantization.ipynb #00f9dddd
 def _numbers(bits, scheme):
     "The smallest and the largest number of a grid of `2**bits` values."
@@ -72,6 +79,7 @@ class Quantize(Law):
     levels: ClassVar[tuple] = (8, 6, 4, 3, 2)
     off: ClassVar[str] = 'not quantized'
     random: ClassVar[bool] = False
+    pure: ClassVar[bool] = True
     top: ClassVar[float] = 12.
     step: ClassVar[float] = 1
     where: ClassVar[Selector] = conv_and_linear
@@ -94,9 +102,8 @@ class Quantize(Law):
 
     def __call__(self, weight: Tensor, z: Tensor = None) -> Tensor:
         if not self.bits: return weight.clone()
-        step, zero, low, high = weight_grid(weight, self.bits, self.per, self.scheme)
-        inverse = torch.where(step > 0, 1 / step, 0)   # as PyTorch's kernels do it: the same ties go the same way
-        return (((weight * inverse).round() + zero).clamp(low, high) - zero) * step
+        grid = weight_grid(weight, self.bits, self.per, self.scheme)
+        return (grid.numbers(weight) - grid.zero) * grid.step
 
     def rowwise(self, weight: Tensor) -> bool: return self.per == 'channel'
 

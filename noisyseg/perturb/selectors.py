@@ -6,11 +6,11 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/selectors.html.md"""
 
 # %% auto #0
 __all__ = ['conv_and_norm', 'conv_and_linear', 'kernels_and_scales', 'Site', 'weight_sites', 'Selector', 'by_name', 'as_selector',
-           'select']
+           'unreachable', 'span', 'overlap', 'select']
 
 # %% ../../nbs/perturb/01_selectors.ipynb #45714f27
-import fnmatch
-from collections.abc import Callable
+import fnmatch, warnings
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,9 +52,9 @@ def weight_sites(
     sites = []
     for mname, module in model.named_modules():
         if 'parametrizations' in mname.split('.'): continue
-        mname = plain_name(model, mname)
         attrs = [a for a, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
         attrs += list(getattr(module, 'parametrizations', {}))
+        mname = plain_name(model, mname)
         sites += [Site(f'{mname}.{a}' if mname else a, module, a) for a in attrs]
     return sites
 
@@ -176,10 +176,13 @@ def _computed_by_hooks(model):
 def _check_weight(name, w):
     if isinstance(w, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name} has no shape yet: run one batch through the model first")
-    if hasattr(w, 'full_tensor'):
-        raise ValueError(f"{name} is a shard of a weight (fully_shard): each process holds a part of it, so its scale and "
-                         f"its noise are not known here. Use torch.nn.parallel.DistributedDataParallel(model), or "
-                         f"perturb the network before it is sharded")
+    if hasattr(w, 'device_mesh'):
+        raise ValueError(f"{name} is a shard of a weight (a DTensor, as fully_shard makes it): no process has all of it. "
+                         f"Use torch.nn.parallel.DistributedDataParallel(model), or perturb the model before "
+                         f"fully_shard(model)")
+    if type(w).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ValueError(f"{name} is a {type(w).__name__}, which keeps its numbers in a form of its own: perturb the "
+                         f"model before it is converted, or leave it out with where=")
     if w.is_meta: raise ValueError(f"{name} is on the meta device and holds no numbers: load the weights first")
     if w.is_inference():
         raise ValueError(f"{name} was made under torch.inference_mode and can't be changed in place: build the model "
@@ -193,6 +196,66 @@ def _check_weight(name, w):
     if any(n > 1 and step == 0 for n, step in zip(w.shape, w.stride())):
         raise ValueError(f"{name} of shape {tuple(w.shape)} is expanded: several of its numbers are one. Make it whole "
                          f"with .clone() before it gets noise")
+
+# %% ../../nbs/perturb/01_selectors.ipynb #cc20b825
+class _Unreachable(NamedTuple):
+    "A weight that is no parameter: in a quantized layer, a buffer, a layer in TorchScript."
+    name: str
+    module: nn.Module  # or a stand-in of the class that it was before it was converted
+    weight: Tensor
+
+    def value(self): return self.weight
+
+def _before_conversion(module):
+    "An empty module of the class that a converted one was made of, for selectors to look at."
+    cls = getattr(type(module), '_FLOAT_MODULE', None) or getattr(nn, getattr(module, 'original_name', ''), None)
+    cls = cls[0] if isinstance(cls, tuple) else cls
+    return cls.__new__(cls) if isinstance(cls, type) and issubclass(cls, nn.Module) else module
+
+def unreachable(
+    model: nn.Module,  # any module
+) -> Iterator[_Unreachable]:
+    "The weights that noise can't reach, since they are no parameters."
+    model = unwrapped(model)
+    for mname, m in model.named_modules():
+        mname = plain_name(model, mname)
+        own = dict(m.named_parameters(recurse=False)).get('weight')
+        scripted = isinstance(m, torch.jit.ScriptModule)
+        if parametrize.is_parametrized(m) or (own is not None and not scripted): continue
+        w = getattr(m, 'weight', None)
+        try: w = w() if callable(w) and not isinstance(w, nn.Module) else w   # a method in quantized layers
+        except (RuntimeError, TypeError): continue
+        if not isinstance(w, Tensor): continue
+        w = w.dequantize() if w.is_quantized else w
+        yield _Unreachable(f'{mname}.weight' if mname else 'weight', _before_conversion(m), w)
+
+# %% ../../nbs/perturb/01_selectors.ipynb #0fc83477
+def _report_unreachable(model, where, reached):
+    reached = {s.name for s in reached}
+    picked = [u.name for u in where._pick(unreachable(model)) if u.name not in reached]
+    if not picked: return
+    some = ', '.join(picked[:3]) + (f' and {len(picked) - 3} more' if len(picked) > 3 else '')
+    warnings.warn(f"where={where} means {some} too, but what is there is no parameter (quantized, frozen as a buffer, or "
+                  f"in TorchScript) and gets no noise: perturb the model before it is converted, or leave it out with "
+                  f"where=", stacklevel=4)
+
+def span(
+    weight: Tensor,  # any ordinary tensor with at least one number
+) -> tuple:  # device, start of the storage, first byte, last byte + 1
+    "The memory that a tensor lies in: two Parameters may be views of one storage."
+    first = weight.data_ptr()
+    length = 1 + sum((n - 1) * step for n, step in zip(weight.shape, weight.stride()))
+    return weight.device, weight.untyped_storage().data_ptr(), first, first + length * weight.element_size()
+
+def overlap(
+    a: list,  # spans
+    b: list,  # spans
+) -> bool:
+    "Has some span of `a` a byte in common with some of `b`?"
+    by_storage = {}
+    for device, storage, first, end in b: by_storage.setdefault((device, storage), []).append((first, end))
+    return any(first < other_end and other < end for device, storage, first, end in a
+               for other, other_end in by_storage.get((device, storage), ()))
 
 # %% ../../nbs/perturb/01_selectors.ipynb #06d0a70b
 @torch.no_grad()
@@ -219,6 +282,7 @@ def select(
         place = (w.device, w.data_ptr(), w.shape)
         if s.parametrized or place not in seen: sites.append(s)
         seen.add(place)
+    _report_unreachable(model, where, sites)
     if not sites:
         kinds = sorted({type(s.module).__name__ for s in everything})
         raise ValueError(f"where={where} selects no weights in {type(model).__name__}, whose weights are in "
