@@ -135,7 +135,7 @@ def _known(self:PseudoLabelPanel, i, image, ds, dls, n):
     mask[~valid_pixels(mask, max(n, 2), dls.ignore_index, f'the true mask of image {i}')] = -1
     return fit(image, mask.to(torch.int16), ds.size, -1)[1].long()
 
-# %% ../../nbs/show/08_pseudo_label_panel.ipynb #feac266e
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #a4b82ba9
 _MODES = dict(train='in training mode', eval='in evaluation mode')
 
 def told_by_method(
@@ -143,7 +143,8 @@ def told_by_method(
     name: str,  # 'threshold', 'pseudo' or 'pseudo_labels'
 ):  # None where nobody says it
     "What the Learner's method says of its pseudo-labels: the callback, what it keeps in `.method`, or that one's loss."
-    for c in learn.cbs:
+    labels = lambda c: getattr(c, 'pseudo_labels', None) is not None
+    for c in sorted(learn.cbs, key=labels, reverse=True):   # who labels images is asked first
         method = getattr(c, 'method', None)
         for o in (c, method, getattr(method, 'loss', None)):
             if (told := getattr(o, name, None)) is not None: return told
