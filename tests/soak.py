@@ -36,7 +36,7 @@ from noisyseg.perturb.laws import MaxGaussian  # noqa: E402
 from noisyseg.show.monitor import TrainingMonitor  # noqa: E402
 from noisyseg.perturb.clone import holding  # noqa: E402
 from noisyseg.train.resume import Resumable  # noqa: E402
-from noisyseg.train.methods.sam import SAMCallback  # noqa: E402
+from noisyseg.train.methods.sam_callback import SAMCallback  # noqa: E402
 from noisyseg.measure.sweeps import noise_sweep  # noqa: E402
 from noisyseg.train.checkpoints import load_model, save_model  # noqa: E402
 from noisyseg.train.learner import segmentation_learner  # noqa: E402

@@ -10,7 +10,7 @@ from functools import partial
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.train.attack_sweep import attack_sweep, attack_table, weight_std
 from noisyseg.nets.classifiers import SmallResNet
 from noisyseg.perturb.disturbance import Law
 from noisyseg.perturb.laws import AbsoluteGaussian, RelativeGaussian
@@ -19,7 +19,7 @@ from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.show.predictor import menu_of
 from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.checkpoints import read_card, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 
 
 def net(seed=0):

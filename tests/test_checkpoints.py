@@ -1,5 +1,5 @@
 """Checkpoints: what is saved comes back, whatever the network is wrapped in, or an error says how to mend it.
-The lesson is nbs/train/04_checkpoints.ipynb."""
+The lesson is nbs/train/06_checkpoints.ipynb."""
 import copy
 import io
 import json

@@ -32,10 +32,11 @@ from noisyseg.train.methods.damp import DAMP
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.methods.mlpmatch import semi_learner, unet3plus_slim
-from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.basics import unwrapped
 from noisyseg.train.checkpoints import save_model
-from noisyseg.train.learner import WeightNoise, segmentation_learner
+from noisyseg.train.learner import segmentation_learner
+from noisyseg.train.noise import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.data.semi_supervised import semi_scenes
 

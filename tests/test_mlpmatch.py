@@ -22,7 +22,7 @@ from noisyseg.train.methods.match_loss import UNLABELLED, MatchLoss, PseudoLabel
 from noisyseg.train.methods.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, semi_learner, step_cost, unet3plus_slim
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 
 same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)

@@ -20,7 +20,7 @@ from noisyseg.measure.quantization_sweep import quantization_sweep
 from noisyseg.perturb.quantization import Quantize, inner_layers, quantized, weight_grid
 from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.checkpoints import read_card, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)

@@ -31,7 +31,6 @@ from fastai.optimizer import Adam, OptimWrapper
 from fastcore.basics import noop
 from torch import nn
 from noisyseg import basics
-from noisyseg.train.attack_sweep import AccumulatingNoise
 from noisyseg.train.methods.damp import DAMP
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
@@ -39,11 +38,11 @@ from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.train.methods.mlpmatch import semi_learner
 from noisyseg.show.monitor import TrainingMonitor
 from noisyseg.train.resume import Resumable
-from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.train.serialization import digest_state, load_state
 from noisyseg.basics import write_atomic
 from noisyseg.train.checkpoints import load_model, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.data.semi_supervised import semi_scenes
 import noisyseg.train.resume as resume

@@ -26,8 +26,9 @@ from noisyseg.train.methods.ascent import Ascent, ByEpoch, _norm, multi_step_rho
 from noisyseg.train.methods.damp import DAMP, damp_backward
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.perturb.clone import clone_weights, perturbed
-from noisyseg.train.methods.sam import SAM, SAMCallback
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.methods.sam import SAM
+from noisyseg.train.methods.sam_callback import SAMCallback
+from noisyseg.train.noise import WeightNoise
 
 
 def conv_net(seed=0, p=0.):
@@ -710,7 +711,8 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 from torch import nn
 from noisyseg.train.methods.ascent import norm_layers
-from noisyseg.train.methods.sam import SAM, SAMCallback
+from noisyseg.train.methods.sam import SAM
+from noisyseg.train.methods.sam_callback import SAMCallback
 
 rank = int(sys.argv[1])
 dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)   # a file: no port that another process may take

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/04_checkpoints.ipynb."""
+"""What SECURITY.md promises. The lessons are in nbs/data/04_archives.ipynb and nbs/train/06_checkpoints.ipynb."""
 import ast
 import functools
 import hashlib

@@ -14,7 +14,7 @@ from fastai.data.all import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import WeightNoise
 
 shared, seed = sys.argv[1] == 'shared', None if sys.argv[2] == 'None' else int(sys.argv[2])
 dist.init_process_group('gloo')
@@ -26,7 +26,7 @@ batches = [(torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 8, 8))) for _ in ra
 
 class Spy(Callback):
     order = 100
-    def before_batch(self): self.noisy = net[0].weight.detach().clone()
+    def after_pred(self): self.noisy = net[0].weight.detach().clone()
     def after_batch(self): self.clean = net[0].weight.detach().clone()
 
 spy, noise = Spy(), WeightNoise(MaxGaussian(0.2), seed=seed, shared=shared, where='0.*')   # the pattern is on the model's own names, not on DDP's

@@ -24,9 +24,10 @@ from noisyseg.measure.jobs import OnRay
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.show.card import card_table, robustness_card
-from noisyseg.train.methods.sam import SAMCallback
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.train.checkpoints import load_model, read_card, save_model
-from noisyseg.train.learner import WeightNoise, segmentation_learner
+from noisyseg.train.learner import segmentation_learner
+from noisyseg.train.noise import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_small
 
 SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4),

@@ -27,17 +27,18 @@ from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 
 from noisyseg import __version__
-from noisyseg.train.attack_sweep import AccumulatingNoise, attack_sweep, attack_table, weight_std
+from noisyseg.train.attack_sweep import attack_sweep, attack_table, weight_std
 from noisyseg.data.cifar import cifar10
 from noisyseg.nets.classifiers import resnet20
 from noisyseg.train.methods.damp import DAMP
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.measure.quantization_sweep import quantization_sweep
-from noisyseg.train.methods.sam import SAMCallback, multi_step_rho
+from noisyseg.train.methods.ascent import multi_step_rho
+from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.basics import write_atomic
 from noisyseg.train.checkpoints import load_model, read_card, save_model
-from noisyseg.train.learner import WeightNoise
+from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 
 HERE = Path(__file__).parent
 SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_corruptions.py; None: all

@@ -35,7 +35,7 @@ from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, 
                                     noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
 from .explorer import close_with_cell
-from ..train.learner import WeightNoise
+from ..train.noise import WeightNoise
 
 # %% ../../nbs/show/07_monitor.ipynb #f8994b44
 def _held_out(dl, i):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib, to_detach, to_float
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -22,9 +21,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from ...basics import unwrapped
 from ...perturb.laws import MultiplicativeGaussian
-from ...perturb.clone import HoldInterrupts, WeightClone, as_generator, fill_normal, perturbed
+from ...perturb.clone import WeightClone, as_generator, fill_normal
 from ...perturb.selectors import as_selector, kernels_and_scales, select
+from ..method import Method, common_seed
+from ..noise import NoiseBlock
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #4d8ca1ad
 def _tensors(batch, what):
@@ -95,12 +97,6 @@ class _OneUpdate:
         else:
             for b, v in zip(self.stats, self.total): b.copy_(v)
 
-# %% ../../../nbs/train/methods/01_damp.ipynb #7ef33e8e
-class _Injected(perturbed):
-    "`perturbed`, with a clone that is there already."
-    def __init__(self, clone, law, generator):
-        self.clone, self.law, self.generator, self.hold = clone, law, generator, HoldInterrupts()
-
 # %% ../../../nbs/train/methods/01_damp.ipynb #e159affe
 def _with_xi(grads, params, clone, sigma):
     "Each perturbed weight's gradient times its xi = 1 + sigma z."
@@ -125,7 +121,7 @@ def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator
         for k, size in enumerate(sizes):
             x, y = ([t.split(sizes)[k] for t in batch] for batch in (xb, yb))
             statistics.begin()
-            with _Injected(clone, law, generator):
+            with NoiseBlock(clone, law, generator):
                 pred = (model if k == len(sizes) - 1 else inner)(*x)
                 loss = loss_func(pred, *y)
                 if loss.numel() != 1:
@@ -278,10 +274,14 @@ def _joined(parts):
     return [_joined(p) for p in zip(*parts)] if isinstance(first, (list, tuple)) else first
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #ccef88da
-class DAMP(Callback):
+class DAMP(Method):
     ("Train under multiplicative weight perturbations, a draw for each part of the batch (DAMP, arXiv 2406.16540, "
      "Algorithm 1).")
     run_valid = False
+    depth = 50
+    objective = True
+    _stateattrs = ('_clone',)  # learn.export() leaves it out
+    _clone = None
     def __init__(self,
         sigma: float = 0.1,  # standard deviation of the weights' factor
         m: int = 8,  # number of sub-batches (of each process), each with its own draw
@@ -300,34 +300,24 @@ class DAMP(Callback):
         self.where = as_selector(where)
         self.seed = seed
         self._generator = None
-        self._clone = None
 
     def describe(self) -> str:
         return f"DAMP: {self.law}, {self.m} sub-batches, {self.gradient} gradient, batch norm {self.batchnorm}"
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #86eb89a7
-@patch(as_prop=True)
-def _inner(self:DAMP):
-    "The learner's model, without the wrapping of a distributed run."
-    return self.learn.model.module if isinstance(self.learn.model, DistributedDataParallel) else self.learn.model
-
 @patch
 def before_train(self:DAMP):
-    if self._clone is not None and not self._clone.fits(self._inner): self._clone = None
-    self._install()
+    if self._clone is not None and not self._clone.fits(unwrapped(self.learn.model)): self._clone = None
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #b11673ae
 @patch
-def _prepare(self:DAMP):
+def prepare(self:DAMP, step=None):
     "Made at the first batch: by then the model is on its device and, in a distributed run, wrapped."
+    model = unwrapped(self.learn.model)
     if self._generator is None:
-        if self.seed is None: self.seed = int(torch.randint(2**31, ()))
-        if num_distrib() > 1:
-            box = [self.seed]
-            torch.distributed.broadcast_object_list(box)   # where it was None, each process drew one for itself
-            self.seed = box[0]
-        self._generator = torch.Generator(next(self._inner.parameters()).device).manual_seed(self.seed)
-    if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(self._inner, self.where)
+        self.seed = common_seed(self.seed)
+        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+    if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(model, self.where)
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #8ce63bfc
 @patch
@@ -335,24 +325,11 @@ def _pass_over(self:DAMP, n):
     "Leave out `n` draws, which are other processes': so the generator is in the same state in all of them."
     if not n: return
     weights = self._clone.clean if self._clone else [getattr(s.module, s.attr)
-                                                      for s in select(self._inner, self.where)]
+                                                      for s in select(unwrapped(self.learn.model), self.where)]
     for _ in range(n):
         for w in weights: fill_normal(torch.empty(w.shape, device=w.device), self._generator)
 
-@patch
-def _install(self:DAMP): self.learn._do_one_batch = self._one_batch
-
-@patch
-def _remove(self:DAMP): self.learn.__dict__.pop('_do_one_batch', None)
-
 # %% ../../../nbs/train/methods/01_damp.ipynb #3a13679d
-@patch
-# each batch removes it first, so that nothing stays behind when a batch fails
-def after_batch(self:DAMP): self._install()
-
-@patch
-def after_train(self:DAMP): self._remove()
-
 @patch
 def state_dict(self:DAMP) -> dict:
     "What a resumed fit needs: the seed, and where the generator is."
@@ -366,35 +343,32 @@ def load_state_dict(self:DAMP,
     "Draw on where another run stopped."
     self.seed, self._generator = state['seed'], None
     if state['generator'] is None: return
-    self._prepare()
+    self.prepare()
     self._generator.set_state(state['generator'])
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #f044df15
 @patch
-def _one_batch(self:DAMP):
-    "`Learner._do_one_batch` with Algorithm 1 for its forward pass."
-    l = self.learn
-    self._remove()
-    if not l.training or not len(l.yb): return l._do_one_batch()
-    self._prepare()
-    xb, yb = _tensors(l.xb, 'xb'), _tensors(l.yb, 'yb')
+def gradients(self:DAMP, step, batch, draw, inner):
+    "Algorithm 1."
+    now, again = self._generator.get_state(), self in draw.mine
+    if again: self._generator.set_state(draw.mine[self])
+    else: draw.mine[self] = now
+    ranks = (rank_distrib(), num_distrib() - 1 - rank_distrib()) if num_distrib() > 1 else (0, 0)
+    self._pass_over(ranks[0] * self.m)   # the sub-batches of other processes
+    self._pass(step.learn, _tensors(batch.xb, 'xb'), _tensors(batch.yb, 'yb'), step, ranks[1] * self.m)
+    if again: self._generator.set_state(now)
+
+@patch
+def _pass(self:DAMP, l, xb, yb, step, others):
     sizes, scaler = _sizes(xb + yb, self.m), getattr(l, 'scaler', None)
-    # the other processes' sub-batches
-    before, after = (rank_distrib(), num_distrib() - 1 - rank_distrib()) if num_distrib() > 1 else (0, 0)
-    self._pass_over(before * self.m)
     if self.batchnorm == 'sync':
-        with _in_lockstep(self._inner, self.where, self.law, self.gradient, sizes, self._generator):
-            l.pred = l.model(*xb)
-        l('after_pred')
-        l.loss_grad = l.loss_func(l.pred, *yb)
+        with _in_lockstep(step.network, self.where, self.law, self.gradient, sizes, self._generator): pred = l.model(*xb)
+        loss = lambda pred: l.loss_func(pred, *yb)
     else:
         # as fastai's mixed precision has it
         loss_func = l.loss_func if scaler is None else lambda pred, *y: l.loss_func(to_float(pred), *y)
-        l.loss_grad, preds = _one_by_one(l.model, loss_func, xb, yb, sizes, self.law, self.gradient, self._clone,
-                                         self._generator, scaler)
-        l.pred = _joined(preds)
-        l('after_pred')
-    self._pass_over(after * self.m)
-    l.loss = l.loss_grad.detach().clone()
-    l('after_loss')
-    l._do_grad_opt()
+        loss, preds = _one_by_one(l.model, loss_func, xb, yb, sizes, self.law, self.gradient, self._clone,
+                                  self._generator, scaler)
+        pred = _joined(preds)
+    self._pass_over(others)
+    step.deliver(pred, loss)
