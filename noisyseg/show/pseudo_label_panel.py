@@ -135,7 +135,7 @@ def _known(self:PseudoLabelPanel, i, image, ds, dls, n):
     mask[~valid_pixels(mask, max(n, 2), dls.ignore_index, f'the true mask of image {i}')] = -1
     return fit(image, mask.to(torch.int16), ds.size, -1)[1].long()
 
-# %% ../../nbs/show/08_pseudo_label_panel.ipynb #a4b82ba9
+# %% ../../nbs/show/08_pseudo_label_panel.ipynb #d4d12a7f
 _MODES = dict(train='in training mode', eval='in evaluation mode')
 
 def told_by_method(
