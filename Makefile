@@ -28,7 +28,7 @@ set-up: ## the virtual environment (.venv), with pinned dependencies; the others
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" .ci/set-up
 
 lab: set-up ## open JupyterLab on the tour
-	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
+	NOISYSEG_DATA="$${NOISYSEG_DATA:-$$($(PY) tests/real_data.py)}" $(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
 
 # as many processes as there are cores, of one thread each: two torch programs of two threads on two cores stand in each other's way
 test: set-up ## run everything: the notebooks, tests/, and that code, README and site fit the notebooks

@@ -21,9 +21,8 @@ LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
 SECTIONS = [*LAYERS[1:], 'tutorials', 'studies']           # each has a sidebar of its own on the site
 # where the navigation bar leads: the notebook of each subpackage that a newcomer reads
 STORY = dict(perturb='clone', data='datasets', nets='unet3plus', measure='sweeps', train='learner', show='explorer')
-AT_THE_TOP = {'basics.ipynb': 'perturb', 'docments.ipynb': 'perturb',
-              'docments.ipynb': 'perturb',
-              'benchmarks.ipynb': 'studies'}   # the sidebar of notebooks in no folder
+# the sidebar of notebooks in no folder
+AT_THE_TOP = {'basics.ipynb': 'perturb', 'docments.ipynb': 'perturb', 'benchmarks.ipynb': 'studies'}
 FIRST = dict(tutorials=[f'tutorials/{o}.ipynb' for o in ('drag_it', 'tour', 'plain_pytorch', 'own_data', 'few_masks')],
              studies=['studies/camvid.ipynb'])               # what a reader should meet first
 note = '<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n'

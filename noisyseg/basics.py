@@ -30,7 +30,8 @@ def check_whole(
 ) -> int:  # the same as a plain int
     "A whole number within bounds; a bool is none."
     ends = f' of at least {least}' if most is None else f' from {least} to {most}'
-    expected = f"{name}: expected a whole number{'' if least is None else ends}, got {value!r}"
+    expected = (f"{name}: expected a whole number{'' if least is None else ends}, got {value!r}; "
+                f"`{name}={1 if least is None else max(least, 1)}` would do")
     try: number = operator.index(value)
     except TypeError: raise TypeError(expected) from None
     if isinstance(value, (bool, np.bool_)): raise TypeError(expected)
@@ -46,7 +47,8 @@ def check_number(
 ) -> float:  # the same as a plain float
     "A finite number within bounds; a bool is none."
     ends = f'of at least {least:g}' if most == math.inf else f'from {least:g} to {most:g}'
-    expected = f'{name}: expected a number {ends}, got {value!r}'
+    fits = least if most == math.inf else most
+    expected = f'{name}: expected a number {ends}, got {value!r}; `{name}={fits:g}` would do'
     if isinstance(value, (bool, np.bool_, str)): raise TypeError(expected)
     try: number = float(value)
     except (TypeError, ValueError): raise TypeError(expected) from None

@@ -1,4 +1,6 @@
-"""Properties that hold for any layer, shape, dtype, memory format, tying, parametrization and law, on examples that hypothesis makes up.
+"""Properties that hold for any layer.
+
+Shape, dtype, memory format, tying, parametrization and law, on examples that hypothesis makes up.
 
 The examples are the same on every run (`derandomize`); `HYPOTHESIS_PROFILE=long` tries twenty times as many new ones."""
 import math

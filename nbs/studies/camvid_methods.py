@@ -1,10 +1,14 @@
-"""The study of the robustness family on segmentation: UNet3+ on CamVid, trained in five ways, under everything that a robustness card knows.
+"""The study of the robustness family on segmentation.
 
-    python nbs/studies/camvid_methods.py train --seeds 0 1          # a checkpoint for each way and seed; those that exist are kept
+UNet3+ on CamVid, trained in five ways, under everything that a robustness card knows.
+
+    python nbs/studies/camvid_methods.py train --seeds 0 1
+        # a checkpoint for each way and seed; those that exist are kept
     python nbs/studies/camvid_methods.py card --seeds 0 1           # camvid_methods.csv; resumes where it was stopped
     python nbs/studies/camvid_methods.py train card --size full     # a longer training at a larger size, for a GPU
 
-The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of the papers, and scores choose nothing.
+The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of
+the papers, and scores choose nothing.
 """
 import argparse
 import os

@@ -1,11 +1,14 @@
 """The CamVid study: train UNet3+ clean and under weight noise, then measure all of them under noise.
 
-    python nbs/studies/camvid_weight_noise.py train --seeds 0 1     # a checkpoint for each n and seed; those that exist are kept
-    python nbs/studies/camvid_weight_noise.py sweep                 # rows of camvid_weight_noise.csv; resumes where it was stopped
+    python nbs/studies/camvid_weight_noise.py train --seeds 0 1
+        # a checkpoint for each n and seed; those that exist are kept
+    python nbs/studies/camvid_weight_noise.py sweep
+        # rows of camvid_weight_noise.csv; resumes where it was stopped
     python nbs/studies/camvid_weight_noise.py absolute              # rows of camvid_absolute_noise.csv; likewise
     python nbs/studies/camvid_weight_noise.py layers                # camvid_layer_sensitivity.csv, measured anew
 
-The validation images are not looked at before `sweep`: training runs a fixed number of epochs, and nothing is chosen by them.
+The validation images are not looked at before `sweep`: training runs a fixed number of epochs, and nothing is chosen
+by them.
 """
 import argparse
 import json

@@ -1,8 +1,13 @@
-"""The study of corrupted inputs: the networks of noise_aware.py under 19 corruptions, and under everything else that a robustness card knows.
+"""The study of corrupted inputs.
 
-    python nbs/studies/damp_corruptions.py train --size small --seeds 0 1   # the same networks as noise_aware.py's; those that exist are kept
-    python nbs/studies/damp_corruptions.py card --seeds 0 1               # damp_corruptions.csv; resumes where it was stopped
-    python nbs/studies/damp_corruptions.py segmentation                   # camvid_robustness_card.csv, from the CamVid study's checkpoints
+The networks of noise_aware.py under 19 corruptions, and under everything else that a robustness card knows.
+
+    python nbs/studies/damp_corruptions.py train --size small --seeds 0 1
+        # the same networks as noise_aware.py's; those that exist are kept
+    python nbs/studies/damp_corruptions.py card --seeds 0 1
+        # damp_corruptions.csv; resumes where it was stopped
+    python nbs/studies/damp_corruptions.py segmentation
+        # camvid_robustness_card.csv, from the CamVid study's checkpoints
     python nbs/studies/damp_corruptions.py train card --size full         # the published length, for a GPU
 """
 import argparse

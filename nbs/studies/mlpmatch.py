@@ -1,10 +1,16 @@
-"""The study of MLPMatch: what do network perturbation and volatile learning add, on CamVid with masks for 20 of 367 images?
+"""The study of MLPMatch.
+
+What do network perturbation and volatile learning add, on CamVid with masks for 20 of 367 images?
 
     python nbs/studies/mlpmatch.py pretrain                  # an encoder that has seen CIFAR-10; all arms start from it
-    python nbs/studies/mlpmatch.py pilot                     # mlpmatch_pilot.csv: τ and burn-in, scored on training images used for nothing else
-    python nbs/studies/mlpmatch.py train --seeds 0 1 2       # a checkpoint for each arm and seed; those that exist are kept
-    python nbs/studies/mlpmatch.py score                     # mlpmatch.csv: the validation images, looked at here for the first time
-    python nbs/studies/mlpmatch.py cost                      # mlpmatch_cost.csv: time and memory of a step at each level, in turns
+    python nbs/studies/mlpmatch.py pilot
+        # mlpmatch_pilot.csv: τ and burn-in, scored on training images used for nothing else
+    python nbs/studies/mlpmatch.py train --seeds 0 1 2
+        # a checkpoint for each arm and seed; those that exist are kept
+    python nbs/studies/mlpmatch.py score
+        # mlpmatch.csv: the validation images, looked at here for the first time
+    python nbs/studies/mlpmatch.py cost
+        # mlpmatch_cost.csv: time and memory of a step at each level, in turns
     python nbs/studies/mlpmatch.py train score --size full   # a longer training at a larger size, for a GPU
 
 A seed fixes which 20 images have masks, the network's first weights, and every draw; all arms of a seed share them.

@@ -1,11 +1,18 @@
-"""The study of noise-aware training: ResNet-20 on CIFAR-10, trained in eight ways, then attacked and rounded to few bits.
+"""The study of noise-aware training.
 
-    python nbs/studies/noise_aware.py train --size small --seeds 0 1   # a checkpoint for each way and seed; those that exist are kept
-    python nbs/studies/noise_aware.py cost                             # noise_aware_cost.csv: the ways of training in turn, a few batches each
-    python nbs/studies/noise_aware.py sweep --seeds 0 1                # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
-    python nbs/studies/noise_aware.py train sweep --size full          # the published length: 200 epochs on all of CIFAR-10, for a GPU
+ResNet-20 on CIFAR-10, trained in eight ways, then attacked and rounded to few bits.
 
-Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and choose nothing.
+    python nbs/studies/noise_aware.py train --size small --seeds 0 1
+        # a checkpoint for each way and seed; those that exist are kept
+    python nbs/studies/noise_aware.py cost
+        # noise_aware_cost.csv: the ways of training in turn, a few batches each
+    python nbs/studies/noise_aware.py sweep --seeds 0 1
+        # noise_aware_{training,attacks,bits}.csv; attacks resume where they stopped
+    python nbs/studies/noise_aware.py train sweep --size full
+        # the published length: 200 epochs on all of CIFAR-10, for a GPU
+
+Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and
+choose nothing.
 """
 import argparse
 import json

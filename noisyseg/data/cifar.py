@@ -47,7 +47,8 @@ def members(
             with zipfile.ZipFile(path) as z:
                 infos = [i for i in z.infolist() if not i.is_dir() and f'/{split}/' in f'/{i.filename}']
             found = [(i.filename, i.file_size, i.CRC) for i in infos]
-    except FileNotFoundError as e: raise MissingData(f"{path}: this set is not there. Is its path right?") from e
+    except FileNotFoundError as e: raise MissingData(f"{path}: this set is not there. Is its path right? `cifar10()` "
+                                                     f"looks in the usual places") from e
     except (zipfile.BadZipFile, OSError) as e:
         raise ValueError(f"{path} cannot be read as a zip archive: {e}. If its download broke off, delete it and fetch "
                          "it again") from e

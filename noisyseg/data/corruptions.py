@@ -62,8 +62,9 @@ def _as_given(out, x, stats):
 # %% ../../nbs/data/11_corruptions.ipynb #50b91b18
 def _whole(name, value, low, high):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if not low <= value <= high: raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+        raise TypeError(f"{name}: expected a whole number, got {value!r}: `Corruption('fog', 3)`")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}: `{name}={min(high, 3)}`")
     return int(value)
 
 # %% ../../nbs/data/11_corruptions.ipynb #fe22c3f7
@@ -86,7 +87,8 @@ class Corruption(Disturbance):
 
     def __post_init__(self):
         if self.name not in CORRUPTIONS:
-            raise ValueError(f"name: expected one of {', '.join(all_corruptions())}, got {self.name!r}")
+            raise ValueError(f"name: expected one of {', '.join(all_corruptions())}, got {self.name!r}: "
+                             f"`Corruption('fog', 3)`")
         severity = self.severity
         if isinstance(severity, float) and severity.is_integer(): object.__setattr__(self, 'severity', int(severity))
         _whole('severity', self.severity, 0, 5); _whole('seed', self.seed, 0, 2**63)

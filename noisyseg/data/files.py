@@ -317,11 +317,14 @@ def files_by_name(
     "The images in a folder or a list, by their names in one Unicode form"
     if isinstance(files, (str,Path)):
         folder = Path(files)
-        if not folder.is_dir(): raise MissingData(f"{folder}: the folder of {kind}s is not there")
+        if not folder.is_dir():
+            raise MissingData(f"{folder}: the folder of {kind}s is not there; `Path({str(folder)!r}).absolute()` says "
+                              f"where it was looked for")
         found = get_files(folder, extensions={*image_extensions, '.npy', '.heic', '.avif', '.webp'})
         named = [(f.relative_to(folder).with_suffix('').as_posix(), f) for f in found]
     elif isinstance(files, Iterable): named = [(Path(f).stem, Path(f)) for f in files]
-    else: raise TypeError(f"{kind}s={files!r}: expected a folder, or a list of files")
+    else: raise TypeError(f"{kind}s={files!r}: expected a folder, or a list of files: "
+                         f"`custom_masks('images', 'masks', classes)`")
     if not named: raise MissingData(f"{files}: no {kind}s here; expected files such as .png or .jpg")
     found = {}
     for name,f in sorted((normalize('NFC', n), f) for n,f in named):

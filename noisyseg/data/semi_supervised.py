@@ -260,9 +260,8 @@ def semi_dataloaders(
     dls = mask_dataloaders(labelled, valid, read, vocab, palette, ignore_index, size, bs,
                            augmenter(size, zoom, flip, jitter, ignore_index), seed, num_workers, cache, zoom, stats,
                            device)
-    other = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
     views = ViewDataset(unlabelled, read_unlabelled, size, augmenter(size, zoom, flip, 0, 0), strong, largest=zoom[1],
-                        seed=other, cache=cache, stats=stats)
+                        seed=int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]), cache=cache, stats=stats)
     if cache and num_workers: views.read_all()
     after = [IntToFloatTensor(), Normalize.from_stats(*dls.stats, cuda=False)]
     train = SemiDL(SemiDataset(dls.train_ds, views, bs, bs_unlabelled), num_workers=num_workers, after_batch=after)

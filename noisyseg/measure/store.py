@@ -343,9 +343,11 @@ def load_sweep(
     path,  # what a sweep was given as `store=`: a file, or a folder of files
 ) -> pd.DataFrame:  # as `noise_sweep` returns it, in the order of measurement
     "The rows of a sweep that was stored, also of one that is still running."
-    path = Path(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected what a sweep was given as store=, got {path!r}: `load_sweep('sweep.csv')`")
+    path = Path(path).expanduser()
     grids = sorted(path.glob('*.grid.json')) if path.is_dir() else [_grid_path(path)]
     paths = [p for g in grids if (p := g.with_name(g.name[:-len('.grid.json')])).is_file()
              or p.with_name(p.name + '.parts').is_dir()]
-    if not paths: raise FileNotFoundError(f"there is no sweep at {path}")
+    if not paths: raise FileNotFoundError(f"there is no sweep at {path}; `sweep(..., store={str(path)!r})` makes one")
     return to_frame(chain.from_iterable(map(_read, paths)))

@@ -20,15 +20,17 @@ _draws = ['seed', 'draw']
 def _rows(df, metric, by):
     "The rows of one metric and the columns to group them by, checked."
     if not isinstance(df, pd.DataFrame):
-        raise TypeError(f"df: expected the DataFrame of a sweep, got {type(df).__name__}")
+        raise TypeError(f"df: expected the DataFrame of a sweep, got {type(df).__name__}: `load_sweep(path)` reads one")
     by = [by] if isinstance(by, str) else list(by)
     need = ['metric', 'value', 'train_seed', *_draws, *by]
     if missing := [c for c in need if c not in df]:
-        raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}")
-    if df.empty: raise ValueError("df: there are no rows in it")
+        raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}: "
+                         f"`load_sweep(path)` reads one")
+    if df.empty: raise ValueError("df: there are no rows in it; `load_sweep(path)` reads a sweep")
     d = df[df['metric'] == metric]
     if d.empty:
-        raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}")
+        raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}: "
+                         f"`metric={df['metric'].iloc[0]!r}`")
     if metric in ('IoU', 'recall') and 'class' not in by: by.append('class')
     groups = d.groupby(by, observed=True)
     if mixed := [c for c in _fixed if c in d and c not in by and groups[c].nunique().gt(1).any()]:
@@ -55,7 +57,8 @@ def _unit_means(d, by, unit):
 # %% ../../nbs/measure/08_summary.ipynb #8906d607
 def _t_interval(d, by, confidence):
     "Mean, interval, standard deviation and count of `value` in each group."
-    if not 0 < confidence < 1: raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}: `confidence=0.95` is 95 %")
     out = d.groupby(by, observed=True, sort=False)['value'].agg(mean='mean', sd='std', n='count').reset_index()
     half = stats.t.ppf(0.5 + confidence / 2, np.maximum(out['n'] - 1, 1)) * out['sd'] / np.sqrt(out['n'])
     return out.assign(half=half, low=out['mean'] - half, high=out['mean'] + half)
@@ -96,7 +99,8 @@ def paired_difference(
     "How much better `a` is than `b`, from paired draws or paired training seeds, with Student's t interval."
     names = list(df['model'].unique()) if isinstance(df, pd.DataFrame) and 'model' in df else []
     if a == b or not {a, b} <= set(names):
-        raise ValueError(f"a, b: expected two of the models {', '.join(map(repr, names))}, got {a!r} and {b!r}")
+        raise ValueError(f"a, b: expected two of the models {', '.join(map(repr, names))}, got {a!r} and {b!r}; "
+                         f"`df['model'].unique()` shows them")
     d, by = _rows(df[df['model'].isin([a, b])], metric, ['model', *([by] if isinstance(by, str) else by)])
     by = [c for c in by if c != 'model']
     units = _unit_means(_whole_draws(d, by), ['model', *by], unit)

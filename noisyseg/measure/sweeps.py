@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .. import __version__
+from ..basics import expect_module
 from .evaluation import Batches, digest, draw_seed, scores, untouched
 from ..nets.adapter import class_count, class_names, logits_of
 from .jobs import as_place, run_jobs
@@ -38,16 +39,14 @@ def _check_models(models):
     "`models` as a dict (name, training seed) -> module."
     if isinstance(models, nn.Module): models = {'model': models}
     if not isinstance(models, Mapping) or not models:
-        raise TypeError(f"models: expected a module or a dict name -> module such as {{'clean': net}}, got "
-                        f"{type(models).__name__}")
+        raise TypeError(f"models: expected a module or a dict name -> module such as `{{'clean': net}}`, "
+                        f"got {type(models).__name__}")
     named = {}
     for key, m in models.items():
         name, run = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
         if not isinstance(name, str) or not name.strip() or not isinstance(run, (int, np.integer)):
             raise TypeError(f"models: expected names such as 'clean' or ('clean', training seed) as keys, got {key!r}")
-        if not isinstance(m, nn.Module):
-            hint = ' Pass learn.model.' if isinstance(getattr(m, 'model', None), nn.Module) else ''
-            raise TypeError(f"models[{key!r}]: expected a torch.nn.Module, got {type(m).__name__}.{hint}")
+        expect_module(m, f'models[{key!r}]')
         if (name, run) in named:
             raise ValueError(f"models: there are two of {name!r} with training seed {run}; give each its own name")
         named[name, int(run)] = m
@@ -57,7 +56,7 @@ def _check_models(models):
 def _check_count(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if value < least: raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value < least: raise ValueError(f"{name}: expected at least {least}, got {value}: `{name}={max(least, 1)}`")
     return int(value)
 
 # %% ../../nbs/measure/09_sweeps.ipynb #54001b1b
@@ -68,7 +67,7 @@ def _check_levels(levels):
         raise TypeError(f"levels: expected numbers such as [0, 0.02, 0.05], got {levels!r}")
     bad = [float(l) for l in found if not (math.isfinite(l) and l >= 0)]
     if bad: raise ValueError(f"levels: expected finite numbers of at least 0, got {bad}")
-    if not len(found): raise ValueError("levels: expected at least one noise level, got none")
+    if not len(found): raise ValueError("levels: expected at least one noise level, got none: `levels=[0, 0.05]`")
     return sorted({float(f'{l:.7g}') + 0. for l in found})
 
 # %% ../../nbs/measure/09_sweeps.ipynb #8a1c3413

@@ -91,7 +91,8 @@ class SmallResNet(nn.Module):
     ) -> Tensor:  # logits, (batch, n_classes)
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}")
+            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: `x[None].float()` "
+                             f"adds the batch, `in_channels=` of the network sets the channels")
         x = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages: x = getattr(self, name)(x)
         return self.fc(x.mean((2, 3)))

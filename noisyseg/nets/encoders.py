@@ -143,7 +143,8 @@ def resnet_encoder(
      "repeated, and keeps its scale.")
     names = [n for n in torchvision.models.list_models(module=torchvision.models)
              if n.startswith(('resnet', 'resnext', 'wide_resnet'))]
-    if name not in names: raise ValueError(f"no torchvision ResNet is called {name!r}; there are {', '.join(names)}")
+    if name not in names:
+        raise ValueError(f"no torchvision ResNet is called {name!r}; there are {', '.join(names)}: `encoder='resnet34'`")
     net, loaded = None, False
     if pretrained:
         try:   # tensors only: whatever lies in the cache of downloads, nothing in it is executed

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as run_checkpointed
+from ..basics import expect_module
 from .fast.bnrelu import batch_norm_relu, folded
 from .encoders import ConvBlock, PlainEncoder, ResNetEncoder, _Encoder, _encoder_channels, _shortcut, _watched, resnet_encoder, slim_resnet_encoder  # noqa: F401
 from .fast.upconv import _by_taps, _new, _taps_gradients, conv_of_upsampled, taps_win
@@ -189,7 +190,7 @@ class UNet3Plus(nn.Module):
         if upsample not in ('before', 'after'): raise ValueError(f"upsample= is 'before' or 'after', got {upsample!r}")
         for name, v in (('n_classes', n_classes), ('width', width), ('in_channels', in_channels)):
             if not isinstance(v, int) or v < 1: raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
-        channels = _encoder_channels(encoder, in_channels)
+        channels = _encoder_channels(expect_module(encoder, 'encoder'), in_channels)
         if len(channels) < 2:
             raise ValueError(f"UNet3+ needs an encoder with at least 2 feature maps, got {len(channels)}")
         if compress is not None and len(compress) != len(channels):
@@ -238,7 +239,8 @@ def maps(self:UNet3Plus,
     "The decoder's feature maps."
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-        raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}")
+        raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: `x[None].float()` "
+                             f"adds the batch, `in_channels=` of the network sets the channels")
     maps = self.encoder(x)
     maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
     if self.compress is not None: maps = [c(m) for c, m in zip(self.compress, maps)]

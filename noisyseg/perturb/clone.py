@@ -316,7 +316,9 @@ def inject(self:WeightClone,
     redraw: bool = True,  # False keeps the last draw: the same noise, applied to the weights as they are now
 ) -> WeightClone:  # itself
     "Write `law`'s noise into the weights, starting from the clean ones; noise that was in is replaced."
-    if not callable(law): raise TypeError(f"a law is a function (weight, z) -> perturbed weight, got {law!r}")
+    if not callable(law):
+        raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as `MaxGaussian(0.05)`, got "
+                        f"{law!r}")
     generator = as_generator(generator)
     with self._changing(), self._drawing(generator, redraw) as draws:
         self._begin()

@@ -140,7 +140,8 @@ def robustness_card(
 # %% ../../nbs/show/04_card.ipynb #eb4d9409
 def _metric(df):
     need = [c for c in _COLUMNS if c not in getattr(df, 'columns', ())]
-    if need: raise ValueError(f"df: expected the rows of robustness_card; there is no column {', '.join(need)}")
+    if need: raise ValueError(f"df: expected the rows of robustness_card; there is no column {', '.join(need)}. "
+                              f"`robustness_card(models, dl)` makes them")
     return 'accuracy' if (df['metric'] == 'accuracy').any() else 'mIoU'
 
 # %% ../../nbs/show/04_card.ipynb #9be85de7

@@ -19,6 +19,7 @@ from IPython import get_ipython
 from torch import nn
 
 import noisyseg
+from ..basics import check_whole
 from ..basics import write_atomic
 from ..data.corruptions import CORRUPTIONS, Corruption
 from ..data.datasets import scenes
@@ -47,13 +48,14 @@ def _models(models):
             Mapping) else models
     if not isinstance(models, dict) or not models or not all(isinstance(m, nn.Module) for m in models.values()):
         raise TypeError(f"models: expected a module, a dict name -> module, or None for the ones that come with "
-                        f"noisyseg, got {type(models).__name__}")
+                        f"noisyseg, got {type(models).__name__}: `NoiseExplorer({{'mine': net}}, dls)`")
     return {str(k): m for k, m in models.items()}
 
 # %% ../../nbs/show/06_explorer.ipynb #e4f5cbc1
 def _samples(data, n):
     ("The first `n` images and masks (or None) of data in any of the forms that NoiseExplorer takes, and what is known "
      "of them.")
+    check_whole('samples', n, 1)
     if data is None: data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
     if isinstance(data, torch.Tensor): return _checked(data[:n], None), {}
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data):

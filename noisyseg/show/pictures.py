@@ -119,7 +119,8 @@ def _mask(mask, shape, name):
     if m.ndim == 3 and m.is_floating_point(): m = m.argmax(0)
     if m.shape != torch.Size(shape) or m.is_floating_point():
         raise ValueError(f"{name}: expected class numbers {tuple(shape)} or logits (classes, {shape[0]}, {shape[1]}), "
-                         f"got {tuple(mask.shape)} {m.dtype}")
+                         f"got {tuple(mask.shape)} {m.dtype}; `noisyseg.nets.adapter.as_logits(out, size={tuple(shape)})` "
+                         f"resizes logits")
     return m.numpy().astype(np.int64)
 
 # %% ../../nbs/show/01_pictures.ipynb #8ceebc98

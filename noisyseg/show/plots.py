@@ -27,10 +27,10 @@ _all_ = ['model_colors', 'noisyseg_template', 'plot_prediction']  # all figures 
 # %% ../../nbs/show/02_plots.ipynb #3f733b0a
 def _check(df):
     if not isinstance(df, pd.DataFrame):
-        raise TypeError(f"df: expected the rows of a sweep, a DataFrame, got {type(df).__name__}")
+        raise TypeError(f"df: expected the rows of a sweep, a DataFrame, got {type(df).__name__}: `load_sweep(path)`")
     if missing := [c for c in ('law', 'model', 'level', 'metric', 'value') if c not in df]:
         raise ValueError(f"df: expected the rows of a sweep; there is no column {', '.join(missing)}")
-    if df.empty: raise ValueError("df: there are no rows to draw")
+    if df.empty: raise ValueError("df: there are no rows to draw; `load_sweep(path)` reads a sweep")
 
 # %% ../../nbs/show/02_plots.ipynb #cab7f14f
 class _Level(NamedTuple):

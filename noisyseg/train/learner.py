@@ -58,6 +58,8 @@ def segmentation_learner(
     **kwargs,  # for fastai's Learner: lr, wd, opt_func, path, …
 ) -> Learner:
     "A fastai `Learner` that segments, with or without noise in its weights."
+    if isinstance(dls, (nn.Module, str, type(None))):
+        raise TypeError(f"dls: expected DataLoaders, got {type(dls).__name__}: `segmentation_learner(scenes())`")
     n_classes = getattr(dls, 'n_classes', None) if n_classes is None else n_classes
     if n_classes is None: raise ValueError("the DataLoaders don't say how many classes there are: pass n_classes=")
     void = getattr(dls, 'ignore_index', None) if ignore_index is None else ignore_index

@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/train/resume.html.md"""
 __all__ = ['describe_run', 'Resumable']
 
 # %% ../../nbs/train/07_resume.ipynb #cc7b1001
-import random, re, signal, threading, time, warnings
+import os, random, re, signal, threading, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -198,9 +198,12 @@ class Resumable(LoopCallback):
         every='epoch',  # 'epoch'; a number of batches; or a time, such as '30 s', '10 min', '1 h'
         verbose: bool = True,  # say in a line where a fit goes on?
     ):
-        path = Path(path)
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path= is the name of a file, such as `Resumable('run.safetensors')`, got {path!r}")
+        path = Path(path).expanduser()
         if path.suffix not in ('', '.safetensors'):
-            raise ValueError(f"the name of a saved state ends in .safetensors, got {path.name!r}")
+            raise ValueError(f"the name of a saved state ends in .safetensors, got {path.name!r}: "
+                             f"`Resumable({path.stem!r})`")
         self.given, self.every, self.verbose, self._unit, self._each = path.with_suffix(
                 '.safetensors'), every, verbose, *self._parse(every)
         self.resumed = None

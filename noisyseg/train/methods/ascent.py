@@ -279,7 +279,8 @@ def default_rho(rho, adaptive) -> float:
 def check_number(name, v, low=0., strict=False) -> float:
     "`v` as a float, or a ValueError that names the argument."
     if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v) or v < low or (strict and v == low):
-        raise ValueError(f"{name} is a number {'above' if strict else 'of at least'} {low:g}, got {v!r}")
+        raise ValueError(f"{name} is a number {'above' if strict else 'of at least'} {low:g}, got {v!r}; "
+                         f"`{name}={low + 0.05 if strict or not low else low:g}` would do")
     return float(v)
 
 def check_count(name, v) -> int:

@@ -167,8 +167,8 @@ def gradients(self:MLPMatch, step, batch, draw, inner):
     learn, m = step.learn, self.method
     parts = (*batch.xb, *batch.yb)
     if len(parts) != 6:
-        raise ValueError(f"MLPMatch needs batches (x, y, weak, strong1, strong2, inside), as semi_dataloaders makes "
-                         f"them, got {len(parts)} parts")
+        raise ValueError(f"MLPMatch needs batches (x, y, weak, strong1, strong2, inside), got {len(parts)} parts: "
+                         f"`semi_learner(semi(dls, n=20))` makes them of any data")
     at, progress = draw.mine.get(self, (None, min(learn.pct_train, 1.)))   # the same draws when SAM asks again
     terms = m.step(learn.model, *parts, progress=progress, at=at,
                    scaler=getattr(learn, 'scaler', None) if m.in_parts else None)

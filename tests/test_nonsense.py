@@ -1,0 +1,180 @@
+"""Nonsense at the public functions: an error each, which says what came, what was expected, and what mends it.
+
+A line of a table is a call that somebody makes by mistake. Add yours: the name, and the call."""
+import re
+from functools import cache
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import noisyseg as ns
+from noisyseg.measure.sweeps import noise_sweep
+
+# what mends it: code in backticks, a call, or an argument by its name
+MEND = re.compile(r'`[^`]+`|\b[\w.]+\([^)]*\)|\b\w+=')
+
+
+@cache
+def net(): return ns.unet3plus_tiny(3).eval()
+
+@cache
+def dls(): return ns.scenes(n_train=4, n_valid=4, size=32, bs=2)
+
+@cache
+def learn(): return ns.segmentation_learner(dls())
+
+@cache
+def frame():
+    return noise_sweep({'a': net7()}, dls().valid, ns.MaxGaussian(), [0, 0.1], draws=2, progress=False)
+
+@cache
+def net7(): return ns.unet3plus_tiny(7).eval()
+
+law = ns.MaxGaussian(0.1)
+x = torch.rand(1, 3, 32, 32)
+nan = float('nan')
+
+MODULES = {
+    'a class': lambda f: f(nn.Conv2d), 'a Learner': lambda f: f(learn()), 'None': lambda f: f(None),
+    'a path': lambda f: f('net.safetensors'), 'a factory': lambda f: f(ns.unet3plus_tiny), 'a number': lambda f: f(3),
+    'a state dict': lambda f: f(net().state_dict()), 'no weights': lambda f: f(nn.ReLU())}
+TAKE_MODULES = {
+    'perturbed': lambda m: ns.perturbed(m, law).__enter__(), 'clone_weights': lambda m: ns.clone_weights(m),
+    'select': lambda m: ns.select(m), 'quantized': lambda m: ns.quantized(m),
+    'layer_sensitivity': lambda m: ns.layer_sensitivity(m, dls().valid, law),
+    'SAM': lambda m: ns.SAM(torch.optim.SGD(net().parameters(), 0.1), m)}
+
+NONSENSE = {
+    'perturbed: a number for a law': lambda: ns.perturbed(net(), 0.1).__enter__(),
+    'perturbed: a law as a class': lambda: ns.perturbed(net(), ns.MaxGaussian).__enter__(),
+    'perturbed: a word for a law': lambda: ns.perturbed(net(), 'gaussian').__enter__(),
+    'perturbed: where is a number': lambda: ns.perturbed(net(), law, where=3).__enter__(),
+    'perturbed: where finds nothing': lambda: ns.perturbed(net(), law, where='nothing.*').__enter__(),
+    'perturbed: another gradient': lambda: ns.perturbed(net(), law, gradient='clean').__enter__(),
+    'perturbed: a word for a seed': lambda: ns.perturbed(net(), law, generator='seed').__enter__(),
+    'perturbed: another rng': lambda: ns.perturbed(net(), law, rng='fast').__enter__(),
+    'select: a list': lambda: ns.select(net(), ['a']),
+    'select: an empty pattern': lambda: ns.select(net(), ''),
+    'MaxGaussian: negative': lambda: ns.MaxGaussian(-0.1),
+    'MaxGaussian: nan': lambda: ns.MaxGaussian(nan),
+    'MaxGaussian: a word': lambda: ns.MaxGaussian('5 %'),
+    'MaxGaussian: None': lambda: ns.MaxGaussian(None),
+    'MaxGaussian: another grain': lambda: ns.MaxGaussian(0.1, per='layer'),
+    'MaxGaussian: alpha below zero': lambda: ns.MaxGaussian(0.1, alpha=-1),
+    'AbsoluteGaussian: a list': lambda: ns.AbsoluteGaussian([0.1]),
+    'RelativeGaussian: negative': lambda: ns.RelativeGaussian(-1),
+    'MultiplicativeGaussian: nan': lambda: ns.MultiplicativeGaussian(nan),
+    'Quantize: 64 bits': lambda: ns.Quantize(64),
+    'Quantize: negative': lambda: ns.Quantize(-4),
+    'Quantize: a word': lambda: ns.Quantize('int8'),
+    'quantized: another law': lambda: ns.quantized(net(), law),
+    'compose: nothing': lambda: ns.compose(),
+    'compose: a number': lambda: ns.compose(law, 3),
+    'Corruption: unknown': lambda: ns.Corruption('rain'),
+    'Corruption: severity 9': lambda: ns.Corruption('fog', 9),
+    'Corruption: a share': lambda: ns.Corruption('fog', 0.5),
+    'scenes: a negative number': lambda: ns.scenes(n_train=-1),
+    'scenes: size 0': lambda: ns.scenes(size=0),
+    'scenes: a batch of none': lambda: ns.scenes(bs=0),
+    'scenes: an unknown class': lambda: ns.scenes(classes=('disc', 'cat')),
+    'custom_masks: no such folder': lambda: ns.custom_masks('nowhere', 'nowhere', ['a', 'b']),
+    'custom_masks: None': lambda: ns.custom_masks(None, None, ['a', 'b']),
+    'semi: more than there are': lambda: ns.semi(dls(), n=1000),
+    'semi: no loaders': lambda: ns.semi(net(), n=2),
+    'semi_scenes: negative': lambda: ns.semi_scenes(n_labelled=-1),
+    'semi_folder: no such folder': lambda: ns.semi_folder('nowhere', 'nowhere', ['a', 'b']),
+    'UNet3Plus: a word for an encoder': lambda: ns.UNet3Plus('resnet34', 3),
+    'unet3plus_tiny: no classes': lambda: ns.unet3plus_tiny(0),
+    'unet3plus_tiny: names for a number': lambda: ns.unet3plus_tiny(['cat', 'dog']),
+    'unet3plus_tiny: a grey image': lambda: net()(torch.rand(1, 1, 32, 32)),
+    'unet3plus_tiny: one image without a batch': lambda: net()(torch.rand(3, 32, 32)),
+    'unet3plus_slim: negative': lambda: ns.unet3plus_slim(-2),
+    'deeplabv3plus: an unknown encoder': lambda: ns.deeplabv3plus(3, encoder='resnet19'),
+    'deeplabv3plus: stride 7': lambda: ns.deeplabv3plus(3, encoder='resnet18', output_stride=7),
+    'resnet20: another shortcut': lambda: ns.resnet20(shortcut='C'),
+    'noise_sweep: a word for a model': lambda: ns.noise_sweep('net', dls().valid, law, [0, 0.1]),
+    'noise_sweep: no models': lambda: ns.noise_sweep({}, dls().valid, law, [0, 0.1]),
+    'noise_sweep: no draws': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, [0, 0.1], draws=0),
+    'noise_sweep: a number for a law': lambda: ns.noise_sweep({'a': net7()}, dls().valid, 0.1, [0, 0.1]),
+    'noise_sweep: no levels': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, []),
+    'noise_sweep: data shuffled': lambda: ns.noise_sweep({'a': net7()}, dls().train, law, [0, 0.1], draws=1),
+    'robustness_card: a path for a model': lambda: ns.robustness_card('net.safetensors', dls().valid),
+    'robustness_card: an unknown corruption': lambda: ns.robustness_card(
+        {'a': net7()}, dls().valid, corruptions=['rain']),
+    'load_sweep: no such file': lambda: ns.load_sweep('nowhere.csv'),
+    'load_sweep: None': lambda: ns.load_sweep(None),
+    'summarise: a dict': lambda: ns.summarise({'a': 1}),
+    'summarise: another metric': lambda: ns.summarise(frame(), metric='dice'),
+    'summarise: 95 %': lambda: ns.summarise(frame(), confidence=95),
+    'summarise: no rows': lambda: ns.summarise(pd.DataFrame()),
+    'paired_difference: a model that is not there': lambda: ns.paired_difference(frame(), 'a', 'b'),
+    'segmentation_learner: a network for data': lambda: ns.segmentation_learner(net()),
+    'segmentation_learner: None': lambda: ns.segmentation_learner(None),
+    'segmentation_learner: a word for a network': lambda: ns.segmentation_learner(dls(), arch='unet'),
+    'segmentation_learner: a number for a law': lambda: ns.segmentation_learner(dls(), law=0.1),
+    'segmentation_learner: the class of a network': lambda: ns.segmentation_learner(dls(), arch=nn.Conv2d),
+    'WeightNoise: a number': lambda: ns.WeightNoise(0.1),
+    'WeightNoise: when is a number': lambda: ns.WeightNoise(law, when=1),
+    'WeightNoise: a word for a seed': lambda: ns.WeightNoise(law, seed='x'),
+    'save_model: None': lambda: ns.save_model(None, 'net'),
+    'save_model: a class': lambda: ns.save_model(nn.Conv2d, 'net'),
+    'save_model: the wrong way round': lambda: ns.save_model('net', net()),
+    'save_model: no path': lambda: ns.save_model(net(), None),
+    'save_model: another ending': lambda: ns.save_model(net(), 'net.pth'),
+    'save_model: no such folder': lambda: ns.save_model(net(), 'no/such/folder/net'),
+    'load_model: no such file': lambda: ns.load_model('nowhere'),
+    'load_model: None': lambda: ns.load_model(None),
+    'load_model: a Learner to fill': lambda: ns.load_model('nowhere', learn()),
+    'load_model: a class to fill': lambda: ns.load_model('nowhere', nn.Conv2d),
+    'load_model: an empty name': lambda: ns.load_model(''),
+    'Resumable: None': lambda: ns.Resumable(None),
+    'Resumable: another ending': lambda: ns.Resumable('run.pkl'),
+    'Resumable: every never': lambda: ns.Resumable('run', every='never'),
+    'Resumable: every 0': lambda: ns.Resumable('run', every=0),
+    'DAMP: negative': lambda: ns.DAMP(-0.1),
+    'DAMP: no parts': lambda: ns.DAMP(m=0),
+    'SAM: the class of an optimizer': lambda: ns.SAM(torch.optim.SGD, net()),
+    'SAM: rho below zero': lambda: ns.SAM(torch.optim.SGD(net().parameters(), 0.1), net(), rho=-1),
+    'SAMCallback: a word': lambda: ns.SAMCallback(rho='large'),
+    'MLPMatch: another level': lambda: ns.MLPMatch('fixmatch2'),
+    'MLPMatch: a threshold of 95': lambda: ns.MLPMatch(threshold=95),
+    'semi_learner: ordinary data': lambda: ns.semi_learner(dls()).fit(1),
+    'plot_sweep: None': lambda: ns.plot_sweep(None),
+    'plot_sweep: another metric': lambda: ns.plot_sweep(frame(), metric='dice'),
+    'plot_prediction: shapes that differ': lambda: ns.plot_prediction(
+        x[0], torch.zeros(8, 8).long(), {'a': torch.zeros(32, 32).long()}),
+    'plot_card: a sweep': lambda: ns.plot_card(frame()),
+    'plot_card: None': lambda: ns.plot_card(None),
+    'NoiseExplorer: a path': lambda: ns.NoiseExplorer('net.safetensors', dls()),
+    'NoiseExplorer: a class': lambda: ns.NoiseExplorer(nn.Conv2d, dls()),
+    'NoiseExplorer: samples below zero': lambda: ns.NoiseExplorer({'a': net7()}, dls(), samples=-1),
+    'TrainingMonitor: a word for a law': lambda: ns.TrainingMonitor(law='gaussian'),
+    'TrainingMonitor: an interval below zero': lambda: ns.TrainingMonitor(interval=-1),
+    'voc: a year that was none': lambda: ns.voc('nowhere', year=1999, download=False),
+    'voc: no such folder': lambda: ns.voc('nowhere', download=False),
+    'camvid: no such folder': lambda: ns.camvid('nowhere', download=False),
+    'cifar10: no such folder': lambda: ns.cifar10('nowhere', download=False),
+}
+NONSENSE |= {f'{name}: {what}': (lambda f=f, give=give: give(f)) for name, f in TAKE_MODULES.items()
+             for what, give in MODULES.items()}
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('NOISYSEG_DATA', str(tmp_path))
+
+
+@pytest.mark.parametrize('what', NONSENSE)
+def test_nonsense_is_answered_with_what_mends_it(what):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as e: NONSENSE[what]()
+    told = str(e.value)
+    assert len(told) > 20 and MEND.search(told), f'{type(e.value).__name__}: {told}'
+    assert 'noisyseg' in str(e.traceback[-1].path), f'it is answered by another library: {told}'
+
+
+def test_every_public_name_has_its_nonsense():
+    "Selectors and bases have no arguments to get wrong"
+    spared = {'conv_and_norm', 'conv_and_linear', 'kernels_and_scales', 'Disturbance', 'Law'}
+    assert set(ns.__all__) - spared <= {what.partition(':')[0] for what in NONSENSE}
