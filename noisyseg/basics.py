@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/basics.html.md"""
 
 # %% auto #0
 __all__ = ['check_whole', 'check_number', 'check_share', 'evaluating', 'seed_for', 'whole_file', 'write_atomic', 'remove_parts',
-           'digest', 'state_digest', 'versions', 'unwrapped', 'plain_name', 'expect_module', 'offline']
+           'locked', 'digest', 'state_digest', 'versions', 'unwrapped', 'plain_name', 'expect_module', 'offline']
 
 # %% ../nbs/basics.ipynb #adb43524
 import glob, hashlib, math, operator, os, platform, socket, threading
@@ -123,6 +123,23 @@ def remove_parts(
         try: os.kill(int(pid), 0)
         except ProcessLookupError: p.unlink(missing_ok=True)
         except PermissionError: pass   # somebody else's, and alive
+
+# %% ../nbs/basics.ipynb #711c97ba
+@contextmanager
+def locked(
+    path,  # the file or folder; the lock lies beside it
+    what: str,  # how the error calls it
+    who=lambda: 'another process',  # says who holds the lock
+):
+    "Within, no other process holds this lock; RuntimeError where one does."
+    from filelock import FileLock, Timeout
+    lock = FileLock(Path(path).with_name(f'.{Path(path).name}.lock'), timeout=0)
+    try: lock.acquire()
+    except Timeout: raise RuntimeError(f'{what} is being written by {who()}. Wait for it, or use another path') from None
+    try: yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 # %% ../nbs/basics.ipynb #0f7fcbb1
 def digest(

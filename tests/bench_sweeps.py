@@ -14,12 +14,13 @@ import noisyseg.measure.sweeps
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.clone import clone_weights
 from noisyseg.data.procedural import scene, scene_classes
-from noisyseg.measure.sweeps import layer_sensitivity, noise_sweep, stages
+from noisyseg.measure.sensitivity import layer_sensitivity, stages
+from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.unet3plus import unet3plus_resnet34, unet3plus_small
 
 
 class NoReuse(nullcontext):
-    "Stands in for Reuse, and keeps nothing."
+    "Stands in for PrefixCache, and keeps nothing."
     def __init__(self, *args): super().__init__()
     def start(self): pass
 
@@ -30,9 +31,9 @@ def pictures(n, size, device):
 
 def swapped(reuse, f):
     def run():
-        kept, noisyseg.measure.sweeps.Reuse = noisyseg.measure.sweeps.Reuse, reuse
+        kept, noisyseg.measure.sweeps.PrefixCache = noisyseg.measure.sweeps.PrefixCache, reuse
         try: return f()
-        finally: noisyseg.measure.sweeps.Reuse = kept
+        finally: noisyseg.measure.sweeps.PrefixCache = kept
     return run
 
 def sweeps(plan):
@@ -44,15 +45,15 @@ def sweeps(plan):
         x, y = pictures(2 * batch, 128, plan.device)
         dl, draws, levels = [(x[:batch], y[:batch]), (x[batch:], y[batch:])], 2, [0.02, 0.05, 0.1]
         sensitivity = lambda: layer_sensitivity(model, dl, MaxGaussian(0.05), draws=draws, progress=False)
-        decoder = lambda: noise_sweep(model, dl, MaxGaussian(), levels, draws, 'decoder*', progress=False)
+        decoder = lambda: sweep(model, dl, MaxGaussian(), levels=levels, draws=draws, where='decoder*', progress=False)
         jobs = {'layer_sensitivity': (sensitivity, 1 + draws * len(stages(model))),
-                "noise_sweep(where='decoder*')": (decoder, draws * len(levels))}
+                "sweep(where='decoder*')": (decoder, draws * len(levels))}
         for what, (job, evaluations) in jobs.items():
             ways = {'ours': job, 'other': swapped(NoReuse, job)}
             pd.testing.assert_frame_equal(*(f() for f in ways.values()))
             times = plan.in_turns(ways, warm_up=0)
             rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}
-            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without Reuse',
+            yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without PrefixCache',
                       times['other'], per_second=rate['ours'],
                       note=f'{rate["ours"]:.1f} evaluations a second, without {rate["other"]:.1f}')
     yield from batched_draws(plan)

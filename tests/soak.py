@@ -37,7 +37,7 @@ from noisyseg.show.monitor import TrainingMonitor  # noqa: E402
 from noisyseg.perturb.clone import holding  # noqa: E402
 from noisyseg.train.resume import Resumable  # noqa: E402
 from noisyseg.train.methods.sam_callback import SAMCallback  # noqa: E402
-from noisyseg.measure.sweeps import noise_sweep  # noqa: E402
+from noisyseg.measure.sweeps import sweep  # noqa: E402
 from noisyseg.train.checkpoints import load_model, save_model  # noqa: E402
 from noisyseg.train.learner import segmentation_learner  # noqa: E402
 from noisyseg.nets.unet3plus import unet3plus_tiny  # noqa: E402
@@ -65,7 +65,7 @@ def train(folder, turn):
 def sweep(folder, turn, model, dls):
     "A sweep into a store, and the same call again, which finds all its rows there."
     store = folder/f'sweep {turn}.csv'
-    first, again = (noise_sweep(model, dls.valid, MaxGaussian(), (0, 0.05, 0.1), draws=3, seed=turn, store=store,
+    first, again = (sweep(model, dls.valid, MaxGaussian(), levels=(0, 0.05, 0.1), draws=3, seed=turn, store=store,
                                 progress=False) for _ in range(2))
     assert len(first) == len(again)
     for f in folder.glob(f'sweep {turn}*'): f.unlink()

@@ -33,7 +33,7 @@ from noisyseg.perturb.clone import clone_weights, holding, perturbed
 from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.report import report_html
 from noisyseg.perturb.selectors import kernels_and_scales, select
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.sweeps import sweep
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
@@ -81,8 +81,8 @@ def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in s
 def batch(n=2): return torch.rand(n, 3, 32, 32), torch.randint(0, 3, (n, 32, 32))
 
 WRITERS = {'checkpoint': lambda folder, seed: save_model(unet3plus_tiny(3 + seed), folder/'net', dataset=f'{seed}'),
-           'sweep': lambda folder, seed: noise_sweep({'a': Net()}, [batch()], MaxGaussian(0.1), [0, 0.1], draws=40,
-                                                     store=folder/'sweep', progress=False),
+           'sweep': lambda folder, seed: sweep({'a': Net()}, [batch()], MaxGaussian(0.1), levels=[0, 0.1], draws=40,
+                                                     store=folder/'sweep.csv', progress=False),
            'report': lambda folder, seed: report_html([('one', 'text ' * 20_000), f'{seed}'], folder/'report.html'),
            'explorer page': lambda folder, seed: explorer().to_html(folder/'page.html'),
            'explorer site': lambda folder, seed: explorer().to_site(folder/'site', samples=[0], seeds=[0])}
@@ -471,11 +471,11 @@ def test_sweeps_over_nothing(data):
     net = Net().eval()
     before = bits(net)
     with pytest.raises(ValueError, match='^dl: '):
-        noise_sweep({'a': net}, data, MaxGaussian(0.1), [0, 0.1], draws=2, progress=False)
+        sweep({'a': net}, data, MaxGaussian(0.1), levels=[0, 0.1], draws=2, progress=False)
     assert same(before, bits(net))
 
 def test_a_class_that_nobody_has_seen():
     x, y = batch(4)
-    df = noise_sweep({'a': Net().eval()}, [(x, y.clamp(max=1))], MaxGaussian(0.1), [0, 0.1], draws=2,
+    df = sweep({'a': Net().eval()}, [(x, y.clamp(max=1))], MaxGaussian(0.1), levels=[0, 0.1], draws=2,
                      class_names=['a', 'b', 'c'], progress=False)
     assert (df.loc[df['class'] == 'c', 'n_pixels'] == 0).all() and df.loc[df['metric'] == 'mIoU', 'value'].notna().all()

@@ -9,11 +9,11 @@ from torchvision.models import segmentation as tv
 
 from noisyseg.data.datasets import scenes
 from noisyseg.measure.inference import evaluate, predict_mask
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.adapter import as_logits, confidence, logits_of, to_classes
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.show.card import robustness_card
+from noisyseg.measure.card import robustness_card
 from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.train.learner import segmentation_learner
 from noisyseg.train.methods.match_loss import consistency, pseudo_labels
@@ -51,7 +51,7 @@ def test_every_form_means_the_same(form, step, n):
     plain = Wrapped(n, lambda o: F.interpolate(o, x.shape[2:], mode='bilinear') if step > 1 else o, step).eval()
     plain.load_state_dict(net.state_dict())
     assert torch.equal(logits_of(net, x, (32, 32)), logits_of(plain, x, (32, 32)))
-    sweeps = [noise_sweep(m, [(x, y)], MaxGaussian(), levels=[0, .1], draws=1, progress=False) for m in (net, plain)]
+    sweeps = [sweep(m, [(x, y)], MaxGaussian(), levels=[0, .1], draws=1, progress=False) for m in (net, plain)]
     assert sweeps[0].value.equals(sweeps[1].value)
     assert evaluate(net, [(x, y)]).value.equals(evaluate(plain, [(x, y)]).value)
     assert (predict_mask(net, x[0]) == predict_mask(plain, x[0])).all()
@@ -109,7 +109,7 @@ def test_labels_outside_are_an_error():
     x, y = torch.rand(1, 3, 16, 16), torch.zeros(1, 16, 16, dtype=torch.long)
     y[0, 0, 0] = 5
     net = Wrapped(3).eval()
-    for call in (lambda: noise_sweep(net, [(x, y)], MaxGaussian(), [0], draws=1), lambda: evaluate(net, [(x, y)]),
+    for call in (lambda: sweep(net, [(x, y)], MaxGaussian(), levels=0, draws=1), lambda: evaluate(net, [(x, y)]),
                  lambda: NoiseExplorer(net, (x, y))):
         with pytest.raises(ValueError, match=r'holds \[5\], but 3 classes'): call()
     with pytest.raises(ValueError, match='expected 3 different names'): NoiseExplorer(net, (x, y*0), classes=['a', 'b'])

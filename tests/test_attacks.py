@@ -10,14 +10,15 @@ from functools import partial
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from noisyseg.train.attack_sweep import attack_sweep, attack_table, weight_std
+from noisyseg.measure.sensitivity import weight_std
+from noisyseg.measure.summary import score_table
+from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.classifiers import SmallResNet
 from noisyseg.perturb.disturbance import Law
 from noisyseg.perturb.laws import AbsoluteGaussian, RelativeGaussian
 from noisyseg.perturb.clone import clone_weights, perturbed
 from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.show.predictor import menu_of
-from noisyseg.measure.sweeps import noise_sweep
 from noisyseg.train.checkpoints import read_card, save_model
 from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 
@@ -58,6 +59,12 @@ def fit(learn, n=1):
     with learn.no_bar(), learn.no_logging(): learn.fit(n)
 
 
+def attacks(models, dl, relative, absolute, **kw):
+    "Both attacks, side by side"
+    return sweep(models, dl, {'relative': RelativeGaussian(), 'absolute': AbsoluteGaussian()},
+                 levels={'relative': relative, 'absolute': absolute}, progress=False, **kw)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(-20, 20), st.floats(0, 3), st.integers(0, 10**6),
        st.lists(st.integers(1, 6), min_size=1, max_size=4))
@@ -87,8 +94,8 @@ def test_a_relative_attack_does_not_care_for_scale(c):
     model = net()
     twin, dl, convs = scaled(model, c), batches(), lambda name, module, weight: isinstance(module, nn.Conv2d)
     with torch.no_grad(): torch.testing.assert_close(twin(dl[0][0]), model(dl[0][0]), rtol=1e-4, atol=1e-5)
-    df = attack_sweep({'a': model, 'b': twin}, dl, (0, 0.3, 1), (0, 0.05, 0.3), where=convs, progress=False)
-    of = lambda name, attack: df.query('model == @name and attack == @attack and metric == "accuracy"')[
+    df = attacks({'a': model, 'b': twin}, dl, (0, 0.3, 1), (0, 0.05, 0.3), where=convs)
+    of = lambda name, attack: df.query('model == @name and disturbance == @attack and metric == "accuracy"')[
             'value'].to_numpy()
     # an image on the border may fall either way
     assert abs(of('a', 'relative') - of('b', 'relative')).max() <= 1 / 50 + 1e-9
@@ -97,22 +104,20 @@ def test_a_relative_attack_does_not_care_for_scale(c):
 
 def test_rows_and_table():
     models, dl = {'a': net(0), ('b', 0): net(1), ('b', 1): net(2)}, batches()
-    df = attack_sweep(models, dl, (0, 0.5), (0, 0.1), seed=4, progress=False)
-    relative = noise_sweep(models, dl, RelativeGaussian(), (0, 0.5), 10, conv_and_linear, 4, progress=False)
-    assert df[df['attack'] == 'relative'].drop(columns='attack').reset_index(drop=True).equals(relative)
-    table = attack_table(df)
-    assert list(table.index) == ['a', 'b'] and list(table.columns) == [('absolute', 0.), ('absolute', 0.1),
-            ('relative', 0.), ('relative', 0.5)]
-    assert '±' in table.loc['a', ('relative', 0.5)] and '±' not in table.loc['a', ('relative', 0.)]
-    assert attack_table(df, 'balanced accuracy').shape == (2, 4)
-    for draws in (0, 9):
-        with pytest.raises(ValueError, match='at least 10'): attack_sweep(models, dl, draws=draws)
-    with pytest.raises(TypeError, match='draws'): attack_sweep(models, dl, draws=10.5)
+    df = attacks(models, dl, (0, 0.5), (0, 0.1), seed=4)
+    relative = sweep(models, dl, {'relative': RelativeGaussian()}, levels=(0, 0.5), seed=4, progress=False)
+    assert df[df['disturbance'] == 'relative'].reset_index(drop=True).equals(relative)
+    table = score_table(df)
+    assert list(table.index) == ['a', 'b'] and list(table.columns) == [
+        ('relative', 'as trained'), ('relative', 'strength = 50 %'), ('absolute', 'as trained'),
+        ('absolute', 'strength = 0.1')]
+    assert '±' in table['relative', 'strength = 50 %']['a'] and '±' not in table['relative', 'as trained']['a']
+    assert score_table(df, 'balanced accuracy').shape == (2, 4)
 
 
 def test_a_generator_is_enough():
-    df = attack_sweep(net(), iter(batches()), (0, 0.5), (0, 0.1), progress=False)
-    assert set(df['attack']) == {'relative', 'absolute'}
+    df = attacks(net(), iter(batches()), (0, 0.5), (0, 0.1), draws=2)
+    assert set(df['disturbance']) == {'relative', 'absolute'}
 
 
 def test_noise_stays_exactly():

@@ -19,7 +19,9 @@ from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.data.files import MissingData, data_root
 from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.measure.summary import summarise
-from noisyseg.measure.sweeps import layer_sensitivity, load_sweep, noise_sweep
+from noisyseg.measure.sensitivity import layer_sensitivity
+from noisyseg.measure.store import load_sweep
+from noisyseg.measure.sweeps import sweep
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 
 names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -162,7 +164,7 @@ def test_learner_and_card(folder, tmp_path):
     card = read_card(save_model(learn, tmp_path/'net', dataset=dls.about))
     assert card['classes'] == names and card['dataset'] == 'CIFAR-10' and card['normalisation'][
             'mean'] == list(dls.stats[0])
-    df = noise_sweep(learn.model, dls.test, MaxGaussian(), [0, 0.1], draws=2, progress=False)
+    df = sweep(learn.model, dls.test, MaxGaussian(), levels=[0, 0.1], draws=2, progress=False)
     assert list(df['class'].unique()) == [*names, '']
 
 
@@ -211,9 +213,9 @@ def net(seed=0):
 
 def test_sweep_of_labels(tmp_path):
     dl, models = labelled(), {'a': net(0), 'b': net(1)}
-    args = dict(dl=dl, law=MaxGaussian(per='tensor'), levels=[0, 0.2, 0.5], draws=3, where=conv_and_linear,
+    args = dict(dl=dl, disturbances=MaxGaussian(per='tensor'), levels=[0, 0.2, 0.5], draws=3, where=conv_and_linear,
                 progress=False)
-    df = noise_sweep(models, **args)
+    df = sweep(models, **args)
     assert list(df['metric'].unique()) == ['recall', 'balanced accuracy', 'accuracy'] and df['n_pixels'].max() == 15
     x, y = (torch.cat(t) for t in zip(*dl))
     with torch.no_grad(): right = (models['a'].eval()(x).argmax(1) == y).float()
@@ -221,9 +223,9 @@ def test_sweep_of_labels(tmp_path):
     assert clean['accuracy', ''] == pytest.approx(right.mean().item())
     for c in range(4): assert clean['recall', str(c)] == pytest.approx(right[y == c].mean().item())
     assert clean['balanced accuracy', ''] == pytest.approx(np.mean([right[y == c].mean() for c in range(4)]))
-    stored = noise_sweep({'a': models['a']}, store=tmp_path/'s.csv', **args)
+    stored = sweep({'a': models['a']}, store=tmp_path/'s.csv', **args)
     # extended, not measured again
-    assert_frame_equal(noise_sweep(models, store=tmp_path/'s.csv', **args), df, check_exact=True)
+    assert_frame_equal(sweep(models, store=tmp_path/'s.csv', **args), df, check_exact=True)
     assert len(load_sweep(tmp_path/'s.csv')) == len(df) == 2 * len(stored)
     assert summarise(df, metric='accuracy')['n'].tolist() == [1, 3, 3, 1, 3, 3]
     sens = layer_sensitivity(models['a'], dl, MaxGaussian(0.3), draws=2, progress=False)
@@ -234,7 +236,7 @@ def test_what_a_label_may_be():
     x, y = labelled(1)[0]
     for bad in (y[:3], y[:, None], y[:, None, None]):
         with pytest.raises(ValueError, match='labels'): Batches([(x, bad)])
-    with pytest.raises(TypeError, match='labels of class numbers'): Batches([(x, y.float())])
+    with pytest.raises(TypeError, match=r'labels \(batch,\) of class numbers'): Batches([(x, y.float())])
     with pytest.raises(ValueError, match=r'\(batch, classes\) for labels'): scores(nn.Conv2d(3, 4, 1), [(x, y)], 'abcd')
     binary = nn.Sequential(net(), nn.Linear(4, 1)).eval()
     assert [r[0] for r in scores(binary, [(x, y.clamp(max=1))], 'ab')] == ['recall', 'recall', 'balanced accuracy',

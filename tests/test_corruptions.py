@@ -15,13 +15,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from noisyseg.measure.corruption_sweep import corruption_error, corruption_sweep, mean_corruption_error
+from noisyseg.measure.corruption_errors import corruption_error, mean_corruption_error
 from noisyseg.data.corruptions import (ALL_19, CORRUPTIONS, STANDARD_15, CorruptedBatches, CorruptedDataset, Corruption,
                                        all_corruptions, corrupt, corruption)
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes, scene_palette
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.sweeps import sweep
 
 # What the published generators of ImageNet-C and CIFAR-10-C (hendrycks/robustness, commit 8190fe3: make_imagenet_c.py
 # and make_cifar_c.py, with
@@ -207,12 +207,12 @@ def test_sweep_does_not_depend_on_batch_size_or_normalisation():
             super().__init__()
             self.net, self.stats = net, [torch.tensor(s).view(3, 1, 1) for s in dls.stats]
         def forward(self, x): return self.net((x - self.stats[0]) / self.stats[1])
-    net, kw = Net().eval(), dict(corruptions=('fog', 'shot_noise', 'elastic_transform'), severities=(2, 5),
-                                 progress=False, class_names=scene_classes)
-    a = corruption_sweep(net, loaders(3), **kw)
-    assert_frame_equal(a, corruption_sweep(net, loaders(5), **kw))
-    assert_frame_equal(a, corruption_sweep(net, loaders(5), cache_mb=0, **kw))
-    b = corruption_sweep(Normed(net, loaders()), list(zip(x8.split(4), y8.split(4))), **kw)
+    three = [Corruption(c) for c in ('fog', 'shot_noise', 'elastic_transform')]
+    net, kw = Net().eval(), dict(disturbances=three, levels=(0, 2, 5), progress=False, class_names=scene_classes)
+    a = sweep(net, loaders(3), **kw)
+    assert_frame_equal(a, sweep(net, loaders(5), **kw))
+    assert_frame_equal(a, sweep(net, loaders(5), cache_mb=0, **kw))
+    b = sweep(Normed(net, loaders()), list(zip(x8.split(4), y8.split(4))), **kw)
     np.testing.assert_allclose(a['value'], b['value'], atol=2e-3)
 
 
@@ -220,7 +220,7 @@ def test_models_and_random_numbers_are_untouched():
     net = Net().train()
     net[1].eval()
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    corruption_sweep(net, loaders(), ('snow',), (1,), progress=False)
+    sweep(net, loaders(), Corruption('snow'), levels=1, progress=False)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(state,
             torch.get_rng_state())
     assert [m.training for m in net] == [True, False, True, True, True]
@@ -229,9 +229,9 @@ def test_models_and_random_numbers_are_untouched():
 def test_weight_noise_on_corrupted_pictures_and_fastai_validation():
     dls, net = loaders(), Net().eval()
     foggy = CorruptedBatches(dls, Corruption('fog', 4))
-    df = noise_sweep(net, foggy, MaxGaussian(), [0, 0.1], draws=2, progress=False)
-    clean = noise_sweep(net, dls, MaxGaussian(), [0], progress=False)
-    at = corruption_sweep(net, dls, ('fog',), (4,), progress=False)
+    df = sweep(net, foggy, MaxGaussian(), levels=[0, 0.1], draws=2, progress=False)
+    clean = sweep(net, dls, MaxGaussian(), levels=0, progress=False)
+    at = sweep(net, dls, Corruption('fog'), levels=(0, 4), progress=False)
     miou = lambda d: d[d['metric'] == 'mIoU']['value'].tolist()
     assert miou(df)[0] == miou(at)[1] and miou(clean)[0] == miou(at)[0] and df['class'].iloc[0] == scene_classes[0]
     learn = Learner(dls, net, nn.CrossEntropyLoss(ignore_index=255))
@@ -242,10 +242,10 @@ def test_weight_noise_on_corrupted_pictures_and_fastai_validation():
 def test_shuffled_loaders_are_refused_and_workers_agree():
     data = TensorDataset(x8, y8)
     with pytest.raises(ValueError, match='shuffles'):
-        corruption_sweep(Net(), DataLoader(data, 4, shuffle=True), ('fog',), progress=False)
+        sweep(Net(), DataLoader(data, 4, shuffle=True), Corruption('fog'), progress=False)
     with pytest.raises(ValueError, match='shuffles'):
-        noise_sweep(Net(), CorruptedBatches(DataLoader(data, 4, shuffle=True), Corruption('fog')), MaxGaussian(), [0],
-                    progress=False)
+        sweep(Net(), CorruptedBatches(DataLoader(data, 4, shuffle=True), Corruption('fog')), MaxGaussian(), levels=0,
+              progress=False)
     items = CorruptedDataset(data, Corruption('spatter', 2, seed=5))
     assert torch.equal(items[-1][0], items[7][0])
     for workers in (0, 2):
@@ -258,13 +258,13 @@ def test_classifiers_and_their_corruption_errors():
     net = lambda seed: nn.Sequential(Net(seed, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     labels = torch.arange(8) % 5
     models, dl = {'a': net(0), ('b', 0): net(1), ('b', 1): net(2)}, [(x8[:5], labels[:5]), (x8[5:], labels[5:])]
-    df = corruption_sweep(models, dl, ALL_19, table='cifar', progress=False)
+    df = sweep(models, dl, [Corruption(c, table='cifar') for c in ALL_19], progress=False)
     assert set(df['metric']) >= {'accuracy'} and (df.query("metric == 'accuracy'")['n_pixels'] == 8).all()
     out = mean_corruption_error(df)
     assert out['corruptions'].tolist() == ['standard 15'] * 3 + ['all 19'] * 3 and set(out['baseline']) == {
             'unnormalised'}
-    error = lambda names: 1 - df[(df['metric'] == 'accuracy') & df['corruption'].isin(names)
-                                 & (df['model'] == 'a')]['value'].mean()
+    error = lambda names: 1 - df[(df['metric'] == 'accuracy') & df['law'].isin(names)
+                                 & (df['model'] == 'a') & (df['level'] > 0)]['value'].mean()
     np.testing.assert_allclose(out[out['model'] == 'a']['mCE'], [error(STANDARD_15), error(ALL_19)])
     # a baseline of two training runs: their mean error is what 1 stands for
     ce = corruption_error(df, 'b')

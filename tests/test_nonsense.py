@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import noisyseg as ns
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.sweeps import sweep
 
 # what mends it: code in backticks, a call, or an argument by its name
 MEND = re.compile(r'`[^`]+`|\b[\w.]+\([^)]*\)|\b\w+=')
@@ -27,7 +27,7 @@ def learn(): return ns.segmentation_learner(dls())
 
 @cache
 def frame():
-    return noise_sweep({'a': net7()}, dls().valid, ns.MaxGaussian(), [0, 0.1], draws=2, progress=False)
+    return sweep({'a': net7()}, dls().valid, ns.MaxGaussian(), levels=[0, 0.1], draws=2, progress=False)
 
 @cache
 def net7(): return ns.unet3plus_tiny(7).eval()
@@ -94,15 +94,16 @@ NONSENSE = {
     'deeplabv3plus: an unknown encoder': lambda: ns.deeplabv3plus(3, encoder='resnet19'),
     'deeplabv3plus: stride 7': lambda: ns.deeplabv3plus(3, encoder='resnet18', output_stride=7),
     'resnet20: another shortcut': lambda: ns.resnet20(shortcut='C'),
-    'noise_sweep: a word for a model': lambda: ns.noise_sweep('net', dls().valid, law, [0, 0.1]),
-    'noise_sweep: no models': lambda: ns.noise_sweep({}, dls().valid, law, [0, 0.1]),
-    'noise_sweep: no draws': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, [0, 0.1], draws=0),
-    'noise_sweep: a number for a law': lambda: ns.noise_sweep({'a': net7()}, dls().valid, 0.1, [0, 0.1]),
-    'noise_sweep: no levels': lambda: ns.noise_sweep({'a': net7()}, dls().valid, law, []),
-    'noise_sweep: data shuffled': lambda: ns.noise_sweep({'a': net7()}, dls().train, law, [0, 0.1], draws=1),
+    'sweep: a word for a model': lambda: ns.sweep('net', dls().valid, law, levels=[0, 0.1]),
+    'sweep: no models': lambda: ns.sweep({}, dls().valid, law, levels=[0, 0.1]),
+    'sweep: no draws': lambda: ns.sweep({'a': net7()}, dls().valid, law, levels=[0, 0.1], draws=0),
+    'sweep: a number for a law': lambda: ns.sweep({'a': net7()}, dls().valid, 0.1, levels=[0, 0.1]),
+    'sweep: no levels': lambda: ns.sweep({'a': net7()}, dls().valid, law, levels=[]),
+    'sweep: data shuffled': lambda: ns.sweep({'a': net7()}, dls().train, law, levels=[0, 0.1], draws=1),
     'robustness_card: a path for a model': lambda: ns.robustness_card('net.safetensors', dls().valid),
-    'robustness_card: an unknown corruption': lambda: ns.robustness_card(
-        {'a': net7()}, dls().valid, corruptions=['rain']),
+    'robustness_card: a word for a disturbance': lambda: ns.robustness_card({'a': net7()}, dls().valid, ['rain']),
+    'robustness_card: levels of what is not asked': lambda: ns.robustness_card(
+        {'a': net7()}, dls().valid, law, levels={'rain': 3}),
     'load_sweep: no such file': lambda: ns.load_sweep('nowhere.csv'),
     'load_sweep: None': lambda: ns.load_sweep(None),
     'summarise: a dict': lambda: ns.summarise({'a': 1}),

@@ -16,9 +16,9 @@ from noisyseg.perturb.disturbance import Law
 from noisyseg.perturb.clone import clone_weights, perturbed
 from noisyseg.perturb.selectors import conv_and_linear
 from noisyseg.show.predictor import NoisyPredictor, controls, disturbance_of, menu_of, values_of
-from noisyseg.measure.quantization_sweep import quantization_sweep
 from noisyseg.perturb.quantization import Quantize, inner_layers, quantized, weight_grid
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.evaluation import scores
+from noisyseg.measure.sweeps import sweep
 from noisyseg.train.checkpoints import read_card, save_model
 from noisyseg.train.noise import WeightNoise
 from noisyseg.nets.unet3plus import unet3plus_tiny
@@ -164,11 +164,13 @@ def test_the_explorers_side():
 
 
 def test_sweeps_of_masks():
-    "Segmentation goes the same way, and rows of quantization_sweep are rows of noise_sweep."
+    "Segmentation goes the same way, and a cell is what one gets by hand; bits have no draws."
     torch.manual_seed(0)
     net = unet3plus_tiny(3, width=2, filters=(4, 6, 8))
     dl = [(torch.rand(2, 3, 16, 16), torch.randint(0, 3, (2, 16, 16)))]
-    df = quantization_sweep(net, dl, bits=(2, 4), per='channel', progress=False)
-    plain = noise_sweep(net, dl, Quantize(), [0, 2, 4], draws=1, where=conv_and_linear, progress=False)
-    assert df.drop(columns=['per', 'scheme']).equals(plain) and set(df['metric']) == {'IoU', 'mIoU', 'pixel accuracy'}
-    assert len(quantization_sweep(net, dl, bits=2, scheme=('symmetric', 'minmax'), progress=False)) == 4 * 2 * 5
+    df = sweep(net, dl, Quantize(), levels=[0, 2, 4], progress=False)
+    assert df['level'].unique().tolist() == [0, 4, 2] and set(df['draw']) == {0}      # from mild to strong, drawn once
+    with perturbed(net.eval(), Quantize(2), conv_and_linear): by_hand = [v for *_, v, _ in scores(net, dl, list('012'))]
+    assert df.query('level == 2')['value'].tolist() == pytest.approx(by_hand, nan_ok=True, abs=0)
+    several = [Quantize(per=p, scheme=s) for p in ('channel', 'tensor') for s in ('symmetric', 'minmax')]
+    assert len(sweep(net, dl, several, levels=[0, 2], progress=False)) == 4 * 2 * 5

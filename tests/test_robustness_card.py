@@ -1,18 +1,29 @@
 "The robustness card: its rows are the sweeps' own, its numbers come out by hand, and it resumes after an interrupt."
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from noisyseg.measure.evaluation import Batches, draw_seed, scores
-from noisyseg.measure.corruption_sweep import corruption_sweep, mean_corruption_error
+from noisyseg.data.corruptions import Corruption
+from noisyseg.measure.card import card_summary, card_table, robustness_card, standard_disturbances
+from noisyseg.measure.corruption_errors import mean_corruption_error
+from noisyseg.measure.store import load_sweep
+from noisyseg.measure.sweeps import sweep
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.clone import perturbed
-from noisyseg.measure.quantization_sweep import quantization_sweep
-from noisyseg.show.card import WEIGHTS, card_summary, card_table, plot_card, robustness_card
+from noisyseg.measure.summary import summarise
+from noisyseg.perturb.disturbance import Disturbance, Law
+from noisyseg.perturb.quantization import Quantize
+from noisyseg.show.card import plot_card
 from noisyseg.perturb.selectors import conv_and_norm
 
-CORRUPTIONS, NAMES = ('fog', 'contrast'), ['a', 'b', 'c']
+NAMES = ['a', 'b', 'c']
+TWO = [Corruption(c, table='cifar') for c in ('fog', 'contrast')]
+USUAL = standard_disturbances((32, 32), ('fog', 'contrast'))
 
 
 def net(seed, classify):
@@ -30,7 +41,7 @@ def data(classify):
 def card(classify=True, **kw):
     models = {('a', 0): net(0, classify), ('a', 1): net(1, classify), ('b', 0): net(2, classify),
               ('b', 1): net(3, classify)}
-    args = dict(models=models, dl=data(classify), corruptions=CORRUPTIONS, severities=(1, 3), draws=3,
+    args = dict(models=models, dl=data(classify), disturbances=USUAL, levels={'corrupted inputs': (1, 3)}, draws=3,
                 class_names=NAMES, progress=False)
     return robustness_card(**{**args, **kw})
 
@@ -44,13 +55,12 @@ def test_the_rows_are_the_sweeps_own(classify):
     row = df.query("model == 'b' and train_seed == 0 and disturbance == 'weight noise' and level == 0.1 and draw == 2 "
                    "and metric == @metric")
     assert row['value'].item() == pytest.approx(by_hand[metric], abs=2 / 12 if classify else 1e-3)
-    theirs = quantization_sweep(model, batches, (2, 3, 4, 6), 'channel', class_names=NAMES, progress=False)
+    theirs = sweep(model, batches, Quantize(), levels=(2, 3, 4, 6), class_names=NAMES, progress=False)
     theirs = theirs.query("metric == @metric").set_index('level')['value']
     ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'fewer bits' and metric == @metric").set_index(
             'level')['value']
     assert ours.index.is_monotonic_decreasing and ours.to_dict() == theirs[ours.index].to_dict()
-    theirs = corruption_sweep(model, batches, CORRUPTIONS, (1, 3), table='cifar', class_names=NAMES,
-                              progress=False).query("severity > 0")
+    theirs = sweep(model, batches, TWO, levels=(1, 3), class_names=NAMES, progress=False)
     ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'corrupted inputs'")
     assert ours['value'].tolist() == pytest.approx(theirs['value'].tolist(), nan_ok=True)
 
@@ -60,8 +70,8 @@ def test_mce_and_cost_are_by_the_baseline():
     table = card_table(df)
     assert table['training cost', 'b = 1'].tolist() == ['0.67×', '1.00×']
     models = {('a', 0): net(0, True), ('a', 1): net(1, True), ('b', 0): net(2, True), ('b', 1): net(3, True)}
-    sweep = corruption_sweep(models, data(True), CORRUPTIONS, (1, 3), table='cifar', progress=False)
-    expected = mean_corruption_error(sweep, 'b').groupby('model')['mCE'].mean()
+    rows = sweep(models, data(True), TWO, levels=(0, 1, 3), progress=False)
+    expected = mean_corruption_error(rows, 'b').groupby('model')['mCE'].mean()
     assert table['mCE'].iloc[:, 0].tolist() == [f'{expected[m]:.3f}' for m in 'ab']
     assert card_table(card(cost={'a': 30}, baseline='b'))['training cost', 'b = 1'].tolist() == ['unknown', 'unknown']
 
@@ -69,7 +79,7 @@ def test_mce_and_cost_are_by_the_baseline():
 def test_intervals_over_draws_and_seeds():
     df = card()
     draws, seeds = card_summary(df), card_summary(df, 'seed')
-    noisy = lambda s: s[s['disturbance'].isin([*WEIGHTS][:3])]
+    noisy = lambda s: s[s['disturbance'].isin([*USUAL][:3])]
     assert (noisy(draws)['n'] == 3).all() and (seeds['n'] == 2).all()
     assert draws['mean'].tolist() == pytest.approx(seeds['mean'].tolist())
     values = df.query("model == 'a' and disturbance == 'clean' and metric == 'accuracy'")['value']
@@ -85,14 +95,14 @@ def test_a_card_resumes_and_grows(tmp_path):
             if self.left < 0: raise KeyboardInterrupt
             return self.body(x)
     model, whole = Stops(), card(models={'a': net(0, True)})
-    with pytest.raises(KeyboardInterrupt): card(models={'a': model}, store=tmp_path)
+    with pytest.raises(KeyboardInterrupt): card(models={'a': model}, store=tmp_path/'card.csv')
     model.left = 10**9
-    card(models={'a': model}, store=tmp_path)
-    model.left = 6                                           # one batch that each of the six sweeps begins with
-    resumed = card(models={'a': model}, store=tmp_path)
+    card(models={'a': model}, store=tmp_path/'card.csv')
+    model.left = 1                                           # the one batch that a sweep begins with
+    resumed = card(models={'a': model}, store=tmp_path/'card.csv')
     pd.testing.assert_frame_equal(resumed, whole)
     model.left = 10**9
-    grown = card(models={'a': model, 'b': net(2, True)}, store=tmp_path, draws=4)
+    grown = card(models={'a': model, 'b': net(2, True)}, store=tmp_path/'card.csv', draws=4)
     pd.testing.assert_frame_equal(grown.query("model == 'a' and draw < 3").reset_index(drop=True), whole)
 
 
@@ -104,3 +114,27 @@ def test_a_frame_from_disk_draws_the_same(tmp_path):
     fig = plot_card(back)
     assert len(fig.data) == 6 + 2 and '?: unknown' in fig.layout.title.subtitle.text
     assert 'unknown' not in plot_card(card(cost={'a': 1, 'b': 2})).layout.title.subtitle.text
+
+
+def test_a_stranger_s_disturbance_is_on_the_card_without_an_edit(tmp_path):
+    "A kind that is defined here: its label, order, texts and unit are the card's, also from a store."
+    @dataclass(frozen=True)
+    class Stuck(Law):
+        "A share of the weights is stuck at zero."
+        alive: float = 0.9  # share of weights that work
+        label: ClassVar[str] = 'stuck at zero'
+        levels: ClassVar[tuple] = (0.99, 0.9, 0.5)
+        nothing: ClassVar[float] = 1.
+        @classmethod
+        def amount(cls, level): return f'{100 * (1 - level):.0f} % stuck'
+        def __call__(self, weight, z): return weight * (torch.special.ndtr(z) < self.alive)
+    try:
+        df = card(disturbances=Stuck(), levels=None, store=tmp_path/'card.csv')
+        assert [*card_table(df)['stuck at zero'].columns] == ['1 % stuck', '10 % stuck', '50 % stuck']
+        assert len(plot_card(df).data) == 2 + 1
+        kept = load_sweep(tmp_path/'card.csv')
+        assert kept[kept['disturbance'] == 'stuck at zero']['level'].unique().tolist() == [0.99, 0.9, 0.5]
+        alone = sweep(net(0, True), data(True), Stuck(), draws=2, progress=False)
+        assert alone['level'].unique().tolist() == [1., 0.99, 0.9, 0.5]
+        assert summarise(alone)['half'].iloc[0] == 0
+    finally: del Disturbance.registry['Stuck']

@@ -46,7 +46,7 @@ from noisyseg.data.files import MissingData, label_table, read_image, read_mask
 from noisyseg.show.monitor import _sample_html
 from noisyseg.show.report import report_html
 from noisyseg.measure.store import load_sweep
-from noisyseg.measure.sweeps import noise_sweep
+from noisyseg.measure.sweeps import sweep
 from noisyseg.train.checkpoints import load_model, read_card
 
 # --- the page itself
@@ -146,7 +146,7 @@ def readers(folder, content):
     yield as_file('mask.mat', lambda p: read_mask(p, label_table(2)))
     yield as_file('cifar10.zip', lambda p: ClassFolders(p, 'train'))
     yield as_file('sweep.csv', load_sweep)
-    yield as_file('store.csv', lambda p: noise_sweep({'a': net}, batch, MaxGaussian(), [0, 0.1], draws=2, store=p,
+    yield as_file('store.csv', lambda p: sweep({'a': net}, batch, MaxGaussian(), levels=[0, 0.1], draws=2, store=p,
                                                      progress=False))
     try: from noisyseg.train.serialization import load_state
     except ImportError: return

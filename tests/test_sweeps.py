@@ -21,10 +21,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
+from noisyseg.measure.task import Task
 from noisyseg.perturb.clone import perturbed
+from noisyseg.perturb.disturbance import compose
+from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
 from noisyseg.show.report import report_html
-from noisyseg.measure.sweeps import draw_seed, layer_sensitivity, load_sweep, noise_sweep, paired_difference, summarise
+from noisyseg.measure import sweeps
+from noisyseg.measure.evaluation import draw_seed
+from noisyseg.measure.sensitivity import layer_sensitivity
+from noisyseg.measure.store import load_sweep
+from noisyseg.measure.summary import paired_difference, summarise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 law, levels = MaxGaussian(per='channel'), [0, 0.05, 0.2]
@@ -52,8 +59,8 @@ def models(**kw): return {'a': Net(0, **kw), ('b', 0): Net(1, **kw), ('b', 1): N
 
 
 def sweep(ms=None, draws=3, levels=levels, store=None, **kw):
-    return noise_sweep(ms or models(), kw.pop('dl', batches()), kw.pop('law', law), levels, draws, store=store,
-                       progress=False, **kw)
+    return sweeps.sweep(ms or models(), kw.pop('dl', batches()), kw.pop('law', law), levels=levels, draws=draws,
+                        store=store, progress=False, **kw)
 
 
 def bits(model): return [v.clone() for v in model.state_dict().values()]
@@ -74,7 +81,7 @@ def run_in_child(store, log):
     ms = models(pause=0.004)
     before, ended = [bits(m) for m in ms.values()], 'finished'
     try: sweep(ms, store=store)
-    except KeyboardInterrupt as e: ended = ' '.join(e.__notes__)
+    except KeyboardInterrupt as e: ended = str(e)
     untouched = all(same(bits(m), b) and m.training for m, b in zip(ms.values(), before))
     log.write_text(f'{ended}; untouched: {untouched}')
 
@@ -112,7 +119,7 @@ def test_ctrl_c_keeps_and_resumes(tmp_path, whole):
     os.kill(p.pid, signal.SIGINT)
     p.join(60)
     out = (tmp_path/'log').read_text()
-    told = re.match(r'interrupted: (\d+) of 21 cells were measured; their rows are in .*sweep.csv, .*; untouched: True$', out)
+    told = re.match(r'interrupted: (\d+) of 21 cells were measured. Their rows are in .*sweep.csv, .*; untouched: True$', out)
     assert told, out
     kept, total = resume(store, whole)
     assert kept == int(told[1]) < total
@@ -130,18 +137,33 @@ def test_kill_keeps_and_resumes(tmp_path, whole, moment):
     assert sorted(f.name for f in tmp_path.iterdir()) == ['sweep.csv', 'sweep.csv.grid.json']
 
 
-def test_ctrl_c_without_a_store_returns_what_there_is(whole):
-    class Interrupts(Net):
-        def forward(self, x):
-            if self.calls == 20: raise KeyboardInterrupt
-            return super().forward(x)
+class Interrupts(Net):
+    def forward(self, x):
+        if self.calls == 20: raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_ctrl_c_without_a_store_ends_a_script():
+    with pytest.raises(KeyboardInterrupt, match="interrupted: 6 of 7 cells were measured. With store='sweep.csv'") as e:
+        sweep({'a': Interrupts()})
+    assert e.value.__cause__ is None and e.value._render_traceback_() == [str(e.value)]
+
+
+def test_ctrl_c_without_a_store_gives_a_notebook_what_there_is(whole, monkeypatch):
+    monkeypatch.setattr(sweeps, 'in_notebook', lambda: True)
     net = Interrupts()
     before = bits(net)
     with pytest.warns(UserWarning, match='interrupted: 6 of 7 cells'): part = sweep({'a': net})
     assert same(bits(net), before)
+    assert part.attrs['interrupted'] == '6 of 7 cells' and set(part['interrupted']) == {'6 of 7 cells'}
     full = whole[whole['model'] == 'a']
-    assert_frame_equal(part, full.merge(part[['level', 'draw']].drop_duplicates()).reindex(columns=full.columns),
-                       check_exact=True)
+    assert_frame_equal(part.drop(columns='interrupted'), full.merge(part[['level', 'draw']].drop_duplicates()).reindex(
+        columns=full.columns), check_exact=True)
+
+
+def test_a_progress_of_false_prints_nothing(capfd):
+    sweep({'a': Net()})
+    assert capfd.readouterr() == ('', '')
 
 
 # --- stores that something happened to
@@ -161,7 +183,9 @@ def test_damaged_store_is_measured_again(tmp_path, whole, data):
     elif how == 'twice': text = ''.join(lines[:at] + lines[at - 1:])
     else: text = ''.join([*lines[:at], lines[at].replace(',', ';', data.draw(st.integers(1, 5))), *lines[at + 1:]])
     store.write_text(text)
-    assert_frame_equal(sweep(store=store), whole, check_exact=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # that cells are not as they were written
+        assert_frame_equal(sweep(store=store), whole, check_exact=True)
     in_order = lambda df: df.sort_values(list(df)).reset_index(drop=True)
     assert_frame_equal(in_order(load_sweep(store)), in_order(whole))
     for f in tmp_path.iterdir(): f.unlink()
@@ -171,8 +195,7 @@ def test_store_is_one_experiment(tmp_path):
     store = tmp_path/'deep'/'folder'/'sweep.csv'
     sweep({'a': Net(0)}, store=store)
     held = store.read_bytes()
-    for what, kw in {'law': dict(law=AbsoluteGaussian()), 'seed': dict(seed=1), 'where': dict(where='0.*'),
-                     'data': dict(dl=batches(2)),
+    for what, kw in {'seed': dict(seed=1), 'data': dict(dl=batches(2)),
                      'classes': dict(class_names=['x', 'y', 'z']), 'ignore_index': dict(ignore_index=9)}.items():
         with pytest.raises(ValueError, match=what): sweep({'a': Net(0)}, store=store, **kw)
     with pytest.raises(ValueError, match="model 'a': other weights"): sweep({'a': Net(5)}, store=store)
@@ -181,8 +204,88 @@ def test_store_is_one_experiment(tmp_path):
     shifted[1].running_mean.add_(1)
     with pytest.raises(ValueError, match='other weights'): sweep({'a': shifted}, store=store)
     assert store.read_bytes() == held
-    assert set(json.loads((store.parent/'sweep.csv.grid.json').read_text())['versions']) == {'noisyseg', 'torch',
-            'python'}
+    # another law, or other weights, have rows of their own
+    for kw in (dict(law=AbsoluteGaussian()), dict(where='0.*')):
+        more = sweep({'a': Net(0)}, store=store, **kw)
+        assert_frame_equal(more, sweep({'a': Net(0)}, **kw), check_exact=True)
+    there = load_sweep(store)
+    assert len(there) == 3 * len(more) and len(there.drop_duplicates(['law', 'where'])) == 3
+    assert set(json.loads((store.parent/'sweep.csv.grid.json').read_text())['versions']) >= {'noisyseg',
+            'torch', 'python'}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_number_changed_by_hand_is_noticed(tmp_path, whole, data):
+    store = tmp_path/'sweep.csv'
+    sweep(store=store)
+    lines = store.read_text().splitlines()
+    at = data.draw(st.integers(1, len(lines) - 1))
+    fields = lines[at].rsplit(',', 2)   # …, value, n_pixels
+    fields[1] = repr(data.draw(st.floats(0, 1).filter(lambda v: repr(v) != fields[1])))
+    store.write_text('\n'.join([*lines[:at], ','.join(fields), *lines[at + 1:]]) + '\n')
+    with pytest.warns(UserWarning, match='1 of 21 cells of .* are not as they were written'): load_sweep(store)
+    with pytest.warns(UserWarning, match='not as they were written'): again = sweep(store=store)
+    assert_frame_equal(again, whole, check_exact=True)
+    for f in tmp_path.iterdir(): f.unlink()
+
+
+def test_stores_are_files_of_known_endings_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sweep({'a': Net()}, draws=1, store='~/deep/sweep.csv')
+    assert (tmp_path/'deep'/'sweep.csv').is_file() and not (tmp_path/'~').exists()
+    assert len(load_sweep('~/deep/sweep.csv'))
+    for name in ('x.xlsx', 'x', 'x.CSV.gz'):
+        with pytest.raises(ValueError, match="expected a name that ends in .csv or .parquet.*x.*csv' will do"):
+            sweep({'a': Net()}, store=name)
+    with pytest.raises(ValueError, match='is a folder'): sweep({'a': Net()}, store=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['deep']
+
+
+def test_levels_of_500_percent_are_told():
+    with pytest.warns(UserWarning, match='%'): sweep({'a': Net()}, levels=[0, 5], draws=1)
+
+
+@pytest.mark.parametrize('kind', [MaxGaussian(), Quantize(), compose(Quantize(3), MaxGaussian())])
+def test_a_disturbance_says_itself_what_its_levels_are(kind):
+    "No levels given: those that it names, nothing first, mild to strong; one draw where nothing is random."
+    df = sweep({'a': Net()}, law=kind, levels=None, draws=2, dl=batches(1))
+    nothing = [] if np.isnan(kind.nothing) else [kind.nothing]
+    assert df['level'].unique().tolist() == [*nothing, *kind.levels]
+    assert set(df['disturbance']) == {kind.label} and set(df['law']) == {kind.name}
+    assert set(df[df['level'] == kind.levels[0]]['draw']) == ({0, 1} if kind.random else {0})
+
+
+def test_several_at_once_are_each_as_alone(tmp_path):
+    both = {'noise': MaxGaussian(), 'bits': Quantize()}
+    df = sweeps.sweep(models(), batches(), both, levels={'noise': [0, .1]}, draws=2, progress=False,
+                      store=tmp_path/'s.csv')
+    for label, d in both.items():
+        alone = sweeps.sweep(models(), batches(), {label: d}, levels=[0, .1] if label == 'noise' else None, draws=2,
+                             progress=False)
+        assert_frame_equal(df[df['disturbance'] == label].reset_index(drop=True), alone, check_exact=True)
+    kept = load_sweep(tmp_path/'s.csv')
+    assert list(kept.attrs['disturbances']) == ['noise', 'bits'] and kept.attrs['metric'] == 'mIoU'
+
+
+class Fill(Task):
+    "A stranger's task: how much of the pictures is class 0?"
+    metric = 'fill'
+    def meter(self, classes, ignore_index=None):
+        seen = []
+        class Meter:
+            def update(self, out, y): seen.append((out.argmax(1) == 0).float().mean().item())
+            def rows(self): return [('fill', '', sum(seen) / len(seen), len(seen))]
+        return Meter()
+
+
+def test_a_task_of_ones_own():
+    x = torch.rand(4, 3, 12, 12)
+    df = sweep({'a': Net()}, dl=[(x, torch.rand(4))], task=Fill(), draws=2)
+    with torch.no_grad(): assert df['value'].iloc[0] == pytest.approx((Net().eval()(x).argmax(1) == 0).float().mean())
+    assert set(df['metric']) == {'fill'} and summarise(df)['n'].tolist() == [1, 2, 2]
+    with pytest.raises(TypeError, match=r'make one: Fill\(\)'): sweep({'a': Net()}, task=Fill)
 
 
 def test_store_extends(tmp_path):
@@ -229,12 +332,12 @@ def test_fastai_loaders_bring_their_names():
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     expected = random.random(), np.random.rand(), torch.rand(2)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    by_dls = noise_sweep(net, dls, law, [0, 0.1], draws=2, progress=False)
+    by_dls = sweeps.sweep(net, dls, law, levels=[0, 0.1], draws=2, progress=False)
     assert (random.random(), np.random.rand()) == expected[:2] and torch.equal(torch.rand(2), expected[2])
     assert list(by_dls['class'].unique()) == [*dls.vocab, '']
-    assert_frame_equal(by_dls, noise_sweep(net, dls.valid, law, [0, 0.1], draws=2, class_names=dls.vocab,
-                                           progress=False), check_exact=True)
-    with pytest.raises(ValueError, match='shuffles'): noise_sweep(net, dls.train, law, [0.1], progress=False)
+    assert_frame_equal(by_dls, sweeps.sweep(net, dls.valid, law, levels=[0, 0.1], draws=2,
+                                            class_names=dls.vocab, progress=False), check_exact=True)
+    with pytest.raises(ValueError, match='shuffles'): sweeps.sweep(net, dls.train, law, levels=0.1, progress=False)
     sens = layer_sensitivity(net, dls, law.at(0.1), draws=2, progress=False)
     assert {'encoder.levels.0', 'decoder.0', 'heads'} <= set(sens['group'])
 
@@ -261,7 +364,7 @@ def test_networks_of_other_houses():
     dl = [(torch.rand(2, 3, 64, 64, generator=g), torch.randint(0, 3, (2, 64, 64), generator=g))]
     before, flags = {k: bits(m) for k, m in found.items()}, {k: [s.training for s in m.modules()] for k,
                                                              m in found.items()}
-    df = noise_sweep(found, dl, law, [0, 0.1], draws=2, progress=False)
+    df = sweeps.sweep(found, dl, law, levels=[0, 0.1], draws=2, progress=False)
     for k, m in found.items(): assert same(bits(m), before[k]) and [s.training for s in m.modules()] == flags[k], k
     assert set(df['model']) == set(found) and df[df['metric'] == 'mIoU']['value'].between(0, 1).all()
 
@@ -282,7 +385,7 @@ def test_laws_and_hand_made_noise():
     net, dl = Net(0).eval(), batches(1)
     for which in (MaxGaussian(alpha=1.5), AbsoluteGaussian(), MultiplicativeGaussian()):
         df = sweep({'a': net}, law=which, levels=[0.3], draws=2, dl=dl)
-        with perturbed(net, which.at(0.3), generator=draw_seed(0, 1)), torch.no_grad():
+        with which.at(0.3).acting(net, None, draw_seed(0, 1)), torch.no_grad():
             right = (net(dl[0][0]).argmax(1) == dl[0][1]).float().mean().item()
         assert df[(df['draw'] == 1) & (df['metric'] == 'pixel accuracy')]['value'].item() == pytest.approx(right,
                 abs=2 / 576)
@@ -320,6 +423,8 @@ def test_intervals_against_scipy(whole):
         warnings.simplefilter('error')
         p = paired_difference(whole, 'a', 'b')
     assert p['level'].tolist() == levels and p['n'].tolist() == [1, 3, 3]
+    # from one number, nothing is clear
+    assert not p['clear'].iloc[0] and p[['low', 'high', 'half']].iloc[0].isna().all()
 
 
 def test_a_draw_that_is_only_half_there_is_left_out(whole):
@@ -358,7 +463,7 @@ def test_figures_hold_the_numbers(whole):
 def test_single_draws_levels_and_many_classes():
     x, y = torch.rand(2, 3, 16, 16), torch.randint(0, 21, (2, 16, 16))
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 21, 1))
-    df = noise_sweep(net, [(x, y)], law, [0.1], draws=1, progress=False)
+    df = sweeps.sweep(net, [(x, y)], law, levels=0.1, draws=1, progress=False)
     for f in (plot_sweep(df), plot_classes(df)): assert f.to_json()
     assert '±' not in sweep_table(df).to_string()
 

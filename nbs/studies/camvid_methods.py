@@ -27,7 +27,7 @@ from noisyseg.data.datasets import camvid
 from noisyseg.measure.jobs import OnRay
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
-from noisyseg.show.card import card_table, robustness_card
+from noisyseg.measure.card import card_table, robustness_card, standard_disturbances
 from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.train.learner import segmentation_learner
@@ -38,7 +38,8 @@ SIZES = {'small': dict(size=(96, 128), epochs=20, bs=8, every=4),
          'full': dict(size=(240, 320), epochs=100, bs=16, every=1)}
 LR = 4e-3
 N, SIGMA, PARTS = 0.1, 0.1, 4          # MaxGaussian; DAMP and its sub-batches
-STRENGTHS = {'weight noise': (0.05, 0.1), 'relative attack': (0.1,), 'absolute attack': (0.02,), 'fewer bits': (4,)}
+STRENGTHS = {'weight noise': (0.05, 0.1), 'relative attack': (0.1,), 'absolute attack': (0.02,), 'fewer bits': (4,),
+             'corrupted inputs': (1, 3, 5)}
 
 def ways(seed):
     "What a network is trained with, by the way's name; the optimizer of all is Adam, as in the CamVid study."
@@ -78,10 +79,10 @@ def card(a):
     valid = camvid(size=SIZES[a.size]['size'], bs=8, seed=0, augment=False).valid
     x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
     some = slice(None, None, SIZES[a.size]['every'])
-    df = robustness_card(models, list(zip(x[some].split(8), y[some].split(8))), STRENGTHS, severities=(1, 3, 5),
-                         draws=10, baseline='standard', cost=cost,
-                         stats=valid.stats, ignore_index=valid.ignore_index, class_names=valid.vocab,
-                         store=a.models/a.size/'camvid-methods-card',
+    usual = standard_disturbances(x.shape[2:], stats=valid.stats)
+    df = robustness_card(models, list(zip(x[some].split(8), y[some].split(8))), usual, levels=STRENGTHS, draws=10,
+                         baseline='standard', cost=cost, ignore_index=valid.ignore_index, class_names=valid.vocab,
+                         store=a.models/a.size/'camvid-methods-card.csv',
                          progress=sys.stdout.isatty(), on=OnRay(threads=a.threads) if a.on == 'ray' else a.on)
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
     keep(out(a, 'camvid_methods.csv'), df, a, data=f'CamVid, validation, {len(y[some])} of {len(y)} images',

@@ -29,7 +29,9 @@ from noisyseg.data.datasets import camvid
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
 from noisyseg.show.plots import sweep_table
-from noisyseg.measure.sweeps import law_text, layer_sensitivity, noise_sweep, stages
+from noisyseg.measure.sensitivity import layer_sensitivity, stages
+from noisyseg.measure.sweeps import sweep as run_sweep
+from noisyseg.perturb.selectors import conv_and_norm
 from noisyseg.basics import write_atomic
 from noisyseg.train.checkpoints import load_model, save_model
 from noisyseg.train.learner import segmentation_learner
@@ -87,7 +89,7 @@ def trained():
 def validation(): return camvid(size=SIZE, bs=8, seed=0, augment=False).valid
 
 def sweep():
-    df = noise_sweep(trained(), validation(), MaxGaussian(alpha=ALPHA), LEVELS, draws=DRAWS, seed=0, store=RESULTS)
+    df = run_sweep(trained(), validation(), MaxGaussian(alpha=ALPHA), levels=LEVELS, draws=DRAWS, store=RESULTS)
     print(sweep_table(df).to_string())
 
 def companion(results): return results.with_name(results.name + '.grid.json')
@@ -97,7 +99,8 @@ def made_by(): return {'command': ' '.join(['python', f'nbs/studies/{Path(sys.ar
 
 def absolute():
     made = json.loads(companion(ABSOLUTE).read_text()).get('made by') if companion(ABSOLUTE).exists() else None
-    df = noise_sweep(trained(), validation(), AbsoluteGaussian(), STRENGTHS, draws=DRAWS, seed=0, store=ABSOLUTE)
+    df = run_sweep(trained(), validation(), AbsoluteGaussian(), levels=STRENGTHS, draws=DRAWS, where=conv_and_norm,
+                   store=ABSOLUTE)
     grid = json.loads(companion(ABSOLUTE).read_text())
     write_atomic(companion(ABSOLUTE), json.dumps({**grid, 'made by': made or made_by()}, indent=1, ensure_ascii=False)
                  + '\n')
@@ -107,7 +110,7 @@ def layers():
     "Of each network's rows, those of mIoU and pixel accuracy."
     law, valid, nets = MaxGaussian(LAYERS_AT, alpha=ALPHA), validation(), {k: m for k, m in trained().items()
             if k[0] in map(label, LAYERS_OF)}
-    grid = dict(law=law_text(law), level=LAYERS_AT, where='conv_and_norm', seed=0, draws=DRAWS,
+    grid = dict(law=law.name, level=LAYERS_AT, where='conv_and_norm', seed=0, draws=DRAWS,
                 classes=list(valid.vocab), ignore_index=valid.ignore_index,
                 data=Batches(valid).fingerprint(),
                 models={f'{name} (training seed {seed})': {'weights': digest(*m.state_dict().values())}
@@ -115,7 +118,7 @@ def layers():
                 versions={'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()})
     found = []
     for (name, seed), m in sorted(nets.items(), key=lambda item: item[0][1]):
-        df = layer_sensitivity(m, valid, law, stages(m, share=SHARE), draws=DRAWS, seed=0, name=name)
+        df = layer_sensitivity(m, valid, law, groups=stages(m, share=SHARE), draws=DRAWS, name=name)
         found.append(df[df['metric'] != 'IoU'].assign(train_seed=seed))
         write_atomic(LAYERS, pd.concat(found).to_csv(index=False))
         write_atomic(companion(LAYERS), json.dumps({**grid, 'made by': made_by()}, indent=1, ensure_ascii=False) + '\n')

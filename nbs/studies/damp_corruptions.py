@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 from noise_aware import HERE, arguments, keep, out, test_batches, train, trained
 
-from noisyseg.data.corruptions import ALL_19
-from noisyseg.show.card import WEIGHTS, card_table, robustness_card
+from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
+from noisyseg.measure.card import card_table, robustness_card, standard_disturbances
 
 STRENGTHS = {'weight noise': (0.05, 0.1, 0.2), 'relative attack': (0.1, 0.2, 0.5),
              'absolute attack': (0.01, 0.02, 0.05), 'fewer bits': (4, 3, 2)}
@@ -32,9 +32,9 @@ def costs(a):
 
 def card(a):
     models, (batches, test) = trained(a), test_batches(a, a.n_card)
-    df = robustness_card(models, batches, STRENGTHS, ALL_19, draws=10, baseline='standard', cost=costs(a),
-                         table='cifar', stats=test.stats,
-                         class_names=test.vocab, store=a.models/a.size/'card', progress=sys.stdout.isatty())
+    usual = standard_disturbances((32, 32), ALL_19, test.stats)
+    df = robustness_card(models, batches, usual, levels=STRENGTHS, draws=10, baseline='standard', cost=costs(a),
+                         class_names=test.vocab, store=a.models/a.size/'card.csv', progress=sys.stdout.isatty())
     df = df[df['metric'] == 'accuracy'].drop(columns='class')
     info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches),
                 train_seeds=sorted({s for _, s in models}))
@@ -46,10 +46,11 @@ def segmentation(a):
      "measured there.")
     valid = camvid_weight_noise.validation()
     x, y = (torch.cat([b[i].as_subclass(torch.Tensor) for b in valid]) for i in (0, 1))
-    batches, none = list(zip(x[::2].split(8), y[::2].split(8))), {k: () for k in WEIGHTS}
-    df = robustness_card(camvid_weight_noise.trained(), batches, none, severities=(1, 3, 5), baseline='clean',
-                         stats=valid.stats,
-                         ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card',
+    batches = list(zip(x[::2].split(8), y[::2].split(8)))
+    corrupted = [Corruption(name, stats=valid.stats) for name in STANDARD_15]
+    df = robustness_card(camvid_weight_noise.trained(), batches, {Corruption.label: corrupted},
+                         levels={Corruption.label: (1, 3, 5)}, baseline='clean',
+                         ignore_index=valid.ignore_index, class_names=valid.vocab, store=a.models/'camvid-card.csv',
                          progress=sys.stdout.isatty())
     df = df[df['metric'] == 'mIoU'].drop(columns='class')
     keep(HERE/'camvid_robustness_card.csv', df, argparse.Namespace(threads=a.threads),

@@ -34,12 +34,14 @@ from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 
 from noisyseg import __version__
-from noisyseg.train.attack_sweep import attack_sweep, attack_table, weight_std
+from noisyseg.measure.sensitivity import weight_std
+from noisyseg.measure.summary import score_table
+from noisyseg.measure.sweeps import sweep as run_sweep
 from noisyseg.data.cifar import cifar10
 from noisyseg.nets.classifiers import resnet20
 from noisyseg.train.methods.damp import DAMP
-from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
-from noisyseg.measure.quantization_sweep import quantization_sweep
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, RelativeGaussian
+from noisyseg.perturb.quantization import Quantize
 from noisyseg.train.methods.ascent import multi_step_rho
 from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.perturb.selectors import conv_and_linear
@@ -164,14 +166,15 @@ def sweep(a):
     info = dict(data=test.dataset.about, test_images=sum(len(y) for _, y in batches),
                 train_seeds=sorted({s for _, s in models}))
     keep(out(a, 'noise_aware_training.csv'), training_table(a), a, **info)
-    bits = quantization_sweep(models, batches, BITS, 'channel', class_names=test.vocab, progress=sys.stdout.isatty())
+    common = dict(class_names=test.vocab, progress=sys.stdout.isatty())
+    bits = run_sweep(models, batches, Quantize(), levels=(0, *BITS), **common)
     keep(out(a, 'noise_aware_bits.csv'), bits[bits['metric'] == 'accuracy'], a, **info)
     store = a.models/a.size/'attacks.csv'
-    attacks = attack_sweep(models, batches, RELATIVE, ABSOLUTE, draws=10, class_names=test.vocab, store=store,
-                           progress=sys.stdout.isatty())
+    attacks = run_sweep(models, batches, {'relative': RelativeGaussian(), 'absolute': AbsoluteGaussian()},
+                        levels={'relative': RELATIVE, 'absolute': ABSOLUTE}, draws=10, store=store, **common)
     attacks = attacks[attacks['metric'] == 'accuracy']
     keep(out(a, 'noise_aware_attacks.csv'), attacks, a, **info)
-    print(attack_table(attacks).to_string())
+    print(score_table(attacks, 'accuracy').to_string())
 
 def cost(a):
     "A few batches of each way in turn, five times over: so that all ways meet the same machine."

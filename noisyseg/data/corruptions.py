@@ -102,6 +102,8 @@ class Corruption(Disturbance):
     def random(self): return self.kind.random
     @property
     def setting(self): return getattr(self.kind, self.table)[self.severity - 1] if self.severity else None
+    @property
+    def place(self): return f'input, {self.table} settings'
     @classmethod
     def amount(cls, level): return f'severity {level:g}'
 

@@ -105,7 +105,7 @@ class ClassNumbers(Task):
             raise TypeError(f"dl: expected {what}, but batch {i} has {y.dtype}; y.long() mends it")
         if x.ndim != 4 or not len(x) or y.shape != self.truth_shape(x):
             raise ValueError(f"dl: expected images (batch, channels, height, width) and {self.truth}, but batch "
-                             f"{i} has {tuple(x.shape)} and {tuple(y.shape)}")
+                             f"{i} has {tuple(x.shape)} and {tuple(y.shape)}; labels of whole images are (batch,)")
         return x, y
 
     def output(self, model, x, y, name='model'): return logits_of(model, x, y.shape[1:], name)

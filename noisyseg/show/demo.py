@@ -22,7 +22,7 @@ from ..perturb.clone import perturbed
 from .plots import plot_classes, plot_sweep, sweep_table
 from .report import report_html
 from ..measure.summary import paired_difference
-from ..measure.sweeps import noise_sweep
+from ..measure.sweeps import sweep
 from ..train.learner import segmentation_learner
 from ..nets.unet3plus import unet3plus_tiny
 
@@ -50,7 +50,7 @@ def train_tiny(
 
 # %% ../../nbs/show/09_demo.ipynb #d43ec29c
 def holds_from(
-    df,  # rows of `noise_sweep`
+    df,  # rows of `sweep`
     a: str,  # the network that should hold
     b: str,  # the network that should lose
 ) -> float | None:  # the level; None when `a` never stays clearly above `b`
@@ -82,7 +82,7 @@ def run_demo(
         models[name] = train_tiny(dls, l, epochs).model.eval()
         seconds[name] = time.time() - t
     print(f'\nNow both under the same {draws} noise draws at each of {len(LEVELS) - 1} levels')
-    df = noise_sweep(models, dls.valid, law, LEVELS, draws=draws)
+    df = sweep(models, dls.valid, law, levels=LEVELS, draws=draws)
     table = sweep_table(df)
     level = holds_from(df, 'noise-trained', 'clean-trained')
     verdict = (f'From {level:.0%} of each kernel\'s largest weight on, the noise-trained network is clearly better.'

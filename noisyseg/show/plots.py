@@ -91,7 +91,7 @@ def _curve(s, factor, name, colour, i):
 
 # %% ../../nbs/show/02_plots.ipynb #1527733b
 def plot_sweep(
-    df: pd.DataFrame,  # rows of `noise_sweep`, of one law
+    df: pd.DataFrame,  # rows of `sweep`, of one law
     metric: str = 'mIoU',  # 'mIoU' or 'pixel accuracy'
     unit: str = 'draw',  # what the band is over: 'draw' (these very networks) or 'seed' (this way of training)
     colors: dict = None,  # model -> '#rrggbb'; None: `model_colors(df)`
@@ -110,7 +110,7 @@ def plot_sweep(
 
 # %% ../../nbs/show/02_plots.ipynb #b9cb4fce
 def plot_protocols(
-    df: pd.DataFrame,  # rows of `noise_sweep`, with level 0 and each model's own level
+    df: pd.DataFrame,  # rows of `sweep`, with level 0 and each model's own level
     trained_at: dict,  # model name -> the noise level it was trained at; 0 for the clean one
     metric: str = 'mIoU',  # 'mIoU' or 'pixel accuracy'
     unit: str = 'draw',  # what the band is over: 'draw' (these very networks) or 'seed' (this way of training)
@@ -179,7 +179,7 @@ def _class_panel(fig, col, s, mean, colours, level, n_panels):
 
 # %% ../../nbs/show/02_plots.ipynb #eb357e1a
 def plot_classes(
-    df: pd.DataFrame,  # rows of `noise_sweep`, of one law; one panel for each model in it (at most 4)
+    df: pd.DataFrame,  # rows of `sweep`, of one law; one panel for each model in it (at most 4)
     unit: str = 'draw',  # mean over noise draws or over training seeds
     palette=None,  # RGB triples, one for each class (`dls.palette`); None: as in `class_colors`
     title: str = None,  # None: a title that says what is shown
@@ -249,7 +249,7 @@ def plot_sensitivity(
 
 # %% ../../nbs/show/02_plots.ipynb #aef689b6
 def sweep_table(
-    df: pd.DataFrame,  # rows of `noise_sweep`, of one law
+    df: pd.DataFrame,  # rows of `sweep`, of one law
     metric: str = 'mIoU',  # 'mIoU', 'IoU' (a line for each class) or 'pixel accuracy'
     unit: str = 'draw',  # what the interval is over: 'draw' or 'seed'
     decimals: int = 1,  # of the percentages

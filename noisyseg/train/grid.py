@@ -17,8 +17,7 @@ import pandas as pd
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 
 from ..measure.jobs import as_place, run_jobs
-from ..measure.store import _Lock
-from ..basics import write_atomic
+from ..basics import locked, write_atomic
 from .checkpoints import read_card, save_model
 
 # %% ../../nbs/train/08_grid.ipynb #f1c5a16d
@@ -98,17 +97,15 @@ def train_grid(
     if place is not None and num_gpus is not None: place = dataclasses.replace(place, num_gpus=num_gpus)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _Lock(folder/'.training grid.lock')
     def keep(run, files, made):
         write_atomic(paths[run].with_suffix('.json'), files[1])
         write_atomic(paths[run], files[0])
-    try:
+    with locked(folder/'training grid', f'folder: {folder}'):
         missing = [run for run, path in paths.items() if _done(path, run[0], methods[run[0]], run[1]) is None]
         groups = [(m, [run for run in missing if run[0] == m]) for m in methods]
         run_jobs(_Runs(train, methods), groups, keep, place or 'local', progress,
                  lambda run: f'method {run[0]!r}, seed {run[1]}', folder)
         cards = {run: _done(path, run[0], methods[run[0]], run[1]) for run, path in paths.items()}
-    finally: lock.release()
     lines = [{'model': m, 'train_seed': s, 'path': str(paths[m, s]), 'seconds': card['run']['seconds'], **card['row']}
              for (m, s), card in cards.items()]
     return pd.DataFrame(lines)
