@@ -192,6 +192,6 @@ def test_every_disturbance_is_in_the_menu():
 def test_an_interrupted_sweep_says_so():
     df = sweep_rows(['a'], ['x', 'y'])
     assert 'interrupted' not in plot_sweep(df).layout.title.subtitle.text
-    df.attrs['interrupted'] = True
+    df['interrupted'] = '5 of 7 cells'
     assert 'interrupted' in plot_sweep(df).layout.title.subtitle.text
     assert 'interrupted' in plot_classes(df).layout.title.subtitle.text
