@@ -133,7 +133,7 @@ def drawn(self:Disturbance,
     where=None,  # which weights, where it acts on weights; None: those that it names itself
     generator=None,  # torch.Generator, a seed, or None for torch's global generator
 ):  # a context manager that gives a function to(level)
-    "A block in which the model is disturbed by one draw, at any level: `with d.drawn(model, generator=0) as to: to(0.1)`."
+    "A block with one draw at any level: `with d.drawn(model, generator=0) as to: to(0.1)`."
     seed = generator if isinstance(generator, int) else fresh_seed(as_generator(generator))
     with ExitStack() as stack:
         def to(level):
@@ -221,7 +221,8 @@ class Law(Disturbance):
 
     def describe(self) -> str:
         "One line for plots and tables."
-        return f"{type(self).__name__}({', '.join(_text(f.name, getattr(self, f.name)) for f in dataclasses.fields(self))})"
+        settings = [_text(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     __str__ = describe
 
