@@ -119,7 +119,8 @@ def sections():
     for name in 'tutorials', 'studies':
         first = FIRST[name]
         found[name][''].sort(key=lambda o: first.index(o[0]) if o[0] in first else len(first))
-    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')   # its story, if it has one
+    # its story, if it has one
+    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')
     return found
 
 

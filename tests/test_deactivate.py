@@ -1,4 +1,5 @@
-"""Switched-off blocks beside networks that were built without the branch, and beside the blocks' own code with a branch of zeros;
+"""Switched-off blocks beside networks that were built without the branch, and beside the blocks' own code with a
+branch of zeros;
 what must hold when things go wrong; dropped features; DeepLabV3+ beside its formula."""
 import copy
 import pickle

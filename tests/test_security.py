@@ -164,7 +164,8 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, form):
         n += 1
     assert n >= 10 and not went_off.exists()
     if form == 'pickle':
-        with pytest.raises(Exception): pickle.loads(content).no_such_thing()   # noqa: B017  it does go off when it is unpickled
+        # it does go off when it is unpickled
+        with pytest.raises(Exception): pickle.loads(content).no_such_thing()   # noqa: B017
         assert went_off.exists()
 
 def test_cached_weights_are_tensors_only(tmp_path, monkeypatch):
@@ -201,7 +202,8 @@ def test_pictures_that_would_fill_the_memory(tmp_path):
     (tmp_path/'large.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
                                        + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
     with pytest.raises(ValueError, match=r'large\.png.*(bomb|pixels)'): read_image(tmp_path/'large.png')
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.jpg', bytes(3*2**20))
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('train/cat/1.jpg', bytes(3*2**20))
     with pytest.raises(ValueError, match='over a megabyte'): ClassFolders(tmp_path/'a.zip', 'train')
 
 
@@ -481,7 +483,8 @@ def harmless(page, selector='body'):
     assert page.evaluate('window.pwned') is None
     assert not page.complaints
     assert not page.evaluate("document.querySelectorAll('img[src=x], svg[onload]').length")
-    return page.evaluate("""s => document.querySelector(s).innerText + ' ' + [...document.querySelectorAll('text')].map(t => t.textContent).join(' ')
+    return page.evaluate("""s => document.querySelector(s).innerText
+        + ' ' + [...document.querySelectorAll('text')].map(t => t.textContent).join(' ')
         + ' ' + [...document.querySelectorAll('option')].map(o => o.textContent).join(' ')""", selector)
 
 class Net(nn.Module):

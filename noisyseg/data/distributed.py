@@ -1,4 +1,4 @@
-"""In a run of several processes each takes its piece of every batch; together they see what one process sees, and nothing is counted twice.
+"""Several processes: each takes its piece of every batch, and together they see what one process sees.
 
 Docs: https://noisyseg.github.io/noisyseg/data/distributed.html.md"""
 

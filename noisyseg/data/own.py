@@ -1,4 +1,4 @@
-"""A folder of images and a folder of masks of the same names become loaders, or an error that says how to mend them.
+"""A folder of images and one of masks become loaders, or an error that says how to mend them.
 
 Docs: https://noisyseg.github.io/noisyseg/data/own.html.md"""
 
@@ -110,6 +110,7 @@ def mask_reader(
     if codes is not None: codes = labels_of(codes, classes, ignore_index, 'codes')
     return PairReader(label_table(len(classes), ignore_index, codes), read_image=read_image)
 
+# %% ../../nbs/data/06_own.ipynb #f72af196
 def at_the_door(
     train:list, # (image, mask) files to train on
     valid:list, # the same to validate on

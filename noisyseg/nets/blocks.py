@@ -137,6 +137,7 @@ def _do(self:_Context, module, change):
     _changed.setdefault(module, (type(module), []))[1].append(change)
     _wear(module)
 
+# %% ../../nbs/nets/06_blocks.ipynb #8baa9ee3
 @patch
 def _undo(self:_Context):
     while self._done:

@@ -11,7 +11,8 @@ __all__ = ['PadShortcut', 'ResBlock', 'SmallResNet', 'resnet20', 'resnet18_small
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .unet3plus import FACTORIES, factory  # noqa: F401  the same list of factories, so that a checkpoint can name these too
+# the same list of factories, so that a checkpoint can name these too
+from .unet3plus import FACTORIES, factory  # noqa: F401
 
 # %% ../../nbs/nets/05_classifiers.ipynb #b3b10114
 class PadShortcut(nn.Module):
@@ -91,7 +92,8 @@ class SmallResNet(nn.Module):
     ) -> Tensor:  # logits, (batch, n_classes)
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: `x[None].float()` "
+            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
+                             f"`x[None].float()` "
                              f"adds the batch, `in_channels=` of the network sets the channels")
         x = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages: x = getattr(self, name)(x)

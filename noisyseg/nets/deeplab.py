@@ -1,4 +1,4 @@
-"""Atrous convolutions, pyramid pooling and a light decoder on a ResNet: the network that semi-supervised papers report on.
+"""Atrous convolutions and a light decoder on a ResNet: the network that semi-supervised papers report on.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/deeplab.html.md"""
 
@@ -68,7 +68,8 @@ class DeepLabV3Plus(nn.Module):
         "Segment a batch of images."
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: `x[None].float()` "
+            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
+                             f"`x[None].float()` "
                              f"adds the batch, `in_channels=` of the network sets the channels")
         _, fine, *_, deep = self.encoder(x)
         norm = self.pyramid.convs[-1][2]   # of the mean of each image

@@ -66,6 +66,7 @@ class ConvBlock(nn.Sequential):
 # %% ../../nbs/nets/02_encoders.ipynb #3faf2254
 _BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known to work in both layouts
 
+# %% ../../nbs/nets/02_encoders.ipynb #ec061522
 class FastEncoder(nn.Module):
     "An encoder that defines `_maps`, and runs it in oneDNN's layout where that is possible."
     fast = True
@@ -140,7 +141,7 @@ def resnet_encoder(
     names = [n for n in torchvision.models.list_models(module=torchvision.models)
              if n.startswith(('resnet', 'resnext', 'wide_resnet'))]
     if name not in names:
-        raise ValueError(f"no torchvision ResNet is called {name!r}; there are {', '.join(names)}: `encoder='resnet34'`")
+        raise ValueError(f"no torchvision ResNet is called {name!r}; there are {', '.join(names)}: encoder='resnet34'")
     net, loaded = None, False
     if pretrained:
         try:   # tensors only: whatever lies in the cache of downloads, nothing in it is executed
@@ -185,6 +186,7 @@ def channels_last(
     "Does it return maps (batch, height, width, channels)? timm's Swin does, and says so."
     return str(getattr(encoder, 'output_fmt', '')).endswith('NHWC')
 
+# %% ../../nbs/nets/02_encoders.ipynb #7c013988
 def encoder_maps(
     encoder: nn.Module,  # any encoder: it returns a list, a tuple or a dict of maps
     x: Tensor,  # images, (batch, in_channels, height, width)

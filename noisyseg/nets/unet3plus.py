@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/nets/unet3plus.html.md"""
 # %% auto #0
 __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'factory', 'unet3plus_paper', 'unet3plus_resnet',
            'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'unet3plus_slim',
-           'unet3plus_timm', 'from_published', 'ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
+           'unet3plus_timm', 'from_published', 'ConvBlock', 'PlainEncoder', 'resnet_encoder']
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #e439f508
 import inspect, math, re
@@ -21,13 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 from ..basics import expect_module
 from .fast.bnrelu import batch_norm_relu, folded
-from .encoders import (ConvBlock, FastEncoder, PlainEncoder, ResNetEncoder, encoder_channels, encoder_maps,
+from .encoders import (ConvBlock, FastEncoder, PlainEncoder, encoder_channels, encoder_maps,
                                     may_fuse, resnet_encoder, slim_resnet_encoder, timm_encoder)
 from .fast.observers import watched
 from .fast.upconv import conv_by_taps, conv_of_upsampled, new_map, taps_gradients, taps_win
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #238a9f6c
-_all_ = ['ConvBlock', 'PlainEncoder', 'ResNetEncoder', 'resnet_encoder']
+_all_ = ['ConvBlock', 'PlainEncoder', 'resnet_encoder']
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #1213134e
 def pool_to(
@@ -119,6 +119,7 @@ def _conv(self:Level, x, weight, bias, size, **kw):
     y = F.conv2d(resize_to(x, size), weight, bias, padding=1)
     return torch.clamp_min(y, 0, out=kw['out']) if kw else y
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #d3d351fc
 @patch
 def _source(self:Level, block, x, size):
     "One branch."
@@ -222,6 +223,7 @@ def _build(self:UNet3Plus, channels, compress, width, upsample, deep_supervision
                                   nn.Flatten()) if cgm else None
     self._init()
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #fa5fa285
 @patch
 def _init(self:UNet3Plus):
     "He initialisation of everything but the encoder, which brings its own."

@@ -84,6 +84,7 @@ class _Alias(NamedTuple):
     clean: Tensor  # what it holds while no noise is in
     own: bool  # is `clean` a buffer of its own, and not that of the weight?
 
+# %% ../../nbs/perturb/02_clone.ipynb #ea7deb32
 def _aliases(model, sites, clean):
     "All Parameters that noise in these weights reaches besides: they matter when a model changes while noise is in."
     known = {(s.module, s.attr) for s in sites}
@@ -188,6 +189,7 @@ def as_generator(
     if isinstance(generator, int) and not isinstance(generator, bool): return torch.Generator().manual_seed(generator)
     raise TypeError(f"generator= takes a torch.Generator, a seed (int) or None, got {generator!r}")
 
+# %% ../../nbs/perturb/02_clone.ipynb #f5c1be6f
 def fill_normal(
     z: Tensor,  # is filled, whatever was in it
     generator,  # torch.Generator or None; one on another device gives the numbers that it gives there
@@ -295,6 +297,7 @@ def _pairs(self:WeightClone):
                                                  if not overlap([span(a.param)], held))]
     return [(p, c) for p, c in pairs if p.shape == c.shape]
 
+# %% ../../nbs/perturb/02_clone.ipynb #13330755
 @patch
 def _shares(self:WeightClone, other):
     "Do two clones hold a weight in common?"
@@ -302,7 +305,7 @@ def _shares(self:WeightClone, other):
     return overlap(self._spans(), other._spans()) or not computed.isdisjoint((s.module, s.attr)
                                                                              for s in other._computed)
 
-# %% ../../nbs/perturb/02_clone.ipynb #13330755
+# %% ../../nbs/perturb/02_clone.ipynb #718d355e
 @patch
 def _claim(self:WeightClone):
     "Enter the list of those that hold noise, unless another thread is at these weights."
@@ -455,6 +458,7 @@ def _refuse(): raise ValueError(
     "activations once more in the backward pass, with other weights than in the forward pass: the gradient would be "
     "wrong. Pass gradient='noisy', or switch checkpointing off")
 
+# %% ../../nbs/perturb/02_clone.ipynb #b6a42597
 def _within_checkpoint(module, args):
     "A forward pre-hook: ValueError where a module that holds recovered noise runs inside torch's checkpoint."
     if torch.compiler.is_compiling(): return
@@ -464,6 +468,7 @@ def _within_checkpoint(module, args):
         if frame.f_globals.get('__name__') == 'torch.utils.checkpoint': _refuse()
         frame = frame.f_back
 
+# %% ../../nbs/perturb/02_clone.ipynb #c1fef864
 def _may_be_recomputed(model, sites):
     "The modules to watch: those that own the weights, unless this package made them and says what it does."
     ours = set()
@@ -489,6 +494,7 @@ def _end(self:WeightClone):
         warnings.warn(f"this block ended before a later one that perturbs {n or len(self._computed)} of its weights: "
                       f"they hold the later noise until that ends, and are clean then", stacklevel=4)
 
+# %% ../../nbs/perturb/02_clone.ipynb #dd2f7bfa
 @patch
 def _lay_down(self:WeightClone, noisy):
     "What is in the weights now is the clean value from here on; put the noisy ones on top again."
@@ -557,6 +563,7 @@ def _give_back(self:HoldInterrupts):
     for s in self.old:
         if signal.getsignal(s) == self.mine: signal.signal(s, self._below(s))
 
+# %% ../../nbs/perturb/02_clone.ipynb #b9100354
 @patch
 def handle(self:HoldInterrupts, signum, frame):
     "Let a signal happen now, or note that it waits."
@@ -565,6 +572,7 @@ def handle(self:HoldInterrupts, signum, frame):
     if f is None: self._below(signum)(signum, frame)
     else: self.waiting.append((signum, frame))
 
+# %% ../../nbs/perturb/02_clone.ipynb #1fb76d49
 @patch
 def deliver(self:HoldInterrupts, frame=None):
     "Let the signals happen that waited. An outer block asks who is at work: not the marked function that calls this."
@@ -573,6 +581,7 @@ def deliver(self:HoldInterrupts, frame=None):
         signum, _ = self.waiting.pop(0)
         self._below(signum)(signum, frame)
 
+# %% ../../nbs/perturb/02_clone.ipynb #ff2716be
 @patch
 def release(self:HoldInterrupts):
     "Give the handlers back, and let the signals happen that waited."
@@ -586,7 +595,8 @@ def release(self:HoldInterrupts):
 
 # %% ../../nbs/perturb/02_clone.ipynb #a2cc0f8c
 LATE = ("the block ends, and no gradient has arrived at its weights, though the model is in training mode and its "
-        "output waits for one: call backward() inside the block, where the noise is (in Lightning, open the block around the "
+        "output waits for one: call backward() inside the block, where the noise is (in Lightning, open the block "
+        "around the "
         "optimizer's closure), or pass gradient='recovered'. If you want no gradient, use torch.no_grad()")
 
 # %% ../../nbs/perturb/02_clone.ipynb #0f824a8c
@@ -605,6 +615,7 @@ def _gradients(clone):
     trained = [p for p in clone._params if p.requires_grad]
     return [(p, _mark(p)) for p in trained[:1] + trained[-1:] if not _in_a_graph(p)]
 
+# %% ../../nbs/perturb/02_clone.ipynb #130c5d17
 def _awaits_gradient(clone, marks):
     "Has none of the gradients arrived that a graph promises?"
     if not clone.injected or not torch.is_grad_enabled(): return False

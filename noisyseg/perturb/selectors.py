@@ -212,6 +212,7 @@ def _before_conversion(module):
     cls = cls[0] if isinstance(cls, tuple) else cls
     return cls.__new__(cls) if isinstance(cls, type) and issubclass(cls, nn.Module) else module
 
+# %% ../../nbs/perturb/01_selectors.ipynb #a94d64a7
 def unreachable(
     model: nn.Module,  # any module
 ) -> Iterator[_Unreachable]:
@@ -248,6 +249,7 @@ def span(
     length = 1 + sum((n - 1) * step for n, step in zip(weight.shape, weight.stride()))
     return weight.device, weight.untyped_storage().data_ptr(), first, first + length * weight.element_size()
 
+# %% ../../nbs/perturb/01_selectors.ipynb #91e7a275
 def overlap(
     a: list,  # spans
     b: list,  # spans

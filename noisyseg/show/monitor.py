@@ -1,4 +1,4 @@
-"""A dashboard for a fit that runs: curves, the mask of one held-out sample with and without noise, time left, and a Stop button.
+"""A dashboard for a fit that runs: curves, a held-out mask with and without noise, time left, a Stop button.
 
 Docs: https://noisyseg.github.io/noisyseg/show/monitor.html.md"""
 
@@ -30,7 +30,8 @@ from ..measure.task import MaskTask
 from ..data.files import colorize, distinct_palette, to_rgb, whole
 from ..nets.adapter import logits_of, to_classes
 from ..perturb.clone import perturbed
-from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row, plain_text,
+from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row,
+                                    plain_text,
                                     noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
 from .explorer import close_with_cell
@@ -103,7 +104,8 @@ def _curves(series, score, panels=()):
             color, symbol = next(colors)
             style = dict(mode='lines') if key == 'train_loss' else dict(mode='lines+markers',
                     marker=dict(symbol=symbol, size=7))
-            fig.add_scatter(x=x, y=y, name=plain_text(name), meta=key, line=dict(color=color, width=2), row=1, col=col, **style)
+            fig.add_scatter(x=x, y=y, name=plain_text(name), meta=key, line=dict(color=color, width=2), row=1, col=col,
+                            **style)
         fig.update_yaxes(title_text=plain_text(title), col=col)
     fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320,
                       margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')

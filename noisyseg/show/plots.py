@@ -17,7 +17,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.optimize import isotonic_regression
 
-from .pictures import (DASHES, INK, LINE, OKABE_ITO, SYMBOLS, class_colors, model_colors, noisyseg_template,
+from .pictures import (DASHES, INK, LINE, OKABE_ITO, SYMBOLS, class_colors, model_colors,
+                                    noisyseg_template,
                                     plain_text, plot_prediction)
 from ..measure.summary import PROTOCOLS, interruption, kind_of, main_metric, percent, protocols, summarise
 
@@ -44,6 +45,7 @@ def _apart(kind):
     levels = list(kind.levels)
     return len(levels) > 1 and levels[0] > levels[-1] and kind.nothing < levels[-1]
 
+# %% ../../nbs/show/02_plots.ipynb #25dbb6c7
 def _x_axis(df):
     "Ticks where it was measured, unless they would overlap."
     kind = _kind(df)
@@ -55,6 +57,7 @@ def _x_axis(df):
 
 def _over(s, unit): return f"{s['n'].max()} {'noise draws' if unit == 'draw' else 'training seeds'}"
 
+# %% ../../nbs/show/02_plots.ipynb #912313a6
 def _layout(df, title, subtitle, y, height=440, **kw):
     if told := interruption(df): subtitle = f'<b>interrupted: {plain_text(told)}</b> · {subtitle}'
     title = dict(text=title, subtitle=dict(text=f"{subtitle} · {plain_text(df['law'].iloc[0])}"))

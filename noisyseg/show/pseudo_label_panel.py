@@ -1,4 +1,4 @@
-"""A panel for the monitor: what the network believes of some unlabelled images, how sure it is, and, where masks are known, how often it is right.
+"""What the network believes of unlabelled images while it trains, how sure it is, and how often it is right.
 
 Docs: https://noisyseg.github.io/noisyseg/show/pseudo_label_panel.html.md"""
 
@@ -208,7 +208,8 @@ def _html(self:PseudoLabelPanel, found, tau, mode, dls):
         panels = [html_picture(self._seen[j], f'unlabelled image {i}', '', f'Unlabelled image {i}'),
                   html_picture(_label_colours(labels, sure, inside, dls.palette), 'pseudo-label', share,
                          f'Pseudo-label of image {i}, {share}'),
-                  html_picture(_sure_colours(confidence, tau, inside), 'confidence', f'mean {confidence[inside].mean():.2f}',
+                  html_picture(_sure_colours(confidence, tau, inside), 'confidence',
+                               f'mean {confidence[inside].mean():.2f}',
                          f'Confidence in image {i}')]
         classes |= set(np.unique(labels[inside]).tolist())
         if self._masks:
@@ -216,7 +217,8 @@ def _html(self:PseudoLabelPanel, found, tau, mode, dls):
             known = sure & (truth >= 0)
             right = f'{(labels == truth)[known].mean():.0%} of the confident are right' if known.any(
                     ) else 'no confident pixel to compare'
-            panels.append(html_picture(_label_colours(np.maximum(truth, 0), truth >= 0, inside, dls.palette), 'truth', right,
+            panels.append(html_picture(_label_colours(np.maximum(truth, 0), truth >= 0, inside, dls.palette), 'truth',
+                                       right,
                                  f'True mask of image {i}; {right}'))
             classes |= set(np.unique(truth).tolist()) - {-1}
         rows.append(html_row(panels))

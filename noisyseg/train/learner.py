@@ -36,6 +36,7 @@ class ReadOutput(Callback):
         try: self.learn.pred = as_logits(pred, size)
         except (TypeError, ValueError): pass   # an output for a loss and metrics of your own
 
+# %% ../../nbs/train/04_learner.ipynb #4a1929ac
 def _takes_logits(loss_func):
     "Is this one of PyTorch's losses (or fastai's, or of a library that builds on them), which take tensors only?"
     return isinstance(loss_func, (nn.modules.loss._Loss, BaseLoss)) and not isinstance(loss_func, DeepSupervisionLoss)
@@ -43,6 +44,7 @@ def _takes_logits(loss_func):
 # %% ../../nbs/train/04_learner.ipynb #1aee05f3
 def _as_list(o): return list(o) if isinstance(o, (list, tuple)) else [] if o is None else [o]
 
+# %% ../../nbs/train/04_learner.ipynb #dcd2f929
 def segmentation_learner(
     dls,  # DataLoaders from noisyseg.data.datasets, or any that yield (images, masks) if n_classes= is given
     arch=unet3plus_tiny,  # a model factory, called as arch(n_classes, **arch_args), or a module

@@ -40,6 +40,7 @@ def every_layer_called(
         for m in modules:
             if not _asked[m]: del _asked[m]
 
+# %% ../../../nbs/nets/fast/05_observers.ipynb #15a86da3
 def watched(
     *modules,  # layers that could be computed without being called
 ) -> bool:

@@ -1,4 +1,4 @@
-"""A convolution of an upsampled map, exactly, without the upsampled map: most of its work can be done at low resolution.
+"""A convolution of an upsampled map, exactly, and most of its work done at low resolution.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/fast/upconv.html.md"""
 
@@ -83,6 +83,7 @@ def conv_by_taps(
     _expand(z.view(b * height, w, k, o), out.permute(0, 2, 3, 1).view(b * height, width, o), align_corners, bias, relu)
     return out
 
+# %% ../../../nbs/nets/fast/01_upconv.ipynb #30c0a3f6
 def new_map(
     x: Tensor,  # a map, for its batch size, type and device
     channels: int,  # of the new one
