@@ -431,7 +431,8 @@ def test_make_lab_is_for_this_machine_alone(tmp_path):
         port = s.getsockname()[1]
     line = next(o for o in subprocess.run(['make', '-n', 'lab'], cwd=root, capture_output=True,
                                           text=True).stdout.splitlines() if 'jupyterlab' in o)
-    cmd = [sys.executable, *shlex.split(line)[1:], '--no-browser', f'--ServerApp.port={port}',
+    words = shlex.split(line)                # it begins with the folder of the data, where there is one
+    cmd = [sys.executable, *words[words.index('-m'):], '--no-browser', f'--ServerApp.port={port}',
            '--ServerApp.port_retries=0', '--allow-root']
     folders = {f'JUPYTER_{o}_DIR': str(tmp_path/o) for o in ('CONFIG', 'DATA', 'RUNTIME')}
     env = {k: v for k, v in os.environ.items() if k != 'JUPYTER_TOKEN'} | folders | {
