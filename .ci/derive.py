@@ -92,8 +92,8 @@ def notebooks():
 
 def module(nb_id):
     "The module that a notebook exports, as a name below noisyseg; None where it exports none"
-    cells = nbformat.read(root/'nbs'/nb_id, as_version=4).cells
-    found = re.search(r'^#\|\s*default_exp (\S+)', '\n'.join(c.source for c in cells if c.cell_type == 'code'), re.M)
+    cells = json.loads((root/'nbs'/nb_id).read_text(encoding='utf-8'))['cells']
+    found = re.search(r'^#\|\s*default_exp (\S+)', '\n'.join(''.join(c['source']) for c in cells), re.M)
     return found[1] if found else None
 
 
@@ -119,7 +119,8 @@ def sections():
     for name in 'tutorials', 'studies':
         first = FIRST[name]
         found[name][''].sort(key=lambda o: first.index(o[0]) if o[0] in first else len(first))
-    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')   # its story, if it has one
+    # its story, if it has one
+    for name, own in found.items(): own[''].sort(key=lambda o: o[0] != f'{name}/index.ipynb')
     return found
 
 
@@ -155,7 +156,7 @@ def quarto_yml():
 
 def title(nb_path):
     "A notebook's title and its one-line description"
-    first = nbformat.read(nb_path, as_version=4).cells[0].source
+    first = ''.join(json.loads(Path(nb_path).read_text(encoding='utf-8'))['cells'][0]['source'])
     m = re.fullmatch(r'# (.+)\n+> (.+)', first.strip())
     if not m:
         raise ValueError(f'{nb_path} should begin with "# Title" and "> one line of description", and begins with '

@@ -55,6 +55,7 @@ def check_number(
     if not (math.isfinite(number) and least <= number <= most): raise ValueError(expected)
     return number
 
+# %% ../nbs/basics.ipynb #2a52fcc4
 def check_share(
     name: str,  # of the argument
     value,  # what came
@@ -135,7 +136,8 @@ def locked(
     from filelock import FileLock, Timeout
     lock = FileLock(Path(path).with_name(f'.{Path(path).name}.lock'), timeout=0)
     try: lock.acquire()
-    except Timeout: raise RuntimeError(f'{what} is being written by {who()}. Wait for it, or use another path') from None
+    except Timeout:
+        raise RuntimeError(f'{what} is being written by {who()}. Wait for it, or use another path') from None
     try: yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -224,8 +226,8 @@ def expect_module(
     if isinstance(getattr(model, 'model', None), nn.Module): raise TypeError(said + f"a {kind}: pass its `.model`")
     if isinstance(model, (str, os.PathLike)):
         raise TypeError(said + f"{kind}: a checkpoint is loaded first, `load_model({str(model)!r})`")
-    if callable(model): raise TypeError(said + f"a function: call it, as in `unet3plus_tiny(n_classes)`, and pass the "
-                                               f"network")
+    if callable(model): raise TypeError(said + "a function: call it, as in `unet3plus_tiny(n_classes)`, and pass the "
+                                               "network")
     raise TypeError(said + f"{kind} ({model!r:.60}): pass a network, such as `unet3plus_tiny(n_classes=3)`")
 
 # %% ../nbs/basics.ipynb #16b4cc24

@@ -53,6 +53,7 @@ def parameters(
     return '\n\n'.join('\n'.join([title, '-' * len(title), *(l for r in part for l in r)])
                        for title, part in (('Parameters', rows), ('Returns', back)) if part)
 
+# %% ../nbs/docments.ipynb #9724bca7
 def _whole(arg, args):
     "An argument with its default: from the line where it begins to the line where it ends."
     plain = [*args.posonlyargs, *args.args]
@@ -64,6 +65,7 @@ def _whole(arg, args):
 def _document(o, text):
     if not text or o is None: return
     before = getattr(o, '__doc__', None) or ''
+    if 'Parameters\n---' in before: return   # described already, where a function's text is another's
     try: o.__doc__ = f'{before}\n\n{text}'.strip()
     except (AttributeError, TypeError): pass   # not one that can be written to
 
@@ -75,6 +77,7 @@ def _fields(node, lines):
     f.args.args = [ast.arg(o.target.id, o.annotation, lineno=o.lineno, end_lineno=o.end_lineno) for o in named]
     return parameters(f, lines)
 
+# %% ../nbs/docments.ipynb #263e7c50
 def _document_class(cls, node, lines):
     if hasattr(cls, '__dataclass_fields__'): _document(cls, _fields(node, lines))
     for f in node.body:
@@ -107,6 +110,7 @@ class _Loader(SourceFileLoader):
         super().exec_module(module)
         add_docments(module)
 
+# %% ../nbs/docments.ipynb #c6c37920
 class Finder(MetaPathFinder):
     "Finds the modules of one package, and has their comments in their docstrings."
     def __init__(self,
@@ -120,6 +124,7 @@ class Finder(MetaPathFinder):
         if spec and type(spec.loader) is SourceFileLoader: spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
 
+# %% ../nbs/docments.ipynb #66eb8cf1
 def install(
     package: str,  # its name
 ):

@@ -1,10 +1,13 @@
 """What a sweep costs on Ray beside the same sweep in this process, and how far it scales.
 
 python tests/bench_ray.py          5,000 cells of 20 ms on 2 workers; up to 16 workers with sleeping cells
-python tests/bench_ray.py --save   the same, and the numbers go to nbs/benchmarks/ray.json, for the page nbs/tutorials/big.ipynb
+python tests/bench_ray.py --save   the same, and the numbers go to nbs/benchmarks/ray.json, for the page
+nbs/tutorials/big.ipynb
 
-Cells have a set duration: a network sleeps, and sleeping costs no processor, so that more workers than cores can be measured as they would be on as many
-machines. What the driver does is real: it hands out tasks, takes results, and writes them to a Parquet store. With --work the cells compute instead.
+Cells have a set duration: a network sleeps, and sleeping costs no processor, so that more workers than cores can be
+measured as they would be on as many
+machines. What the driver does is real: it hands out tasks, takes results, and writes them to a Parquet store. With
+--work the cells compute instead.
 """
 import argparse
 import datetime
@@ -101,7 +104,8 @@ def scaling(a):
     for n in a.workers:
         _, p = measured(a.each * n, a.sleep, n)
         p['ideal_s'] = p['cells'] * p['cell_s'] / n
-        print(f"{n:3} workers, {p['cells']:4} cells: {p['seconds'] - p['empty_s']:6.2f} s, at best {p['ideal_s']:6.2f} s")
+        print(f"{n:3} workers, {p['cells']:4} cells: {p['seconds'] - p['empty_s']:6.2f} s, at best {p['ideal_s']:6.2f} "
+              f"s")
         yield p
 
 

@@ -8,15 +8,10 @@ from bench_timing import close, row
 from noisyseg.nets.classifiers import resnet18_small
 from noisyseg.train.methods.damp import damp_backward
 from noisyseg.perturb.laws import MaxGaussian
-<<<<<<< HEAD
-from noisyseg.perturb.clone import clone_weights, kernels_and_scales, perturbed
-from noisyseg.train.methods.ascent import norm_layers
-from noisyseg.train.methods.sam import SAM
-=======
 from noisyseg.perturb.clone import clone_weights, perturbed
 from noisyseg.perturb.selectors import kernels_and_scales
-from noisyseg.train.methods.sam import SAM, norm_layers
->>>>>>> main
+from noisyseg.train.methods.ascent import norm_layers
+from noisyseg.train.methods.sam import SAM
 from noisyseg.nets.unet3plus import unet3plus_resnet34
 
 

@@ -62,11 +62,11 @@ def train(folder, turn):
     return load_model(saved), dls
 
 
-def sweep(folder, turn, model, dls):
+def sweep_twice(folder, turn, model, dls):
     "A sweep into a store, and the same call again, which finds all its rows there."
     store = folder/f'sweep {turn}.csv'
     first, again = (sweep(model, dls.valid, MaxGaussian(), levels=(0, 0.05, 0.1), draws=3, seed=turn, store=store,
-                                progress=False) for _ in range(2))
+                          progress=False) for _ in range(2))
     assert len(first) == len(again)
     for f in folder.glob(f'sweep {turn}*'): f.unlink()
 
@@ -121,7 +121,7 @@ def main():
         while time.time() - start < 60 * opts.minutes or len(seen) < 6:
             turn, begun = len(seen), time.time()
             model, dls = train(folder, turn)
-            sweep(folder, turn, model, dls)
+            sweep_twice(folder, turn, model, dls)
             explore(model, dls)
             del model, dls
             seen.append(look(folder))

@@ -1,6 +1,6 @@
-"""What happens when something goes wrong: a clear error or a defined result, weights intact bit for bit, no partial file.
+"""When something goes wrong: a clear error or a defined result, weights intact bit for bit, no partial file.
 
-`ELSEWHERE` says which accidents are tried in other files. Kills are in test_resume.py (training, checkpoints) and test_sweeps.py."""
+`ELSEWHERE` says which accidents are tried in other files. Kills are in test_resume.py and test_sweeps.py."""
 import contextlib
 import copy
 import json

@@ -11,9 +11,7 @@ from noisyseg.data.datasets import scenes
 from noisyseg.measure.inference import evaluate, predict_mask
 from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.adapter import as_logits, confidence, logits_of, to_classes
-from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.measure.card import robustness_card
 from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.train.learner import segmentation_learner
 from noisyseg.train.methods.match_loss import consistency, pseudo_labels

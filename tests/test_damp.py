@@ -276,14 +276,17 @@ for how in ('sub-batch', 'sync'):
             for step in range(2):                                   # twice: the wrapper must be ready again
                 ddp.zero_grad()
                 damp_backward(ddp, F.cross_entropy, x, y, **kw)
-                torch.testing.assert_close([p.grad for p in ddp.parameters()], mean([p.grad.clone() for p in alone.parameters()]))
+                torch.testing.assert_close([p.grad for p in ddp.parameters()],
+                                           mean([p.grad.clone() for p in alone.parameters()]))
     seed = None if how == 'sync' else 7
     damp, ddp = DAMP(0.2, 2, batchnorm=how, seed=seed), nn.parallel.DistributedDataParallel(copy.deepcopy(net))
     learn = Learner(DataLoaders([(x, y)] * 3, []), ddp, nn.CrossEntropyLoss(), lr=0.1, cbs=damp)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     both = [None, None]
-    dist.all_gather_object(both, (damp.seed, [p.detach() for p in ddp.parameters()], damp._generator.get_state(), damp._clone._z[0] if damp._clone else None))
-    assert both[0][0] == both[1][0] and torch.equal(both[0][2], both[1][2]), 'one seed is recorded, and the generators go together'
+    dist.all_gather_object(both, (damp.seed, [p.detach() for p in ddp.parameters()], damp._generator.get_state(),
+                                  damp._clone._z[0] if damp._clone else None))
+    assert both[0][0] == both[1][0] and torch.equal(both[0][2],
+                                                    both[1][2]), 'one seed is recorded, and the generators go together'
     assert how == 'sync' or not torch.equal(both[0][3], both[1][3]), 'each process has draws of its own'
     assert all(torch.equal(a, b) for a, b in zip(both[0][1], both[1][1])), 'the processes ended with different weights'
 print('fine', flush=True)

@@ -1,4 +1,5 @@
-"""Switched-off blocks beside networks that were built without the branch, and beside the blocks' own code with a branch of zeros;
+"""Switched-off blocks beside networks that were built without the branch, and beside the blocks' own code with a
+branch of zeros;
 what must hold when things go wrong; dropped features; DeepLabV3+ beside its formula."""
 import copy
 import pickle
@@ -15,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import noisyseg.nets.blocks as module
 from noisyseg.nets.classifiers import resnet20, resnet18_small
-from noisyseg.nets.blocks import deactivated, draw_blocks, feature_dropout, residual_blocks
+from noisyseg.nets.blocks import BlocksOff, deactivated, draw_blocks, feature_dropout, residual_blocks
 from noisyseg.nets.deeplab import deeplabv3plus, dilate
 from noisyseg.nets.encoders import PlainEncoder, resnet_encoder
 from noisyseg.train.checkpoints import load_model, save_model
-from noisyseg.nets.unet3plus import FACTORIES, UNet3Plus, unet3plus_resnet, unet3plus_tiny
+from noisyseg.nets.unet3plus import FACTORIES, UNet3Plus, unet3plus_resnet, unet3plus_timm, unet3plus_tiny
+from noisyseg.perturb.disturbance import Disturbance
 
 
 def tv(name, **kw): return lambda: torchvision.models.get_model(name, weights=None, **kw)
@@ -107,6 +109,62 @@ def test_off_is_the_block_with_a_branch_of_zeros(make):
             with deactivated(net, name): net(x)   # hooks of the block still see it
         for h in hooks: h.remove()
         assert len(seen) == 2 and torch.equal(*seen) and seen.pop() is not seen.pop()
+
+
+ADDING = {'efficientnet lite': (tm('tf_efficientnet_lite0'), 'bn3'), 'convnext': (tm('convnext_atto'), 'drop_path'),
+          'pvt': (tm('pvt_v2_b0'), 'drop_path1', 'drop_path2'),
+          'swin': (tm('swin_tiny_patch4_window7_224', img_size=64), 'drop_path1', 'drop_path2'),
+          'mobilenet': (tv('mobilenet_v3_small'), 'block'), 'efficientnet': (tv('efficientnet_b0'), 'stochastic_depth'),
+          'torchvision convnext': (tv('convnext_tiny'), 'stochastic_depth')}
+
+
+@pytest.mark.parametrize('make, last', [(m, last) for m, *last in ADDING.values()], ids=ADDING)
+def test_off_lets_the_input_through(make, last):
+    "Inverted bottlenecks, ConvNeXt's and transformers' blocks, whose sum gets no activation: as with a branch of zeros"
+    net, x, seen = make().eval(), torch.randn(1, 3, 64, 64), []
+    blocks = residual_blocks(net)
+    for name in (list(blocks)[0], list(blocks)[-1]):
+        block = blocks[name][0]
+        hooks = [block.register_forward_hook(lambda m, i, o: seen.append((i[0].clone(), o.clone())))]
+        hooks += [getattr(block, n).register_forward_hook(lambda m, i, o: torch.zeros_like(o)) for n in last]
+        with torch.no_grad():
+            want = net(x)
+            with deactivated(net, name): got = net(x)
+        for h in hooks: h.remove()
+        assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in seen)
+    assert not torch.equal(net(x), want)
+
+
+@pytest.mark.parametrize('name, n', [('tf_efficientnet_lite0', 9), ('resnet18', 8), ('convnext_atto', 12)])
+def test_blocks_of_a_timm_encoder_under_unet3plus(name, n):
+    "Found, switched off as a disturbance, dropped features beside clean ones"
+    net = lively(unet3plus_timm(5, width=4, encoder=name, deep_supervision=False)).eval()
+    assert len(residual_blocks(net)) == n and net.recipe['args']['encoder'] == name
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        whole = net(x)
+        with BlocksOff(2).acting(net, generator=0) as off: assert len(off) == 2 and not torch.equal(net(x), whole)
+        with feature_dropout(net, generator=0): assert net(x).shape == (4, 5, 64, 64)
+        assert torch.equal(net(x), whole)
+
+
+def test_channels_that_come_last_are_dropped_as_channels():
+    "Swin's maps: whole channels, also where they stand at the end"
+    encoder = timm.create_model('swin_tiny_patch4_window7_224', img_size=64, features_only=True).eval()
+    with torch.no_grad(), feature_dropout(encoder, generator=0, beside=False): maps = encoder(torch.randn(2, 3, 64, 64))
+    for m in maps:
+        gone = (m == 0).all((1, 2))
+        assert gone.shape == (2, m.shape[-1]) and 0.3 < gone.float().mean() < 0.7
+        assert ((m == 0).float().mean((1, 2)) == gone.float()).float().mean() > 0.99
+
+
+def test_blocks_off_is_a_disturbance():
+    "One draw is one order of the blocks; nothing at level 0; as plain data and back; no more than there are"
+    net = resnet20()
+    def off(n, seed): return BlocksOff(n).acting(net, generator=seed).names
+    assert off(3, 0) == off(5, 0)[:3] and off(9, 0) != off(9, 1) and set(off(9, 0)) == set(residual_blocks(net))
+    assert off(0, 0) == [] and Disturbance.from_dict(BlocksOff(2).to_dict()) == BlocksOff(2)
+    with pytest.raises(ValueError, match='9 residual blocks'): BlocksOff(10).acting(net)
 
 
 def small(encoder='resnet18', **kw): return lambda: unet3plus_resnet(5, width=4, encoder=encoder, **kw)

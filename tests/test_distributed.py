@@ -62,7 +62,9 @@ class Diary(Callback):
         self.paths.append(max(float(m.abs().max()) for m in moved))
     def after_pred(self): self.seen.append(next(self.learn.model.parameters()).detach().clone())
     def after_batch(self):
-        if self.training: self.digests.append(hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in self.learn.model.parameters())).hexdigest())
+        if self.training:
+            self.digests.append(hashlib.sha256(b''.join(p.detach().numpy().tobytes()
+                                                        for p in self.learn.model.parameters())).hexdigest())
 
 def nudge(model, generator):
     for p in model.parameters(): p.mul_(1 + 2.**-23 * (2 * torch.randint(0, 2, p.shape, generator=generator) - 1))
@@ -78,7 +80,8 @@ class Nudge(Callback):
 more = []   # callbacks of every fit
 
 def learner(*cbs, model=None, bs=4, n_train=26, n_valid=5, **kw):
-    "Two processes with batches of `bs`, or one with batches of twice as many. 26 is no multiple of 4 or 8, and 5 none of 2."
+    ("Two processes with batches of `bs`, or one with batches of twice as many. 26 is no multiple of 4 or 8, and 5 "
+     "none of 2.")
     dls = scenes(n_train, n_valid, size=16, bs=2 * bs if alone else bs, seed=1, num_workers=kw.pop('num_workers', 0))
     kw = dict(loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=0.1) | kw
     learn = segmentation_learner(dls, net() if model is None else model, cbs=[*cbs, *more, Diary()], **kw)
@@ -86,7 +89,8 @@ def learner(*cbs, model=None, bs=4, n_train=26, n_valid=5, **kw):
 
 def across(learn, **kw):
     "What a user writes: on a CPU there is no SyncBatchNorm."
-    return learn.distrib_ctx(**dict(sync_bn=False, cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))]) | kw)
+    return learn.distrib_ctx(**dict(sync_bn=False, cpu=True, kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))]) | kw)
 
 def fit(*cbs, epochs=2, ctx={}, **kw):
     learn = learner(*cbs, **kw)
@@ -94,7 +98,8 @@ def fit(*cbs, epochs=2, ctx={}, **kw):
     return learn
 
 def without_batch_norm(model):
-    "And without ReLU, in whose kink rounding decides about the gradient: 2e-6 in the weights, where all else makes 5e-7."
+    ("And without ReLU, in whose kink rounding decides about the gradient: 2e-6 in the weights, where all else makes "
+     "5e-7.")
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d): setattr(model, name, nn.GroupNorm(2, child.num_features))
         elif isinstance(child, nn.ReLU): setattr(model, name, nn.SiLU())
@@ -102,18 +107,21 @@ def without_batch_norm(model):
     return model
 
 def match(*cbs, batch_norm=True, **kw):
-    "MLPMatch. With GroupNorm, without boxes and dropout (each process draws its own) and margins, images don't look at each other."
+    ("MLPMatch. With GroupNorm, without boxes and dropout (each process draws its own) and margins, images don't look "
+     "at each other.")
     torch.manual_seed(0)
     model = unet3plus_slim(7, width=4, encoder_width=4, layers=(1, 1, 1, 1))
     if not batch_norm: model, kw = without_batch_norm(model), kw | dict(cutmix=0., dropout=0.)
     bs = 4 if alone else 2
     dls = semi_scenes(8, 16, 3, size=32, seed=1, bs=bs, zoom=(1, 1))
-    learn = semi_learner(dls, model, cbs=[*cbs, *more, Diary()], opt_func=SGD, lr=0.1, seed=3, threshold=0.2, lam=1., **kw)
+    learn = semi_learner(dls, model, cbs=[*cbs, *more, Diary()], opt_func=SGD, lr=0.1, seed=3, threshold=0.2, lam=1.,
+                         **kw)
     with across(learn), learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 
 def record(learn):
-    return {'weights': {k: v.detach().clone() for k, v in learn.model.state_dict().items()}, 'digests': learn.diary.digests, 'seen': learn.diary.seen[0], 'paths': learn.diary.paths,
+    return {'weights': {k: v.detach().clone() for k, v in learn.model.state_dict().items()},
+            'digests': learn.diary.digests, 'seen': learn.diary.seen[0], 'paths': learn.diary.paths,
             'epoch': learn.dls.train.epoch, 'values': [list(map(float, v[:3])) for v in learn.recorder.values]}
 
 m = 2 if alone else 1            # sub-batches of a process
@@ -172,7 +180,8 @@ class FailsOn1(Callback):
         if rank == 1 and self.passes == 6: raise ZeroDivisionError('stop')
 
 def failure(out):
-    "At the top of the third step's ascent, under noise, process 1 fails but lives on: process 0 waits for its gradient in vain."
+    ("At the top of the third step's ascent, under noise, process 1 fails but lives on: process 0 waits for its "
+     "gradient in vain.")
     cb, found = [noise(seed=7), SAMCallback(0.2)], {}
     learn = learner(FailsOn1(), *cb)
     t = time.time()
@@ -239,8 +248,10 @@ def load(runs, name): return [torch.load(runs[0]/f) for f in (f'two/{name}-0.pt'
 def alone(runs, name): return torch.load(runs[0]/f'one/{name}-0.pt')
 
 def rounding(runs, name):
-    """How far apart rounding may leave the weights of two ways to compute one training: twice as far as they go when every
-    weight moves by a unit in its last place before each step. Measured on this processor, with this network's condition."""
+    """How far apart rounding may leave the weights of two ways to compute one training: twice as far as they go
+    when every
+    weight moves by a unit in its last place before each step. Measured on this processor, with this network's
+    condition."""
     one, nudged = alone(runs, name)['weights'], torch.load(runs[0]/f'one/{name}-nudged.pt')['weights']
     return 2 * max(float((nudged[k].double() - v.double()).abs().max()) for k, v in one.items())
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import copy_project, root
 from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
 
-cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.disturbance import Law\nfrom dataclasses '
+cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.disturbance import Law\nfrom '
+         'dataclasses '
          'import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): '
          'raise RuntimeError("this law fails")',
@@ -175,7 +176,8 @@ def quantize(seen):
     title, new = root.locator('.level b'), root.get_by_role('button', name='a new draw (R)')
     root.get_by_label('what disturbs the network').select_option('Quantize')
     seen.levelled(4)
-    assert title.inner_text() == 'fewer bits' and root.locator('.level .unit').inner_text() == '4 bits' and not new.is_visible() and not root.get_by_label(
+    assert title.inner_text() == 'fewer bits' and root.locator('.level .unit').inner_text(
+            ) == '4 bits' and not new.is_visible() and not root.get_by_label(
             'seed of the draw').is_visible()
     seed, fine = seen.data('seed'), seen.pixels()
     root.focus()
@@ -390,7 +392,8 @@ def test_a_cell_that_runs_again_frees_what_it_made(shown):
 
 
 def test_a_page_keeps_no_network_of_a_fit():
-    "The dashboard of a monitor stays on its page; the learner, its network and the monitor are free, and a new run frees it all"
+    ("The dashboard of a monitor stays on its page; the learner, its network and the monitor are free, and a new run "
+     "frees it all")
     import gc
     import weakref
     from unittest import mock

@@ -14,7 +14,7 @@ from noisyseg.docments import Finder, install
 
 def test_help_shows_what_stands_beside_a_parameter():
     text = pydoc.plain(pydoc.render_doc(noisyseg.perturbed))
-    for said in ('any module, on any device', "'recovered': call it after", 'torch.Generator, a seed, or None'):
+    for said in ('any module, on any device', "'recovered': after it", 'torch.Generator, a seed, or None'):
         assert said in text
     assert 'Returns' in noisyseg.load_model.__doc__ and 'a checkpoint' in noisyseg.load_model.__doc__
 

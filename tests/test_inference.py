@@ -1,4 +1,4 @@
-("""Inference at original size: sliding windows against a reference that loops over pixels, every pixel counted once, nothing left behind.""")
+"Inference at original size: sliding windows against a reference over pixels, nothing left behind."
 import weakref
 
 import numpy as np

@@ -348,7 +348,8 @@ dist.init_process_group('gloo')
 rank = dist.get_rank()
 everyone = [batch(10 + r) for r in range(2)]
 differ = {}
-for name, kw in {'paper': {}, 'own': dict(shared=False), 'code': dict(unit='stage', p=0.6, batch_norm='update'), 'parts': dict(in_parts=True),
+for name, kw in {'paper': {}, 'own': dict(shared=False), 'code': dict(unit='stage', p=0.6, batch_norm='update'),
+                 'parts': dict(in_parts=True),
                  'eval': dict(pseudo='eval')}.items():
     m, model, offs = method(**kw), DDP(net()), []
     steps = 2 if name in ('own', 'eval') else 1
@@ -360,7 +361,8 @@ for name, kw in {'paper': {}, 'own': dict(shared=False), 'code': dict(unit='stag
         dist.all_gather_object(offs[-1], terms.off)
     differ[name] = any(a != b for a, b in offs)
     assert model.broadcast_buffers
-    solo, grads = net(), None   # the mean of what each process alone would have got, with the running statistics of process 0
+    # the mean of what each process alone would have got, with the running statistics of process 0
+    solo, grads = net(), None
     for step in range(steps):
         start = copy.deepcopy(solo.state_dict())
         for r in (1, 0):
@@ -369,7 +371,8 @@ for name, kw in {'paper': {}, 'own': dict(shared=False), 'code': dict(unit='stag
             if r: solo.zero_grad()
             m.step(solo, *everyone[r], progress=0.5, at=step).total.backward()
     os.environ['RANK'] = str(rank)
-    for p, q in zip(model.parameters(), solo.parameters()): torch.testing.assert_close(p.grad, q.grad / 2, rtol=1e-3, atol=1e-5)
+    for p, q in zip(model.parameters(), solo.parameters()):
+        torch.testing.assert_close(p.grad, q.grad / 2, rtol=1e-3, atol=1e-5)
 assert differ == {'paper': False, 'own': True, 'code': False, 'parts': False, 'eval': False}, differ
 dist.barrier()
 print('fine', flush=True)

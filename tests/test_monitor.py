@@ -1,4 +1,4 @@
-("""The monitor as people meet it: a fit runs in a real JupyterLab, its dashboard grows in a real browser, and a click on Stop ends it.""")
+"The monitor as people meet it: in a real JupyterLab and a real browser, ended by a click on Stop."
 import json
 
 import pytest
@@ -10,13 +10,15 @@ from noisyseg import *
 from noisyseg.show.monitor import TrainingMonitor
 dls = scenes(n_train=48, n_valid=16, size=64, seed=0)
 monitor = TrainingMonitor(interval=0.1)
-learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.1), loss_func=DeepSupervisionLoss(HybridLoss(msssim=0)), cbs=monitor,
+learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.1),
+                             loss_func=DeepSupervisionLoss(HybridLoss(msssim=0)), cbs=monitor,
                              arch_args=dict(upsample='after', deep_supervision=False))
 with learn.no_bar(), learn.no_logging(): learn.fit(500)
 '''
 AFTER = '''
 import json
-stopped = dict(state=monitor.state, batches=monitor._batch, injected=learn.weight_noise._clone.injected, rows=len(monitor.history))
+stopped = dict(state=monitor.state, batches=monitor._batch, injected=learn.weight_noise._clone.injected,
+               rows=len(monitor.history))
 with learn.no_bar(), learn.no_logging(): learn.fit(1)
 print(json.dumps({**stopped, 'then': monitor.state, 'further': monitor._batch - stopped['batches']}))
 '''
@@ -34,8 +36,10 @@ def test_stop_in_jupyterlab(tmp_path):
         start_notebook(page, url, token, 'nbs/fit.ipynb')
         stop = page.get_by_role('button', name='Stop', exact=True).first
         stop.wait_for(timeout=60_000)
-        page.wait_for_function('''() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length >= 3
-            && [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")].every(p => p.getAttribute("d").length > 20)''', timeout=60_000)
+        page.wait_for_function('''() => {
+            const lines = [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")]
+            return lines.length >= 3 && lines.every(p => p.getAttribute("d").length > 20)
+        }''', timeout=60_000)
         picture = page.locator('img[alt^="Mask predicted with noisy weights"]').first
         seen = picture.get_attribute('src')
         page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src '
@@ -74,7 +78,8 @@ with learn.no_bar(), learn.no_logging(): learn.fit(500, 3e-3)
 SEEN = '''
 import json
 shares = monitor.history.query("metric in @PseudoLabelPanel.curves")
-print(json.dumps(dict(state=monitor.state, metrics=sorted(set(shares.metric)), inside=bool(shares.value.dropna().between(0, 1).all()))))
+print(json.dumps(dict(state=monitor.state, metrics=sorted(set(shares.metric)),
+                      inside=bool(shares.value.dropna().between(0, 1).all()))))
 '''
 
 

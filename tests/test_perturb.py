@@ -1,4 +1,4 @@
-("""Perturbing models and interrupting it in ways that do not belong in a lesson: every claim of the notebooks, on other people's networks.""")
+"""Perturbing models and interrupting it in ways that do not belong in a lesson: every claim, on other networks."""
 import os
 import signal
 import subprocess

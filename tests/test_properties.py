@@ -1,8 +1,6 @@
-"""Properties that hold for any layer.
+"""Properties that hold for any layer, shape, dtype, memory format, tying, parametrization and law, on made-up examples.
 
-Shape, dtype, memory format, tying, parametrization and law, on examples that hypothesis makes up.
-
-The examples are the same on every run (`derandomize`); `HYPOTHESIS_PROFILE=long` tries twenty times as many new ones."""
+The examples are the same on every run (`derandomize`); `HYPOTHESIS_PROFILE=long` tries twenty times as many new."""
 import math
 import os
 import warnings
@@ -17,7 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from noisyseg.perturb.disturbance import Law
-from noisyseg.perturb.laws import GRAINS, AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian, clip_normal, max_abs
+from noisyseg.perturb.laws import (GRAINS, AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian, RelativeGaussian,
+                                   clip_normal, max_abs)
 from noisyseg.perturb.clone import WeightClone, clone_weights, perturbed
 from noisyseg.perturb.quantization import Quantize, weight_grid
 from noisyseg.perturb.selectors import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select

@@ -212,7 +212,8 @@ def loud(whole):
 def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
     store = tmp_path/'s.parquet'
     with pytest.raises(RuntimeError,
-                       match=r"model 'model', MaxGaussian.*, level 0\.2, draw \d, conv_and_norm.*: its worker died 2 times"):
+                       match=r"model 'model', MaxGaussian.*, level 0\.2, draw \d, conv_and_norm.*: its worker died 2 "
+                             r"times"):
         sweep(Net(accident=dies_when_loud), on=OnRay(workers=2, threads=1, retries=1), store=store)
     kept = load_sweep(store)
     assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
@@ -236,7 +237,8 @@ def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
     store = tmp_path/'s.csv'
     with pytest.raises(ZeroDivisionError, match='too loud') as e: sweep(Net(accident=objects_when_loud), store=store)
     notes = '\n'.join(e.value.__notes__)
-    assert "in model 'model', MaxGaussian" in notes and 'level 0.2, draw' in notes and 'on worker ' in notes and 'objects_when_loud' in notes
+    assert ("in model 'model', MaxGaussian" in notes and 'level 0.2, draw' in notes and 'on worker ' in notes
+            and 'objects_when_loud' in notes)
     kept = load_sweep(store)
     assert len(kept) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
     with pytest.raises(RuntimeError, match='Objection: too loud'): sweep(Net(accident=objects_strangely), store=store)

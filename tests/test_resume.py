@@ -1,6 +1,8 @@
-"""Real accidents: processes killed while they train and while they write, a full disk, a folder that is read-only, a signal from a queue.
+"""Real accidents: processes killed while they train and while they write, a full disk, a folder that is read-only,
+a signal from a queue.
 
-NOISYSEG_KILLS=100 kills each method's training that often, and checkpoints five times as often (default 3); NOISYSEG_SEED=1 at other moments.
+NOISYSEG_KILLS=100 kills each method's training that often, and checkpoints five times as often (default 3);
+NOISYSEG_SEED=1 at other moments.
 """
 import json
 import os
@@ -49,7 +51,8 @@ import noisyseg.train.resume as resume
 
 torch.set_num_threads(1)
 warnings.simplefilter('ignore')
-methods, points, others, kills, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
+methods, points, others, kills, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(
+        sys.argv[4]), Path(sys.argv[5])
 dice = random.Random(int(sys.argv[6]))
 
 class CpuBF16(Callback):
@@ -59,7 +62,8 @@ class CpuBF16(Callback):
 
 class Jitter(Callback):
     "Draws from all global generators."
-    def before_batch(self): self.learn.xb = (self.xb[0] + 0.01 * (torch.rand(1) + np.random.rand() + random.random()), *self.xb[1:])
+    def before_batch(self):
+        self.learn.xb = (self.xb[0] + 0.01 * (torch.rand(1) + np.random.rand() + random.random()), *self.xb[1:])
 
 class At(Callback):
     "Do something before some batch."
@@ -84,7 +88,8 @@ def make(method):
     "What a script does before it trains."
     set_seed(0)
     if method == 'mlpmatch':
-        return semi_learner(semi_scenes(4, 10, 4, size=32, seed=0, bs=2), arch_args=dict(width=2, encoder_width=4, layers=(1, 1, 1, 1)), metrics=[], seed=0)
+        return semi_learner(semi_scenes(4, 10, 4, size=32, seed=0, bs=2),
+                            arch_args=dict(width=2, encoder_width=4, layers=(1, 1, 1, 1)), metrics=[], seed=0)
     if method == "PyTorch's loader":
         data = torch.utils.data.TensorDataset(torch.randn(20, 3, 8, 8), torch.arange(20) % 2)
         dl = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=torch.Generator())
@@ -92,22 +97,27 @@ def make(method):
         return Learner(DataLoaders(dl, dl), net, nn.CrossEntropyLoss())
     dls = scenes(n_train=20, n_valid=4, size=32, bs=4, seed=0, num_workers=2 * (method == 'worker processes'))
     opt = partial(OptimWrapper, opt=torch.optim.AdamW) if 'AdamW' in method else Adam
-    return Learner(dls, unet3plus_tiny(dls.n_classes, width=2, filters=(4, 6)), DeepSupervisionLoss(HybridLoss(msssim=0)), opt_func=opt,
+    return Learner(dls, unet3plus_tiny(dls.n_classes, width=2, filters=(4, 6)),
+                   DeepSupervisionLoss(HybridLoss(msssim=0)), opt_func=opt,
                    cbs=callbacks.get(method, lambda: [noise()])())
 
 def train(method, path, *cbs, every=1, epochs=2, lr=1e-2, end=None):
     learn = make(method)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=[Resumable(path, every, verbose=False), *cbs])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, lr, cbs=[Resumable(path, every, verbose=False), *cbs])
     r = learn.recorder
-    numbers = {'model': dict(learn.model.state_dict()), 'losses': r.losses, 'rows': r.values, 'lrs': r.lrs, 'hps': r.hps,
+    numbers = {'model': dict(learn.model.state_dict()), 'losses': r.losses, 'rows': r.values, 'lrs': r.lrs,
+               'hps': r.hps,
                'next': torch.rand(3), 'python': random.random(), 'numpy': np.random.rand()}
     write_atomic(end or path.with_suffix('.end'), digest_state(numbers))
 
 def bits(state):
     "All that does not depend on the clock."
-    kept = {name: {k: v for k, v in s.items() if k not in ('elapsed', 'seconds')} for name, s in state['callbacks'].items()}
+    kept = {name: {k: v for k, v in s.items() if k not in ('elapsed', 'seconds')} for name,
+            s in state['callbacks'].items()}
     for s in kept.values():
-        if isinstance(s.get('rows'), torch.Tensor): s['rows'] = s['rows'][:, [0, 1, 2, 4, 5]]   # the monitor's, without their seconds
+        # the monitor's, without their seconds
+        if isinstance(s.get('rows'), torch.Tensor): s['rows'] = s['rows'][:, [0, 1, 2, 4, 5]]
     return digest_state({k: v for k, v in state.items() if k != 'rows'} | {'callbacks': kept})
 
 def live(f, *args, after=None, sig=signal.SIGKILL, when=None, **kw):
@@ -155,7 +165,8 @@ def reference(method):
         start = time.time()
         assert live(spied, method, path) == 0
         path.with_suffix('.time').write_text(str(time.time() - start))
-    return json.loads(path.with_suffix('.passed').read_text()), path.with_suffix('.end').read_text(), float(path.with_suffix('.time').read_text())
+    return json.loads(path.with_suffix('.passed').read_text()), path.with_suffix('.end').read_text(), float(
+            path.with_suffix('.time').read_text())
 
 def finish(method, path, end, *cbs):
     assert live(train, method, path, *cbs) == 0
@@ -231,7 +242,8 @@ def checkpoint():
     return f'{len(seen)} times a whole checkpoint ({seen.count("a")} of one model, {seen.count("b")} of the other)'
 
 def survives(name, trouble):
-    "Trouble with writing from batch 3 on: training goes on, the file is whole, and a second call ends with the same numbers."
+    ("Trouble with writing from batch 3 on: training goes on, the file is whole, and a second call ends with the same "
+     "numbers.")
     passed, end, _ = reference('weight noise')
     path = folder/f'{name}.safetensors'
     assert live(train, 'weight noise', path, At(3, trouble)) == 0
@@ -278,8 +290,10 @@ def read_only():
             class Trains(Callback):
                 def before_batch(self): os._exit(7)
             try:
-                with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[Resumable(place/'run', verbose=False), Trains()])
-            except PermissionError as e: os._exit(0 if 'cannot be saved there' in str(e) and str(place) in str(e) else 8)
+                with learn.no_bar(), learn.no_logging():
+                    learn.fit(1, cbs=[Resumable(place/'run', verbose=False), Trains()])
+            except PermissionError as e:
+                os._exit(0 if 'cannot be saved there' in str(e) and str(place) in str(e) else 8)
             os._exit(9)
         assert live(child) == 0, 'expected a PermissionError that names the file, before any training'
         assert not list(place.iterdir())
@@ -307,7 +321,8 @@ def other_run():
             if expected in str(e): return
             raise
         raise AssertionError('accepted')
-    others = ('epochs: was 2, is 3', dict(epochs=3)), ('schedule', dict(lr=1e-3)), ('methods', dict(method='damp')), ('tensors', dict(method='mlpmatch'))
+    others = ('epochs: was 2, is 3', dict(epochs=3)), ('schedule', dict(lr=1e-3)), ('methods',
+            dict(method='damp')), ('tensors', dict(method='mlpmatch'))
     for words, kw in others:
         assert live(refused, words, **kw) == 0, words
     assert path.read_bytes() == before
@@ -322,14 +337,16 @@ def finished():
 
 report = {}
 sections = {m: partial(killed, m) for m in methods} | {p: partial(at_point, p) for p in points} | {
-    'checkpoint': checkpoint, 'disk full': disk_full, 'file too large': partial(survives, 'file too large', too_large), 'read-only': read_only,
+    'checkpoint': checkpoint, 'disk full': disk_full, 'file too large': partial(survives, 'file too large', too_large),
+    'read-only': read_only,
     'sigterm': sigterm, 'other run': other_run, 'finished': finished}
 cpu = lambda: sum(os.times()[:4])
 for name in [*methods, *points, *others]:
     start, begun = cpu(), time.time()
     try: report[name] = ['ok', sections[name]()]
     except BaseException: report[name] = ['failed', traceback.format_exc()]
-    print(f'{name}: {report[name][0]}, {report[name][1]} ({time.time() - begun:.1f} s, {cpu() - start:.1f} s of a processor)', file=sys.stderr, flush=True)
+    print(f'{name}: {report[name][0]}, {report[name][1]} ({time.time() - begun:.1f} s, {cpu() - start:.1f} s of a '
+          f'processor)', file=sys.stderr, flush=True)
 write_atomic(folder/'report.json', json.dumps(report))
 '''
 

@@ -1,4 +1,4 @@
-("""SAM in places that do not belong in a lesson: formulas in double precision, faults, checkpoints, mixed precision, callbacks in company, two processes.""")
+"SAM beyond the lessons: formulas in double precision, faults, checkpoints, mixed precision, two processes."
 import copy
 import io
 import math
@@ -671,7 +671,8 @@ def test_stopping_a_fit_anywhere_leaves_the_weights_as_they_were(kw, event, erro
         except (KeyboardInterrupt, ZeroDivisionError): pass
         assert same(weights(model), weights(conv_net())), nth
         assert all(p.requires_grad
-                   for p in model.parameters()) and '_do_grad_opt' not in learn.__dict__ and learn.loss_func.__class__ is nn.CrossEntropyLoss
+                   for p in model.parameters())
+        assert '_do_grad_opt' not in learn.__dict__ and learn.loss_func.__class__ is nn.CrossEntropyLoss
         learn.remove_cbs([SAMCallback, WeightNoise])
         learn.lr = 0.1
         with learn.no_bar(), learn.no_logging(): learn.fit(1)   # and without SAM it trains as any other
@@ -715,7 +716,8 @@ from noisyseg.train.methods.sam import SAM
 from noisyseg.train.methods.sam_callback import SAMCallback
 
 rank = int(sys.argv[1])
-dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)   # a file: no port that another process may take
+# a file: no port that another process may take
+dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
 g = torch.Generator().manual_seed(0)
 x, y = torch.randn(16, 1, 8, 8, generator=g, dtype=torch.float64), torch.randint(0, 5, (16,), generator=g)
 mine = slice(8 * rank, 8 * rank + 8)
@@ -735,7 +737,8 @@ def alone(parts, **kw):
     return flat(m)
 
 def fit(slices, model, *cbs):
-    learn = Learner(DataLoaders([(x[s], y[s]) for s in slices], []), model, nn.CrossEntropyLoss(), opt_func=SGD, lr=0.1, cbs=list(cbs))
+    learn = Learner(DataLoaders([(x[s], y[s]) for s in slices], []), model, nn.CrossEntropyLoss(), opt_func=SGD,
+                    lr=0.1, cbs=list(cbs))
     learn.remove_cb(Recorder)   # it averages in single precision
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
@@ -747,7 +750,8 @@ for sync, views in ((False, False), (True, False), (False, True)):
         ddp = nn.parallel.DistributedDataParallel(m, gradient_as_bucket_view=views)
         SAM(torch.optim.SGD(m.parameters(), lr=0.1), ddp, rho=0.5, sync=sync, **kw).step(closure(ddp, mine))
         agree(m, (sync, kw))
-        torch.testing.assert_close(flat(m), alone([slice(None)] if sync else halves, **kw), rtol=0, atol=1e-10)   # own ascents: m-sharpness
+        # own ascents: m-sharpness
+        torch.testing.assert_close(flat(m), alone([slice(None)] if sync else halves, **kw), rtol=0, atol=1e-10)
         if views: continue   # fastai's own optimizers can't clear such gradients, with or without SAM
         learn = fit([mine], nn.parallel.DistributedDataParallel(net()), SAMCallback(0.5, sync=sync, **kw))
         agree(learn.model, (sync, kw, 'callback'))
@@ -760,14 +764,16 @@ def in_two_batches(*cbs):
     return flat(learn.model)
 torch.testing.assert_close(in_two_batches(SAMCallback(0.5), GradientAccumulation(8)), alone(halves), rtol=0, atol=1e-10)
 quarters = [slice(i, i + 4) for i in range(0, 16, 4)]
-torch.testing.assert_close(in_two_batches(SAMCallback(0.5, m=4), GradientAccumulation(8)), alone(quarters), rtol=0, atol=1e-10)
+torch.testing.assert_close(in_two_batches(SAMCallback(0.5, m=4), GradientAccumulation(8)), alone(quarters), rtol=0,
+                           atol=1e-10)
 
 m = net()   # an infinity in one process's first pass: all skip, and none waits for the other
 ddp, scaler, calls = nn.parallel.DistributedDataParallel(m), torch.amp.GradScaler('cpu', init_scale=4.), []
 opt, before = SAM(torch.optim.SGD(m.parameters(), lr=0.1), ddp), flat(m)
 def scaled():
     calls.append(0)
-    scaler.scale(F.cross_entropy(ddp(x[mine]), y[mine]) * (math.inf if rank == 1 and len(calls) == 1 else 1.)).backward()
+    scaler.scale(F.cross_entropy(ddp(x[mine]), y[mine]) * (math.inf if rank == 1 and len(calls) == 1
+                                                           else 1.)).backward()
 opt.step(scaled, scaler=scaler)
 scaler.update()
 assert len(calls) == 1 and torch.equal(before, flat(m)) and scaler.get_scale() == 2., (len(calls), scaler.get_scale())

@@ -164,7 +164,8 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, form):
         n += 1
     assert n >= 10 and not went_off.exists()
     if form == 'pickle':
-        with pytest.raises(Exception): pickle.loads(content).no_such_thing()   # noqa: B017  it does go off when it is unpickled
+        # it does go off when it is unpickled
+        with pytest.raises(Exception): pickle.loads(content).no_such_thing()   # noqa: B017
         assert went_off.exists()
 
 def test_cached_weights_are_tensors_only(tmp_path, monkeypatch):
@@ -201,7 +202,8 @@ def test_pictures_that_would_fill_the_memory(tmp_path):
     (tmp_path/'large.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
                                        + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
     with pytest.raises(ValueError, match=r'large\.png.*(bomb|pixels)'): read_image(tmp_path/'large.png')
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.jpg', bytes(3*2**20))
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('train/cat/1.jpg', bytes(3*2**20))
     with pytest.raises(ValueError, match='over a megabyte'): ClassFolders(tmp_path/'a.zip', 'train')
 
 
@@ -429,7 +431,8 @@ def test_make_lab_is_for_this_machine_alone(tmp_path):
         port = s.getsockname()[1]
     line = next(o for o in subprocess.run(['make', '-n', 'lab'], cwd=root, capture_output=True,
                                           text=True).stdout.splitlines() if 'jupyterlab' in o)
-    cmd = [sys.executable, *shlex.split(line)[1:], '--no-browser', f'--ServerApp.port={port}',
+    words = shlex.split(line)                # it begins with the folder of the data, where there is one
+    cmd = [sys.executable, *words[words.index('-m'):], '--no-browser', f'--ServerApp.port={port}',
            '--ServerApp.port_retries=0', '--allow-root']
     folders = {f'JUPYTER_{o}_DIR': str(tmp_path/o) for o in ('CONFIG', 'DATA', 'RUNTIME')}
     env = {k: v for k, v in os.environ.items() if k != 'JUPYTER_TOKEN'} | folders | {
@@ -481,7 +484,8 @@ def harmless(page, selector='body'):
     assert page.evaluate('window.pwned') is None
     assert not page.complaints
     assert not page.evaluate("document.querySelectorAll('img[src=x], svg[onload]').length")
-    return page.evaluate("""s => document.querySelector(s).innerText + ' ' + [...document.querySelectorAll('text')].map(t => t.textContent).join(' ')
+    return page.evaluate("""s => document.querySelector(s).innerText
+        + ' ' + [...document.querySelectorAll('text')].map(t => t.textContent).join(' ')
         + ' ' + [...document.querySelectorAll('option')].map(o => o.textContent).join(' ')""", selector)
 
 class Net(nn.Module):

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
 from noisyseg.measure.task import Task
-from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.disturbance import compose
 from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
@@ -119,7 +118,8 @@ def test_ctrl_c_keeps_and_resumes(tmp_path, whole):
     os.kill(p.pid, signal.SIGINT)
     p.join(60)
     out = (tmp_path/'log').read_text()
-    told = re.match(r'interrupted: (\d+) of 21 cells were measured. Their rows are in .*sweep.csv, .*; untouched: True$', out)
+    told = re.match(r'interrupted: (\d+) of 21 cells were measured. '
+                    r'Their rows are in .*sweep.csv, .*; untouched: True$', out)
     assert told, out
     kept, total = resume(store, whole)
     assert kept == int(told[1]) < total

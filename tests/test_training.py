@@ -1,4 +1,4 @@
-("""Weight noise in two real processes: the same noise for all, or each its own, and the same clean weights at the end.""")
+"Weight noise in two real processes: the same noise for all, or each its own, and the same clean weights."
 import os
 import socket
 import subprocess
@@ -21,7 +21,8 @@ dist.init_process_group('gloo')
 rank = dist.get_rank()
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
-torch.manual_seed(100 + rank)                                     # the processes see different images, and would draw different seeds
+# the processes see different images, and would draw different seeds
+torch.manual_seed(100 + rank)
 batches = [(torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 8, 8))) for _ in range(3)]
 
 class Spy(Callback):
@@ -29,8 +30,10 @@ class Spy(Callback):
     def after_pred(self): self.noisy = net[0].weight.detach().clone()
     def after_batch(self): self.clean = net[0].weight.detach().clone()
 
-spy, noise = Spy(), WeightNoise(MaxGaussian(0.2), seed=seed, shared=shared, where='0.*')   # the pattern is on the model's own names, not on DDP's
-learn = Learner(DataLoaders(batches, []), nn.parallel.DistributedDataParallel(net), nn.CrossEntropyLoss(), lr=0.1, cbs=[noise, spy])
+# the pattern is on the model's own names, not on DDP's
+spy, noise = Spy(), WeightNoise(MaxGaussian(0.2), seed=seed, shared=shared, where='0.*')
+learn = Learner(DataLoaders(batches, []), nn.parallel.DistributedDataParallel(net), nn.CrossEntropyLoss(), lr=0.1,
+                cbs=[noise, spy])
 with learn.no_bar(), learn.no_logging(): learn.fit(1)
 mine = {'noisy': spy.noisy, 'clean': net[0].weight.detach(), 'injected': noise._clone.injected}
 both = [None, None]

@@ -1,4 +1,5 @@
-"""UNet3+ beside a second one, written straight from its paper (arXiv 2004.08790) as functions of a dictionary of weights.
+"""UNet3+ beside a second one, written straight from its paper (arXiv 2004.08790) as functions of a dictionary of
+weights.
 It shares no code with noisyseg and has no layers: pooling, interpolation and batch norm are spelled out."""
 import copy
 

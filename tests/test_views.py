@@ -1,4 +1,4 @@
-("""Labelled and unlabelled images together: views, CutMix, loaders, splits, folders. The lessons are in nbs/data/06_splits.ipynb and nbs/data/08_semi_supervised.ipynb.""")
+"Labelled and unlabelled images together: views, CutMix, loaders, splits, folders."
 import math
 import pickle
 import random

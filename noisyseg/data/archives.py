@@ -44,6 +44,7 @@ class _Limit:
         self.check(n)
         self.room -= n
 
+# %% ../../nbs/data/04_archives.ipynb #7628a039
 class _Counted:
     "A stream whose bytes count towards a limit."
     def __init__(self, stream, limit):
@@ -135,6 +136,7 @@ def _archive_and_folder(path, folder):
         raise FileExistsError(f"{folder} is there already: extract into a new folder, such as `{folder.name}_2`")
     return path, folder
 
+# %% ../../nbs/data/04_archives.ipynb #107cb7d7
 def _write_all(members, part, inside, written, max_files, path):
     for n, (name, size, source) in enumerate(members):
         if n >= max_files:
@@ -149,6 +151,7 @@ def _write_all(members, part, inside, written, max_files, path):
         with open(file, 'xb') as f:
             while block := counted.read(2**20): f.write(block)
 
+# %% ../../nbs/data/04_archives.ipynb #75100692
 def _damaged(path, e):
     return BadArchive(f"{path} cannot be extracted: {e!r}. If its download broke off, delete it and fetch it again, "
                       f"`fetch(url, path, sha256=...)`")
@@ -167,6 +170,7 @@ def _expected(url, sha256, md5):
         raise ValueError(f"{kind}= is {n} hexadecimal digits, got {digest!r}: `{kind}sum FILE` prints them")
     return kind, digest.lower()
 
+# %% ../../nbs/data/04_archives.ipynb #a8640add
 def _check_address(url):
     if not isinstance(url, str) or urlsplit(url).scheme not in ('http', 'https'):
         raise ValueError(f"{url}: expected an address that begins with https:// or http://, such as "
@@ -182,7 +186,7 @@ class _Redirects(HTTPRedirectHandler):
                              f"you trust it, `fetch({newurl!r}, path, sha256=...)`")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
-# %% ../../nbs/data/04_archives.ipynb #a8640add
+# %% ../../nbs/data/04_archives.ipynb #0aca3635
 def fetch(
     url: str,  # http or https
     path,  # the file; its folder is made

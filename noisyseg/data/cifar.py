@@ -1,4 +1,4 @@
-"""60,000 pictures of 32 pixels in ten classes, as batches of tensors; and any other set of small pictures in a folder for each class.
+"""60,000 pictures of 32 pixels in ten classes as batches, and any other set with a folder for each class.
 
 Docs: https://noisyseg.github.io/noisyseg/data/cifar.html.md"""
 
@@ -24,7 +24,6 @@ from fastcore.basics import chunked, patch
 from fastcore.meta import delegates
 from fastprogress import progress_bar
 from matplotlib import pyplot as plt
-from PIL import Image
 from torch import Tensor
 
 from .archives import fetch_and_extract
@@ -112,6 +111,7 @@ def decode(self:ClassFolders, numbers):
             out[k] = x
     return out
 
+# %% ../../nbs/data/07_cifar.ipynb #641dc9ab
 @patch
 def _load(self:ClassFolders):
     "All bytes: from the file of an earlier time, or decoded now and kept in one"
@@ -190,6 +190,7 @@ def _ways_of(self:ImageSet, epoch):
                              torch.from_numpy(rng.random(len(self))<0.5))
     return self._ways[1]
 
+# %% ../../nbs/data/07_cifar.ipynb #561e9748
 @patch
 def batch(self:ImageSet,
     idxs, # numbers of images in this set
@@ -290,6 +291,7 @@ def class_folders(
 # of fastai's archive, as FastAI.jl publishes it
 _cifar10_sha256 = '637c5814e11aefcb6ee76d5f59c67ddc8de7f5b5077502a195b0833d1e3e4441'
 
+# %% ../../nbs/data/07_cifar.ipynb #dfc76fcb
 @delegates(class_folders, but=['name','splits','stats'])
 def cifar10(
     path=None, # folder or zip archive of CIFAR-10; None: `cifar10` among the local sets, else a download (170 MB)

@@ -1,4 +1,4 @@
-"""The nineteen corruptions of images that robustness is commonly measured with: noise, blur, weather, digital, each at five severities.
+"""The nineteen corruptions that robustness is commonly measured with, each at five severities.
 
 Docs: https://noisyseg.github.io/noisyseg/data/corruption_functions.html.md"""
 
@@ -63,6 +63,7 @@ def corruption(
         return f
     return register
 
+# %% ../../nbs/data/10_corruption_functions.ipynb #6aa2a47b
 def _normal(shape, g, mean=0., std=1.): return mean + std * torch.randn(shape, generator=g)
 
 def _uniform(g, low, high, *shape): return low + (high - low) * torch.rand(shape, generator=g)
@@ -141,7 +142,11 @@ def _glass_sources(h, w, reach, passes, g):
 
 # %% ../../nbs/data/10_corruption_functions.ipynb #6183f983
 # 8 bits, cut off as published; the 0.001 is for values that were k/255
-def to_bytes(x): return (x.clamp(0, 1) * 255 + 1e-3).floor()
+def to_bytes(
+    x,  # an image in [0, 1]
+):  # whole numbers from 0 to 255, of the same shape
+    "An image as the bytes that a file would hold."
+    return (x.clamp(0, 1) * 255 + 1e-3).floor()
 
 @corruption('blur', ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
              ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)))

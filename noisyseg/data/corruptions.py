@@ -1,4 +1,4 @@
-"""Corrupted images from a name, a severity and a seed: for one picture, a batch or a loader, with the masks that belong to them.
+"""Corrupted images from a name, a severity and a seed: for a picture, a batch or a loader, with their masks.
 
 Docs: https://noisyseg.github.io/noisyseg/data/corruptions.html.md"""
 
@@ -139,6 +139,7 @@ def __call__(self:Corruption,
     return out, (torch.stack([m for _, m in pairs]).view(mask.shape).as_subclass(type(mask)) if self.kind.geometric
                  and pairs else mask)
 
+# %% ../../nbs/data/11_corruptions.ipynb #957289e7
 @patch
 def _one(self:Corruption, image, mask, g):
     if self.kind.colour and len(image) != 3:

@@ -158,6 +158,7 @@ def apart(
     check_sizes(train + kept)
     return train, kept
 
+# %% ../../nbs/data/05_datasets.ipynb #ead53de7
 def _splits(make, root, split, valid_split):
     "(image, mask) files of both splits of a torchvision dataset"
     found = []
@@ -234,6 +235,7 @@ cityscapes_palette = [(128,64,128), (244,35,232), (70,70,70), (102,102,156), (19
                       (0,0,70), (0,60,100), (0,80,100), (0,0,230), (119,11,32)]
 _city_ids = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # labelIds of the 19
 
+# %% ../../nbs/data/05_datasets.ipynb #d13d90ad
 @delegates(mask_dataloaders, but=['ignore_index'])
 def cityscapes(
     path=None, # folder that holds `leftImg8bit` and `gtFine`; None: `cityscapes` among the local sets
@@ -254,6 +256,7 @@ def cityscapes(
     return mask_dataloaders(*apart(*sets, split, 'val'), read, cityscapes_classes, cityscapes_palette, 255, size, bs,
                             **kwargs)
 
+# %% ../../nbs/data/05_datasets.ipynb #1c7db02c
 def _city_pairs(root, split, kind, ids):
     images = sorted((root/'leftImg8bit'/split).glob('*/*_leftImg8bit.png'))
     if not images:
@@ -287,6 +290,7 @@ class CocoReader:
         if x.shape[:2]!=y.shape: raise ValueError(other_size(item[0], 'its annotation', x.shape[1::-1], y.shape[::-1]))
         return x, y
 
+# %% ../../nbs/data/05_datasets.ipynb #6da2ed2e
 def coco_items(
     annotations, # JSON file in COCO's format, or None for nothing
     images # folder of its images
@@ -324,4 +328,5 @@ def coco(
     items = [[(r, *i) for i in part] for r,part in zip(readers, (train, valid))]
     return mask_dataloaders(*items, _read_coco, vocab, distinct_palette(len(vocab)), 255, size, bs, **kwargs)
 
+# %% ../../nbs/data/05_datasets.ipynb #69c28233
 def _read_coco(item): return item[0](item[1:])

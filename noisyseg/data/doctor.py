@@ -1,4 +1,4 @@
-"""`check_dataset` reads everything once: errors before anybody trains, findings that make a score mean less than it seems, and how often each class occurs.
+"""`check_dataset` reads everything once, before anybody trains: errors, findings, and how often each class occurs.
 
 Docs: https://noisyseg.github.io/noisyseg/data/doctor.html.md"""
 
@@ -34,6 +34,7 @@ class Survey:
 
     def names(self, which): return [name_of(self.items[i]) for i in np.flatnonzero(which)]
 
+# %% ../../nbs/data/06_doctor.ipynb #6e68a4ec
 def name_of(
     item # an image file, an (image, mask) pair of files, or something else
 ) -> str: # the file's name without extension, or ''
@@ -67,6 +68,7 @@ def survey(
     return Survey(kept, np.reshape(pixels, (n,256)).astype(int), np.array(lonely),
                   np.reshape(thumbs, (len(thumbs),256)), faults)
 
+# %% ../../nbs/data/06_doctor.ipynb #8de0b08f
 def lonely_share(
     mask # labels, (height, width)
 ) -> float:
@@ -75,6 +77,7 @@ def lonely_share(
     alike = [m[1:-1,1:-1]==o for o in (m[:-2,1:-1], m[2:,1:-1], m[1:-1,:-2], m[1:-1,2:])]
     return float((~np.any(alike, 0)).mean())
 
+# %% ../../nbs/data/06_doctor.ipynb #0645d539
 def thumbnail(
     image # bytes, (height, width, channels)
 ) -> np.ndarray: # (256,), mean 0 and length 1; zeros for a flat image
@@ -93,6 +96,7 @@ def grouped(
     for f in faults: kinds.setdefault(re.sub(r'\S*[/\\]\S*|\d+', '#', f), []).append(f)
     return [fs[0] + (f' (and {len(fs)-1} more like this)' if len(fs)>1 else '') for fs in kinds.values()]
 
+# %% ../../nbs/data/06_doctor.ipynb #e6642a18
 def some_names(
     names:list # of files
 ) -> str: # the first few
@@ -128,17 +132,19 @@ def sequence(
     m = re.match(r'(.*?)(\d+)\D*$', name)
     return (m[1], int(m[2])) if m else (name, -1)
 
+# %% ../../nbs/data/06_doctor.ipynb #156ebe6c
 def near_duplicates(
-    train:Survey,
-    valid:Survey
+    train:Survey, # of the training images
+    valid:Survey # of the validation images
 ) -> np.ndarray: # bool, one for each validation image
     "Which validation images look like one of training"
     flat = ~valid.thumbs.any(1)
     return ((valid.thumbs @ train.thumbs.T).max(1) > 0.985) & ~flat
 
+# %% ../../nbs/data/06_doctor.ipynb #06ec5c4f
 def shared_sequences(
-    train:Survey,
-    valid:Survey
+    train:Survey, # of the training images
+    valid:Survey # of the validation images
 ) -> list: # names of sequences that are on both sides; empty where the set is not made of sequences
     "Sequences of which some images are trained on and others validated on"
     thumbs = np.concatenate([train.thumbs, valid.thumbs])
@@ -154,8 +160,8 @@ def shared_sequences(
 
 # %% ../../nbs/data/06_doctor.ipynb #65fed328
 def relatives(
-    train:Survey,
-    valid:Survey
+    train:Survey, # of the training images
+    valid:Survey # of the validation images
 ) -> list: # sentences
     "Findings about training images that have relatives in the validation set"
     if not (len(train.thumbs) and len(valid.thumbs)): return []
@@ -174,7 +180,7 @@ def relatives(
 # %% ../../nbs/data/06_doctor.ipynb #3e9318af
 def findings(
     name:str, # of the set
-    found:Survey,
+    found:Survey, # what was read
     classes:list, # class names
     ignore_index:int|None # label that does not count
 ) -> list: # sentences
@@ -251,6 +257,7 @@ def raise_faults(
     "One error that says each kind of fault once"
     if faults: raise ValueError('\n'.join([f"{len(faults)} faulty of {n} pairs:", *grouped(faults)[:20]]))
 
+# %% ../../nbs/data/06_doctor.ipynb #71fdfdf4
 def frequencies(
     found:dict, # {name of the set: Survey}
     classes:list # class names
@@ -265,6 +272,7 @@ def frequencies(
                  for i,c in enumerate(classes)]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/data/06_doctor.ipynb #c9b4af66
 def class_weights(
     table:pd.DataFrame, # from `check_dataset`
     power:float=0.5 # 0: all alike; 1: in inverse proportion to the frequency

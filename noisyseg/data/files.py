@@ -1,4 +1,4 @@
-"""Reading them from files, pairing them, colouring them, and saying which file is at fault when something is wrong.
+"""Read images and masks, pair them, colour them, and name the file that is at fault when something is wrong.
 
 Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 
@@ -45,6 +45,7 @@ FORMATS = 'AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 MPO PCX PNG PPM SGI TGA TIFF 
 class UnusableFile(ValueError):
     "A file that is whole and still can't be used as it is; the message says what to do with it"
 
+# %% ../../nbs/data/02_files.ipynb #b6816ea0
 def open_image(
     path:str|Path, # the file
     use:Callable, # function of the open PIL image
@@ -62,7 +63,7 @@ def open_image(
                          f"{heic if Path(str(path)).suffix.lower() in ('.heic', '.heif') else ''}"
                          "If it is a part of a download that broke off, delete it and fetch it again") from e
 
-# %% ../../nbs/data/02_files.ipynb #b6816ea0
+# %% ../../nbs/data/02_files.ipynb #ecd01c06
 def read_image(
     path:str|Path # JPEG, PNG, TIFF, ... of 8 bits a channel, or a .npy of bytes
 ) -> np.ndarray: # uint8, (height, width, 3), upright; TIFF and .npy may have other numbers of channels
@@ -70,6 +71,7 @@ def read_image(
     if Path(str(path)).suffix.lower()=='.npy': return as_image(_load_array(path, 'image'), path)
     return open_image(path, _pixels)
 
+# %% ../../nbs/data/02_files.ipynb #77b6490e
 def _pixels(im):
     _one_page(im, 'image')
     if im.mode[0] in 'IF':
@@ -189,6 +191,7 @@ def stored_values(
         raise ValueError(f"{path} is not a mask of the Semantic Boundaries Dataset ({e!r}): expected a "
         "MATLAB file with GTcls.Segmentation. If it was half downloaded, delete it and fetch it again") from e
 
+# %% ../../nbs/data/02_files.ipynb #f89d4160
 def _stored(im):
     lossless(im)
     raw = im.tile[0].args if im.tile else ''
@@ -295,6 +298,7 @@ def orientation(
     "What EXIF says about the way up"
     return im.getexif().get(0x0112, 1)
 
+# %% ../../nbs/data/02_files.ipynb #3e6b87bb
 def other_size(
     image, # file of the image
     mask, # file of the mask

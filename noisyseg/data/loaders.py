@@ -89,6 +89,7 @@ def zoom_range(
         raise ValueError(f"zoom={zoom!r}: expected (smallest, largest), both above 0, such as zoom=(0.75, 1.5)")
     return tuple(zoom)
 
+# %% ../../nbs/data/03_loaders.ipynb #a85cecff
 class ColourOnly(v2.Transform):
     "Applies a change of colours where there are colours: to images of one or three channels"
     def __init__(self,
@@ -111,6 +112,7 @@ def as_tensors(
     y = as_mask(mask, x.shape[:2], item)
     return torch.from_numpy(x).permute(2,0,1).contiguous(), torch.from_numpy(y)
 
+# %% ../../nbs/data/03_loaders.ipynb #d5c24961
 @contextmanager
 def seeded(
     *numbers # whole numbers of 0 or more that are the seed

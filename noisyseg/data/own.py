@@ -1,4 +1,4 @@
-"""A folder of images and a folder of masks of the same names become loaders, or an error that says how to mend them.
+"""A folder of images and one of masks become loaders, or an error that says how to mend them.
 
 Docs: https://noisyseg.github.io/noisyseg/data/own.html.md"""
 
@@ -110,6 +110,7 @@ def mask_reader(
     if codes is not None: codes = labels_of(codes, classes, ignore_index, 'codes')
     return PairReader(label_table(len(classes), ignore_index, codes), read_image=read_image)
 
+# %% ../../nbs/data/06_own.ipynb #f72af196
 def at_the_door(
     train:list, # (image, mask) files to train on
     valid:list, # the same to validate on
@@ -150,6 +151,9 @@ def custom_masks(
     classes = class_names(classes)
     if whole('ignore_index', ignore_index, len(classes))>255:
         raise ValueError(f"{ignore_index=}: expected {len(classes)} to 255")
+    if images is None:
+        raise TypeError("images: expected a folder, a list of files or of pairs (image, mask), got None: "
+                        "`custom_masks('images', 'masks', classes)`")
     pairs = [tuple(map(Path, p)) for p in images] if masks is None else pair_files(images, masks, suffix)
     train, held = pair_folders(pairs, valid, suffix) or hold_out(pairs, valid, valid_seed, groups)
     read = mask_reader(classes, ignore_index, colours, codes, read_image)

@@ -1,4 +1,4 @@
-"""`semi` makes a semi-supervised task of any data set: some images keep their masks, the others are seen in weak and strong views.
+"""`semi` makes a semi-supervised task of any data set: a few images keep their masks, the others give views.
 
 Docs: https://noisyseg.github.io/noisyseg/data/semi_supervised.html.md"""
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from matplotlib import pyplot as plt
-from fastcore.basics import GetAttr, noop, store_attr
+from fastcore.basics import GetAttr, store_attr
 from fastcore.meta import delegates
 from fastai.data.core import DataLoaders
 from fastai.data.load import fa_collate
@@ -317,6 +317,7 @@ def semi(
     return semi_dataloaders(labelled, [*rest, *unlabelled], dls.valid_ds.items, ds.read, ds.vocab, ds.palette, void,
                             ds.size, bs, seed=ds.seed if seed is None else seed, **kwargs)
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #8c6b29a8
 def _image_of(read, item): return read(item)[0]
 
 # %% ../../nbs/data/08_semi_supervised.ipynb #2afe8380
@@ -338,6 +339,7 @@ def semi_scenes(
 # %% ../../nbs/data/08_semi_supervised.ipynb #b512c815
 _OWN = ('valid', 'valid_seed', 'palette', 'colours', 'codes', 'ignore_index', 'groups', 'read_image')
 
+# %% ../../nbs/data/08_semi_supervised.ipynb #80cd9c1a
 @delegates(semi, but=['n','split_seed','verbose'], keep=True)
 def semi_folder(
     images, # a folder of images, or a list of files

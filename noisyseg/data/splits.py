@@ -97,6 +97,7 @@ def read_lines(
         raise ValueError(f"{file} is no UTF-8: {e}. If a Windows program wrote it: "
                          "file.write_text(file.read_text('cp1252'), 'utf-8')") from e
 
+# %% ../../nbs/data/06_splits.ipynb #0d14cae3
 def names_in(
     line:str # one or two file names; apart by a tab, or by a space where names have endings
 ) -> list: # the names
@@ -129,6 +130,7 @@ def read_list(
     if not pairs: raise ValueError(f"{file} is empty: expected `image mask` on every line")
     return pairs if root is None else L(_there(pairs, file, root))
 
+# %% ../../nbs/data/06_splits.ipynb #560a6caa
 def _there(pairs, file, root):
     "The files under their names on this disk, whose letters may be composed in another way"
     def on_disk(f):
@@ -140,7 +142,7 @@ def _there(pairs, file, root):
     raise MissingData(f"{len(gone)} of {sum(map(len, pairs))} files of {file} are not there, the first is {gone[0]}: "
                       f"is root={str(root)!r} right?")
 
-# %% ../../nbs/data/06_splits.ipynb #0d14cae3
+# %% ../../nbs/data/06_splits.ipynb #209add9d
 def _apart(sides, key=noop):
     "An error where two sides, {name: files}, have an image in common"
     seen = {}

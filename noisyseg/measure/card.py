@@ -32,6 +32,7 @@ STANDARD_LEVELS = {  # by task; what is not named here has the levels that it na
                  Quantize: (4, 3, 2)},
     'mIoU': {Quantize: (6, 4, 3)}}
 
+# %% ../../nbs/measure/12_card.ipynb #b05382e0
 def standard_disturbances(
     size=None,  # (height, width) of the images: up to 64 pixels, corruptions have the settings of CIFAR-10-C
     corruptions=STANDARD_15,  # names
@@ -40,8 +41,10 @@ def standard_disturbances(
     "What a card shows unless told otherwise."
     table = 'cifar' if size is not None and max(size) <= 64 else 'imagenet'
     weights = [MaxGaussian(), RelativeGaussian(), AbsoluteGaussian(), Quantize()]
-    return {**{d.label: d for d in weights}, Corruption.label: [Corruption(c, table=table, stats=stats) for c in corruptions]}
+    return {**{d.label: d for d in weights}, Corruption.label: [Corruption(c, table=table, stats=stats)
+                                                                for c in corruptions]}
 
+# %% ../../nbs/measure/12_card.ipynb #1ba7904c
 @dataclass(frozen=True)
 class Untouched(Disturbance):
     "Nothing at all: the network as it is. Its score is what the others are compared with."
@@ -52,7 +55,8 @@ class Untouched(Disturbance):
 
 # %% ../../nbs/measure/12_card.ipynb #ee57f6d2
 def _card_levels(disturbances, given, metric):
-    "The levels of each disturbance: those that were given, else the defaults, without the one at which nothing happens."
+    ("The levels of each disturbance: those that were given, else the defaults, without the one at which nothing "
+     "happens.")
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not set(given) <= set(disturbances):
         raise ValueError(f"levels: expected a dict with some of {', '.join(map(repr, disturbances))}, such as "
@@ -124,6 +128,7 @@ def _checked(df):
                          f"`robustness_card(models, dl)` makes them")
     return main_metric(df)
 
+# %% ../../nbs/measure/12_card.ipynb #98f00561
 def _over_laws(d):
     "Where a label stands for several disturbances, their mean: a row for each model, level and draw."
     found = []
@@ -136,6 +141,7 @@ def _over_laws(d):
         found.append(part)
     return pd.concat(found, ignore_index=True)
 
+# %% ../../nbs/measure/12_card.ipynb #47e4fa58
 def card_summary(
     df: pd.DataFrame,  # rows of `robustness_card`
     unit: str = 'draw',  # the interval is over draws (these networks), or over training seeds (this way of training)
@@ -162,6 +168,7 @@ def _mce(df, metric):
         over = m['corruptions'].iloc[0]
         yield over, m[m['corruptions'] == over].groupby('model')['mCE'].mean()
 
+# %% ../../nbs/measure/12_card.ipynb #be5a9833
 def card_table(
     df: pd.DataFrame,  # rows of `robustness_card`
     unit: str = 'draw',  # the interval is over draws, or over training seeds: 'seed'

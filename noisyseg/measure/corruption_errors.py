@@ -16,7 +16,8 @@ from .summary import main_metric
 # %% ../../nbs/measure/10_corruption_errors.ipynb #d2c0c6d9
 def _errors(df, metric):
     "1 - score with a column for each severity, by (model, train_seed, corruption); and the clean errors."
-    need = [c for c in ('model', 'train_seed', 'law', 'level', 'metric', 'value') if c not in getattr(df, 'columns', ())]
+    need = [c for c in ('model', 'train_seed', 'law', 'level', 'metric', 'value')
+            if c not in getattr(df, 'columns', ())]
     if need: raise ValueError(f"df: expected the rows of a sweep; there is no column {', '.join(need)}")
     if metric is None: metric = main_metric(df)
     d = df[df['metric'] == metric]
@@ -55,6 +56,7 @@ def corruption_error(
     return out.sort_values(['model', 'train_seed', 'corruption'], ignore_index=True,
                            key=lambda s: s.map(lambda c: order.get(c, 99)) if s.name == 'corruption' else s)
 
+# %% ../../nbs/measure/10_corruption_errors.ipynb #05a21656
 def _normalised(out, baseline):
     "Errors as shares of the baseline's, which are means over its training seeds."
     if baseline not in set(out['model']):

@@ -205,6 +205,7 @@ def _samples(data, read, progress):
         if isinstance(x, Tensor) and x.ndim == 4: yield from zip(x, y)
         else: yield x, y
 
+# %% ../../nbs/measure/04_inference.ipynb #328d7a0d
 def _labels(y, n, void):
     "A mask as a tensor of class numbers; files are read."
     # one of the classes, or a number that no file of bytes holds, is not for the table

@@ -1,4 +1,4 @@
-"""How good is a mask? Count every pixel once, and read the scores off the counts: per-class IoU, mIoU, pixel accuracy.
+"""How good is a mask? Count every pixel once, and read IoU, mIoU and accuracy off the counts.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/metrics.html.md"""
 

@@ -57,7 +57,7 @@ def check_groups(
     if groups is None: return stages(model, where)
     if isinstance(groups, (list, tuple)): groups = {str(as_selector(g)): g for g in groups}
     if not isinstance(groups, Mapping) or not groups:
-        raise TypeError(f"groups: expected a dict label -> selector or name pattern, or a list of those, got {groups!r}")
+        raise TypeError(f"groups: expected a dict label -> selector or name pattern, or a list of them, got {groups!r}")
     all_names, found = [s.name for s in select(model, where)], {}
     for label, g in groups.items():
         picked = set(as_selector(g).names(model))
@@ -89,7 +89,8 @@ def layer_sensitivity(
     "Noise in one layer group at a time: what does each cost? The clean scores are there as group 'none', depth -1."
     models, _ = check_models({name: model}), as_place(on)
     d = entry_of('', disturbance, [getattr(disturbance, 'level', 0)]).disturbance
-    if d.level == d.nothing: raise ValueError(f"disturbance: at level {d.level:g} nothing happens; try {d.at(d.levels[0])}")
+    if d.level == d.nothing:
+        raise ValueError(f"disturbance: at level {d.level:g} nothing happens; try {d.at(d.levels[0])}")
     store_path(store)
     with untouched([model]):
         groups = check_groups(groups, model, where)

@@ -39,6 +39,7 @@ class Cell(NamedTuple):
         run = f' (training seed {self.train_seed})' if self.train_seed else ''
         return f'model {self.model!r}{run}, {self.law}, level {self.level:g}, draw {self.draw}, {self.where}'
 
+# %% ../../nbs/measure/06_store.ipynb #6749757f
 class Row(NamedTuple):
     "One number of a cell: a row of the tidy table, and of the file."
     model: str  # the model's name
@@ -71,6 +72,7 @@ def to_frame(
 # %% ../../nbs/measure/06_store.ipynb #f30bd7b7
 ENDINGS = ('.csv', '.parquet')
 
+# %% ../../nbs/measure/06_store.ipynb #c7896559
 def store_path(
     path,  # what was given as `store=`
 ) -> Path | None:
@@ -85,6 +87,7 @@ def store_path(
                          f"store={str(path.with_suffix('.csv'))!r} will do")
     return path
 
+# %% ../../nbs/measure/06_store.ipynb #ff4b320e
 def as_bytes(
     frame: pd.DataFrame,  # any table
     suffix: str,  # '.csv' or '.parquet'
@@ -111,6 +114,7 @@ def _parquet_lines(path):
         raise ValueError(f"store: {path} is damaged ({e}). Delete it to measure its cells again") from None
     return list(frame), frame.to_dict('records')
 
+# %% ../../nbs/measure/06_store.ipynb #66b48d7c
 def read_rows(
     path: Path,  # a store's file
 ) -> list:  # pairs (row, what its cell cost)
@@ -125,6 +129,7 @@ def read_rows(
         except ValueError: continue
     return found
 
+# %% ../../nbs/measure/06_store.ipynb #fc33fbde
 def label_of_law(
     law: str,  # its name: 'MaxGaussian(n, …)'
 ) -> str:
@@ -140,6 +145,7 @@ def companion(
     "The file beside it that says what it holds."
     return path.with_name(path.name + '.grid.json')
 
+# %% ../../nbs/measure/06_store.ipynb #25b1fe27
 def read_grid(
     path: Path,  # a store's file
 ) -> dict | None:  # None when there is nothing yet
@@ -154,6 +160,7 @@ def read_grid(
     if isinstance(models, dict) and models and all(isinstance(m, dict) for m in models.values()): return old
     raise ValueError(f"store: {side} is damaged. Delete it together with {path.name} to measure again")
 
+# %% ../../nbs/measure/06_store.ipynb #be86aaf6
 def how_made() -> dict:
     "Versions, machine and command, for the reader of a store."
     from torch.backends import cpu
@@ -175,6 +182,7 @@ def _differences(old, new):
                   if there.get('selected', {}).get(place, sites) != sites]
     return found if shared else [*found, f"models: {', '.join(old['models'])} there, {', '.join(new['models'])} now"]
 
+# %% ../../nbs/measure/06_store.ipynb #fba4825d
 def _merged(old, new):
     "One grid that says what both say; of models and disturbances all."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -195,6 +203,7 @@ def _by_cell(found):
         made[row.cell] = cost
     return cells, made
 
+# %% ../../nbs/measure/06_store.ipynb #3ca19967
 def as_written(
     path: Path,  # a store's file
     known,  # fingerprints of the cells that were written
@@ -293,6 +302,7 @@ def load_sweep(
     df.attrs.update(facts(grid))
     return df
 
+# %% ../../nbs/measure/06_store.ipynb #f49c73c3
 def facts(
     grid: dict,  # what a store says that it holds
 ) -> dict:  # 'models' (their names), 'disturbances' and 'metric', for a frame's attrs

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .store import Row, to_frame
 from ..perturb.disturbance import Disturbance
 
 # %% ../../nbs/measure/08_summary.ipynb #4ae834e1
@@ -88,7 +87,7 @@ def _unit_means(d, by, unit):
 def _t_interval(d, by, confidence):
     "Mean, interval, standard deviation and count of `value` in each group."
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}: `confidence=0.95` is 95 %")
+        raise ValueError(f"confidence: expected a number from 0 to 1, got {confidence!r}: `confidence=0.95` is 95 %")
     out = d.groupby(by, observed=True, sort=False)['value'].agg(mean='mean', sd='std', n='count').reset_index()
     half = stats.t.ppf(0.5 + confidence / 2, np.maximum(out['n'] - 1, 1)) * out['sd'] / np.sqrt(out['n'])
     return out.assign(half=half, low=out['mean'] - half, high=out['mean'] + half)
@@ -152,6 +151,7 @@ def percent(
     "A mean and its interval in percent: '71.8 ± 6.5'."
     return f'{100 * mean:.{decimals}f}' + (f' ± {100 * half:.{decimals}f}' if half > 0 else '')
 
+# %% ../../nbs/measure/08_summary.ipynb #7dabf2dd
 def score_table(
     df: pd.DataFrame,  # rows of `sweep`, of one or several disturbances
     metric: str = None,  # None: the main one

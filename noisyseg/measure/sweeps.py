@@ -76,6 +76,7 @@ def reads_inputs(
     kind = disturbance if isinstance(disturbance, type) else type(disturbance)
     return kind.batches is not Disturbance.batches and not issubclass(kind, Law)
 
+# %% ../../nbs/measure/09_sweeps.ipynb #516edbd4
 class Entry(NamedTuple):
     "One disturbance of a sweep: what, where, and how strong."
     label: str  # of the rows
@@ -97,6 +98,7 @@ class Entry(NamedTuple):
     @property
     def quiet(self) -> float: return 0. if math.isnan(self.disturbance.nothing) else self.disturbance.nothing
 
+# %% ../../nbs/measure/09_sweeps.ipynb #b1e4f8ac
 def entry_of(
     label: str,  # how rows call the kind
     disturbance,  # what was handed over
@@ -105,7 +107,8 @@ def entry_of(
 ) -> Entry:
     "A disturbance with its levels and weights, checked."
     if isinstance(disturbance, type) or not isinstance(disturbance, Disturbance):
-        what = f"the class {disturbance.__name__}; make one: {disturbance.__name__}()" if isinstance(disturbance, type) \
+        what = f"the class {disturbance.__name__}; make one: {disturbance.__name__}()" if isinstance(disturbance,
+                type) \
             else repr(disturbance)
         raise TypeError(f"disturbances: expected a disturbance such as MaxGaussian(), a list of them, or a dict label "
                         f"-> disturbance, got {what}")
@@ -131,7 +134,8 @@ def entries_of(
     for label, several in pairs:
         own = levels.get(label) if isinstance(levels, Mapping) else levels
         if isinstance(levels, Mapping) and np.size(own if own is not None else 1) == 0: continue
-        found += [entry_of(label, d, own, where) for d in (several if isinstance(several, (list, tuple)) else [several])]
+        found += [entry_of(label, d, own, where) for d in (several if isinstance(several, (list, tuple))
+                                                           else [several])]
     keys = [e.key for e in found]
     if not keys: raise ValueError("disturbances: expected at least one, got none")
     if twice := [k for k in keys if keys.count(k) > 1]:
@@ -142,7 +146,17 @@ def entries_of(
 # %% ../../nbs/measure/09_sweeps.ipynb #fc25abf4
 class Grid:
     "Everything that a sweep needs, checked and ready."
-    def __init__(self, models, dl, entries, draws, seed, task, ignore_index, class_names, cache_mb):
+    def __init__(self,
+        models,  # from `check_models`
+        dl,  # as in `sweep`, and so are those below
+        entries,  # from `entries_of`
+        draws,  # for each level of what is random
+        seed,  # fixes all that is random
+        task,  # a Task or None
+        ignore_index,  # label that does not count, or None
+        class_names,  # or None
+        cache_mb,  # memory for batches
+    ):
         self.models = models
         self.entries = {e.key: e for e in entries}
         self.draws = check_whole('draws', draws, 1)
@@ -199,6 +213,7 @@ def cells_of(
             for e in grid.entries.values() for level in e.levels
             if k == 0 or (e.seeded and level != e.quiet)]
 
+# %% ../../nbs/measure/09_sweeps.ipynb #829fcf09
 def groups_of(
     grid: Grid,  # of a sweep
     cells: list,  # some of its cells
@@ -224,6 +239,7 @@ def measure(self:Grid, key, cells):
                                f'model {name[0]!r}', self.task)
                 yield [Row(*cell, self.seed, *s) for s in found]
 
+# %% ../../nbs/measure/09_sweeps.ipynb #6ee404e4
 @patch
 @contextmanager
 def disturbed(self:Grid, entry, name, draw, quiet):
@@ -250,6 +266,7 @@ def prefix(self:Grid, entry, name):
         self.reuse[entry.place, name] = PrefixCache(self.models[name], entry.where, self.cache_mb / self.kinds)
     return self.reuse[entry.place, name]
 
+# %% ../../nbs/measure/09_sweeps.ipynb #ebfa0003
 @patch
 def inputs(self:Grid, entry, level, seed):
     "The batches under a disturbance of the inputs; those of the last call are kept."
@@ -284,6 +301,7 @@ def run_grid(
     df.attrs.update(facts(told) | ({'interrupted': note} if note else {}))
     return df.assign(interrupted=note) if note else df
 
+# %% ../../nbs/measure/09_sweeps.ipynb #a03569b7
 def in_notebook() -> bool:
     "Is there an IPython shell, where a part of the rows is better than none?"
     ipython = sys.modules.get('IPython')

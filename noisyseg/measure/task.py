@@ -69,7 +69,11 @@ def plain_tensors(
 # %% ../../nbs/measure/02_task.ipynb #8a536d17
 class CountedScores:
     "Scores from a confusion matrix: one for each class, their mean, and the share that is right."
-    def __init__(self, classes, ignore_index, names):
+    def __init__(self,
+        classes,  # their names
+        ignore_index,  # label that does not count, or None
+        names,  # of the three scores
+    ):
         self.classes = classes
         self.names = names
         self.counts = ConfusionMeter(len(classes), ignore_index)
@@ -87,6 +91,7 @@ class CountedScores:
         return [*each, (self.names[1], '', float(mean), total),
                 (self.names[2], '', self.counts.pixel_accuracy(), total)]
 
+# %% ../../nbs/measure/02_task.ipynb #7533d015
 class CountedRecall(CountedScores):
     "The same for one class an image: recall of each, nan where a class has no image."
     def per_class(self, cm):
@@ -121,6 +126,7 @@ class MaskTask(ClassNumbers):
     def meter(self, classes, ignore_index=None):
         return CountedScores(classes, ignore_index, ('IoU', 'mIoU', 'pixel accuracy'))
 
+# %% ../../nbs/measure/02_task.ipynb #cf046a58
 class ClassTask(ClassNumbers):
     "A class for each image, scored by accuracy."
     metric = 'accuracy'

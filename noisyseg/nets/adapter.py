@@ -32,6 +32,7 @@ def _first_tensor(out, name):
         else: raise TypeError(_unknown(out, name))
     return out.as_subclass(Tensor)
 
+# %% ../../nbs/nets/01_adapter.ipynb #d414dbc1
 def _unknown(out, name):
     fields = list(out) if isinstance(out, Mapping) else []
     return (f"{name}: expected logits as a torch.Tensor, a list of them, a dict with 'out', 'logits' or 'masks', or an "
@@ -43,6 +44,7 @@ def _fits(have, want):
     "Are these the sizes of one map, the first coarser by a whole factor?"
     return any(all(h in (w // k, -(-w // k)) for h, w in zip(have, want)) for k in range(2, 65))
 
+# %% ../../nbs/nets/01_adapter.ipynb #88a77837
 def as_logits(
     out,  # what a network returned: see above; of a list the first, which is the finest
     size: tuple = None,  # (height, width) of the masks, or () where each image has one label; None: leave sizes alone
@@ -75,6 +77,7 @@ def to_classes(
         warnings.warn(f"{int(top.isnan().sum())} of {top.numel()} pixels have nan logits; their class means nothing")
     return (top > 0).long() if x.shape[1] == 1 else classes
 
+# %% ../../nbs/nets/01_adapter.ipynb #2372f829
 def probabilities(
     logits: Tensor,  # (batch, classes, ...)
 ) -> Tensor:  # the same shape, in [0, 1]
@@ -95,6 +98,7 @@ def class_count(
     "How many classes these logits tell apart."
     return max(logits.shape[1], 2)
 
+# %% ../../nbs/nets/01_adapter.ipynb #5f9f50b5
 def class_names(
     n: int,  # classes, from `class_count`
     names=None,  # their names; None: numbers; a single name is the foreground's
@@ -128,6 +132,7 @@ def run_model(
     keep = not (p.is_floating_point() and x.is_floating_point()) or torch.is_autocast_enabled(p.device.type)
     return model(x.to(p.device, x.dtype if keep else p.dtype))
 
+# %% ../../nbs/nets/01_adapter.ipynb #9b1fc9d6
 def logits_of(
     model: nn.Module,  # any network that segments or classifies, in the mode that you want it in
     x: Tensor,  # images, (batch, channels, height, width)

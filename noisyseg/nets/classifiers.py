@@ -11,7 +11,8 @@ __all__ = ['PadShortcut', 'ResBlock', 'SmallResNet', 'resnet20', 'resnet18_small
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .unet3plus import FACTORIES, _factory  # noqa: F401  the same list of factories, so that a checkpoint can name these too
+# the same list of factories, so that a checkpoint can name these too
+from .unet3plus import FACTORIES, factory  # noqa: F401
 
 # %% ../../nbs/nets/05_classifiers.ipynb #b3b10114
 class PadShortcut(nn.Module):
@@ -91,14 +92,15 @@ class SmallResNet(nn.Module):
     ) -> Tensor:  # logits, (batch, n_classes)
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: `x[None].float()` "
+            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
+                             f"`x[None].float()` "
                              f"adds the batch, `in_channels=` of the network sets the channels")
         x = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages: x = getattr(self, name)(x)
         return self.fc(x.mean((2, 3)))
 
 # %% ../../nbs/nets/05_classifiers.ipynb #2d7bd79a
-@_factory
+@factory
 def resnet20(
     n_classes: int = 10,  # number of classes
     in_channels: int = 3,  # channels of the images
@@ -109,7 +111,7 @@ def resnet20(
     return SmallResNet(n_classes, in_channels, (3, 3, 3), width, shortcut)
 
 # %% ../../nbs/nets/05_classifiers.ipynb #5526f694
-@_factory
+@factory
 def resnet18_small(
     n_classes: int = 10,  # number of classes
     in_channels: int = 3,  # channels of the images

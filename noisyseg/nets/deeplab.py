@@ -1,4 +1,4 @@
-"""Atrous convolutions, pyramid pooling and a light decoder on a ResNet: the network that semi-supervised papers report on.
+"""Atrous convolutions and a light decoder on a ResNet: the network that semi-supervised papers report on.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/deeplab.html.md"""
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from .encoders import ResNetEncoder, resnet_encoder
-from .unet3plus import _factory
+from .unet3plus import factory
 
 # %% ../../nbs/nets/04_deeplab.ipynb #0a84e450
 def dilate(
@@ -68,7 +68,8 @@ class DeepLabV3Plus(nn.Module):
         "Segment a batch of images."
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: `x[None].float()` "
+            raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
+                             f"`x[None].float()` "
                              f"adds the batch, `in_channels=` of the network sets the channels")
         _, fine, *_, deep = self.encoder(x)
         norm = self.pyramid.convs[-1][2]   # of the mean of each image
@@ -79,7 +80,7 @@ class DeepLabV3Plus(nn.Module):
         return up(self.head(self.fuse(torch.cat([self.reduce(fine), up(self.pyramid(deep), fine)], 1))), x)
 
 # %% ../../nbs/nets/04_deeplab.ipynb #20d46c72
-@_factory
+@factory
 def deeplabv3plus(
     n_classes: int,  # number of classes, background included; 1 for a binary mask
     in_channels: int = 3,  # channels of the images

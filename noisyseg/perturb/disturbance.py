@@ -73,6 +73,7 @@ def at(self:Disturbance,
     "The same disturbance at another level; ValueError for a level that it does not have."
     return dataclasses.replace(self, **{self.field_of_level(): level})
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #81347317
 @patch
 def kind_name(self:Disturbance) -> str:
     "Which one of its kind: the settings without the level."
@@ -93,6 +94,7 @@ def amount(cls:Disturbance,
     "A level with its unit: 'n = 5 %', '4 bits'."
     return f'{cls.unit} = {100 * level:.4g} %' if cls.share else f'{cls.unit} = {level:.4g}'
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #b104d3c6
 @patch(cls_method=True)
 def level_text(cls:Disturbance,
     level: float,  # in the disturbance's unit
@@ -100,6 +102,7 @@ def level_text(cls:Disturbance,
     "What a table says of a level: 'as trained' where nothing happens, else `amount`."
     return cls.off if level == cls.nothing else cls.amount(level)
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #6b41c461
 @patch(cls_method=True)
 def ordered(cls:Disturbance,
     levels,  # any levels
@@ -118,6 +121,7 @@ def acting(self:Disturbance,
     "A block in which the model is disturbed; after it the model is what it was."
     return nullcontext()
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #34457922
 @patch
 def batches(self:Disturbance,
     batches,  # batches (inputs, targets), as a loader gives them
@@ -126,6 +130,7 @@ def batches(self:Disturbance,
     "The batches as the disturbed network sees them."
     return batches
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #54e6c2ba
 @patch
 @contextmanager
 def drawn(self:Disturbance,
@@ -133,7 +138,7 @@ def drawn(self:Disturbance,
     where=None,  # which weights, where it acts on weights; None: those that it names itself
     generator=None,  # torch.Generator, a seed, or None for torch's global generator
 ):  # a context manager that gives a function to(level)
-    "A block in which the model is disturbed by one draw, at any level: `with d.drawn(model, generator=0) as to: to(0.1)`."
+    "A block with one draw at any level: `with d.drawn(model, generator=0) as to: to(0.1)`."
     seed = generator if isinstance(generator, int) else fresh_seed(as_generator(generator))
     with ExitStack() as stack:
         def to(level):
@@ -175,6 +180,7 @@ def _kind_of(cls, d):
                          f"the module that defines it first")
     return kind, {k: v for k, v in d.items() if k != key}
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #aeaefac0
 @patch(cls_method=True)
 def from_dict(cls:Disturbance,
     d: dict,  # as `to_dict` made it
@@ -221,7 +227,8 @@ class Law(Disturbance):
 
     def describe(self) -> str:
         "One line for plots and tables."
-        return f"{type(self).__name__}({', '.join(_text(f.name, getattr(self, f.name)) for f in dataclasses.fields(self))})"
+        settings = [_text(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     __str__ = describe
 
@@ -231,6 +238,7 @@ def axis_title(cls:Law) -> str:
     "What stands at an axis of levels."
     return cls.axis or f'noise {cls.unit}'
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #fdf1d636
 @patch
 def acting(self:Law,
     model: nn.Module,  # what is disturbed
@@ -242,6 +250,7 @@ def acting(self:Law,
     "A block in which the weights hold this law's noise."
     return perturbed(model, self, self.where if where is None else where, generator, gradient, rng)
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #30dd3c6d
 @patch
 @contextmanager
 def drawn(self:Law,
@@ -273,6 +282,7 @@ def usual(
     "The line that gives a field its usual value."
     return f"`{type(disturbance).__name__}({name}={getattr(type(disturbance), name, 1)!r})` is usual"
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #178285fd
 def check_number(
     disturbance,  # what has the field
     name: str,  # of the field
@@ -358,6 +368,7 @@ def generators(self:Composed,
     source = as_generator(generator)
     return [generator if i == last else fresh_seed(source) if p.random else 0 for i, p in enumerate(self.parts)]
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #f76b8c17
 @patch
 @contextmanager
 def acting(self:Composed, model: nn.Module, where=None, generator=None):
@@ -367,6 +378,7 @@ def acting(self:Composed, model: nn.Module, where=None, generator=None):
             stack.enter_context(part.acting(model, where, g))
         yield
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #bfce7985
 @patch
 @contextmanager
 def drawn(self:Composed, model: nn.Module, where=None, generator=None):
@@ -380,6 +392,7 @@ def drawn(self:Composed, model: nn.Module, where=None, generator=None):
         for part, g in zip(others, generators): stack.enter_context(part.acting(model, where, g))
         yield stack.enter_context(last.drawn(model, where, generators[-1]))
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #10ca73c9
 @patch
 def batches(self:Composed, batches, seed: int = 0):
     "The batches as they are after all parts."
@@ -396,9 +409,12 @@ def another_draw(
     seed = int.from_bytes(hashlib.blake2b(first + bytes([number]), digest_size=7).digest(), 'big')
     return fill_normal(torch.empty_like(z), torch.Generator().manual_seed(seed))
 
+# %% ../../nbs/perturb/03_disturbance.ipynb #afda36fe
 @dataclass(frozen=True)
 class ComposedLaw(Composed, Law):
     "Several laws, one after the other; make one with `compose`."
+    parts: tuple  # laws, in the order in which they act
+    level_of: int = -1  # number of the part whose level is the level of the whole
     pure = property(lambda self: all(p.pure for p in self.parts))
     acting = Law.acting
     drawn = Law.drawn

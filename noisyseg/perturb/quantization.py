@@ -21,6 +21,7 @@ from .selectors import Selector, _Cut, as_selector, conv_and_linear, select
 # %% ../../nbs/perturb/05_quantization.ipynb #0f9584bf
 SCHEMES = ('symmetric', 'minmax')
 
+# %% ../../nbs/perturb/05_quantization.ipynb #00f9dddd
 class Grid(NamedTuple):
     "The values that weights may have: `(q - zero) * step` for whole numbers `q` from `low` to `high`."
     step: Tensor  # distance of neighbours, one for each group, shaped to broadcast; 0 where a group has no extent
@@ -35,7 +36,7 @@ class Grid(NamedTuple):
         inverse = torch.where(self.step > 0, 1 / self.step, 0)   # as PyTorch's kernels do it: the same ties
         return ((weight * inverse).round() + self.zero).clamp(self.low, self.high)
 
-# %% ../../nbs/perturb/05_quantization.ipynb #00f9dddd
+# %% ../../nbs/perturb/05_quantization.ipynb #797a25e0
 def _numbers(bits, scheme):
     "The smallest and the largest number of a grid of `2**bits` values."
     n = round(2**bits)
@@ -86,8 +87,7 @@ class Quantize(Law):
 
     def __post_init__(self):
         check_number(self, 'bits', 0)
-        if self.bits > 16:
-            raise ValueError(f"Quantize: bits go from 0 (not quantized) to 16, got {self.bits!r}: `Quantize(4)`")
+        if self.bits > 16: raise ValueError(f"Quantize: bits go from 0 (not quantized) to 16, got {self.bits!r}: bits=4")
         check_choice(self, 'per', ('channel', 'tensor'))
         check_choice(self, 'scheme', SCHEMES)
 

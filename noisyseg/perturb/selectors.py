@@ -177,7 +177,7 @@ def _check_weight(name, w):
     if isinstance(w, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name} has no shape yet: run one batch through the model first")
     if hasattr(w, 'device_mesh'):
-        raise ValueError(f"{name} is a shard of a weight (a DTensor, as fully_shard makes it): no process has all of it. "
+        raise ValueError(f"{name} is a shard of a weight (a DTensor of fully_shard): no process has all of it. "
                          f"Use torch.nn.parallel.DistributedDataParallel(model), or perturb the model before "
                          f"fully_shard(model)")
     if type(w).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -212,6 +212,7 @@ def _before_conversion(module):
     cls = cls[0] if isinstance(cls, tuple) else cls
     return cls.__new__(cls) if isinstance(cls, type) and issubclass(cls, nn.Module) else module
 
+# %% ../../nbs/perturb/01_selectors.ipynb #a94d64a7
 def unreachable(
     model: nn.Module,  # any module
 ) -> Iterator[_Unreachable]:
@@ -235,10 +236,11 @@ def _report_unreachable(model, where, reached):
     picked = [u.name for u in where._pick(unreachable(model)) if u.name not in reached]
     if not picked: return
     some = ', '.join(picked[:3]) + (f' and {len(picked) - 3} more' if len(picked) > 3 else '')
-    warnings.warn(f"where={where} means {some} too, but what is there is no parameter (quantized, frozen as a buffer, or "
-                  f"in TorchScript) and gets no noise: perturb the model before it is converted, or leave it out with "
+    warnings.warn(f"where={where} means {some} too, but what is there is no parameter (quantized, a buffer, or in "
+                  f"TorchScript) and gets no noise: perturb the model before it is converted, or leave it out with "
                   f"where=", stacklevel=4)
 
+# %% ../../nbs/perturb/01_selectors.ipynb #c119376a
 def span(
     weight: Tensor,  # any ordinary tensor with at least one number
 ) -> tuple:  # device, start of the storage, first byte, last byte + 1
@@ -247,6 +249,7 @@ def span(
     length = 1 + sum((n - 1) * step for n, step in zip(weight.shape, weight.stride()))
     return weight.device, weight.untyped_storage().data_ptr(), first, first + length * weight.element_size()
 
+# %% ../../nbs/perturb/01_selectors.ipynb #91e7a275
 def overlap(
     a: list,  # spans
     b: list,  # spans

@@ -48,7 +48,8 @@ def plot_card(
     top = max(100 * s['lost'].max(), 1)
     for i, p in enumerate(panels, 1):
         levels, mean, lost, tell = _panel(s[s['disturbance'] == p], models)
-        fig.add_heatmap(row=1, col=i, x=['' if p == Untouched.label else f'{l:g}'.replace('0.', '.') for l in levels], y=models,
+        fig.add_heatmap(row=1, col=i, x=['' if p == Untouched.label else f'{l:g}'.replace('0.', '.') for l in levels],
+                        y=models,
                         z=(100 * lost).round(2).to_numpy(), text=(100 * mean).map('{:.0f}'.format).to_numpy(),
                         texttemplate='%{text}',
                         hovertext=tell, hoverinfo='text', coloraxis='coloraxis', xgap=1, ygap=1)
@@ -64,6 +65,7 @@ def plot_card(
 # %% ../../nbs/show/04_card.ipynb #c7110cfb
 def _cut(df): return f' · interrupted after {interruption(df)}' if interruption(df) else ''
 
+# %% ../../nbs/show/04_card.ipynb #afcded1a
 def _dressed(fig, df, metric, unit, title, top, n):
     "Title, colours and size of a card of `n` models."
     told = (f"colour: points below the model's own clean score; on hover: 95 % interval over "
@@ -71,7 +73,8 @@ def _dressed(fig, df, metric, unit, title, top, n):
     fig.update_layout(template=noisyseg_template, height=190 + 30 * n, hovermode='closest',
                       margin=dict(l=40, r=10, t=130, b=40),
                       title=dict(text=f'Robustness card: {metric} (%)' if title is None else title,
-                                 subtitle=dict(text=told + (' · ?: unknown' if df['cost'].isna().any() else '') + _cut(df))),
+                                 subtitle=dict(text=told + (' · ?: unknown' if df['cost'].isna().any() else '')
+                                               + _cut(df))),
                       coloraxis=dict(cmin=0, cmax=top, colorscale=[[0, 'rgba(0,114,178,0.10)'],
             [0.5, 'rgba(230,159,0,0.55)'], [1, 'rgba(213,94,0,0.9)']],
                                      colorbar=dict(title=dict(text='points<br>lost', font_size=12), thickness=10)))

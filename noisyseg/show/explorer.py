@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import anywidget, ipywidgets, torch, traitlets
+import anywidget, torch, traitlets
 from fastcore.basics import patch
 from IPython import get_ipython
 from torch import nn
@@ -30,7 +30,7 @@ from ..nets.adapter import class_names
 from ..perturb.disturbance import Disturbance
 from ..perturb.laws import MaxGaussian
 from ..perturb.selectors import as_selector, conv_and_linear, conv_and_norm, kernels_and_scales, weight_sites
-from .predictor import (NoisyPredictor, controls, disturbance_of, menu_name, menu_of, not_corruptible,
+from .predictor import (NoisyPredictor, controls, disturbance_of, menu_of, not_corruptible,
                                      values_of)
 from ..train.checkpoints import load_model
 
@@ -79,6 +79,7 @@ def _checked(x, y):
 # %% ../../nbs/show/06_explorer.ipynb #51a02efc
 _of_cell = {}  # notebook cell -> (its execution, weak references to what it shows)
 
+# %% ../../nbs/show/06_explorer.ipynb #5676183a
 def close_with_cell(
     shown,  # what the cell that is running shows; has a `close()`
 ):
@@ -204,11 +205,13 @@ def _disturbances(given):
     if not given: raise ValueError("disturbance: the list is empty; pass None for MaxGaussian(0.)")
     return given
 
+# %% ../../nbs/show/06_explorer.ipynb #94dd758f
 def _layers(models):
     "The weights that all models have, by name."
     names = [[s.name for s in weight_sites(m)] for m in models.values()]
     return [k for k in names[0] if all(k in others for others in names)]
 
+# %% ../../nbs/show/06_explorer.ipynb #6c22ca76
 @patch
 def _facts(self:NoiseExplorer, about):
     "Names and colours of models and classes."
@@ -221,6 +224,7 @@ def _facts(self:NoiseExplorer, about):
     return dict(samples=len(self._images), models=list(self.lens.models), classes=vocab, palette=palette,
                 ignore=ignore, truth=self._truth is not None)
 
+# %% ../../nbs/show/06_explorer.ipynb #f49b3843
 @patch
 def _take_defaults(self:NoiseExplorer):
     "Another disturbance has other settings: those that it does not know give way to its own; so does an odd level."
@@ -261,6 +265,7 @@ def _no_such_corruption(self:NoiseExplorer, names, got):
     return f"corruption: one of {', '.join(map(str, names))}, got {got!r}" + (
         f". None is offered here: {self._not_corruptible}" if len(names) == 1 else '')
 
+# %% ../../nbs/show/06_explorer.ipynb #aa43951c
 @patch
 def _asked(self:NoiseExplorer, s):
     "The arguments for the predictor that a state stands for, checked."
@@ -304,6 +309,7 @@ def _acts_on_picture(self:NoiseExplorer, asked):
     "Does the disturbance itself change the picture, beside a corruption?"
     return self._seen(asked)[0].data_ptr() != self._seen({**asked, 'disturbance': None})[0].data_ptr()
 
+# %% ../../nbs/show/06_explorer.ipynb #2cfdef14
 @patch
 def picture(self:NoiseExplorer,
     state: dict = None,  # changes of the state; None: as it is
@@ -317,6 +323,7 @@ def picture(self:NoiseExplorer,
     as_it_is = x.data_ptr() == self.lens.images[sample].data_ptr()
     return self._images[sample] if as_it_is else to_rgb(x, self._stats)[0], None if truth is None else truth.numpy()
 
+# %% ../../nbs/show/06_explorer.ipynb #4b36953e
 @patch
 def _picture_key(self:NoiseExplorer, s):
     "What tells the picture of this state from others."
@@ -464,7 +471,8 @@ def to_site(self:NoiseExplorer,
     seeds: list = (0, 1, 2),  # draws
     layers: list = None,  # for the histogram; None: the one that is chosen
 ) -> int:  # bytes written
-    "Write a page that shows the explorer without a kernel: index.html, explorer.js, manifest.json, a file for each sample."
+    ("Write a page that shows the explorer without a kernel: index.html, explorer.js, manifest.json, a file for each "
+     "sample.")
     folder = Path(folder)
     levels = _grid(levels, self._top())
     samples = list(samples)

@@ -1,4 +1,4 @@
-"""A dashboard for a fit that runs: curves, the mask of one held-out sample with and without noise, time left, and a Stop button.
+"""A dashboard for a fit that runs: curves, a held-out mask with and without noise, time left, a Stop button.
 
 Docs: https://noisyseg.github.io/noisyseg/show/monitor.html.md"""
 
@@ -9,7 +9,6 @@ __all__ = ['TrainingMonitor']
 
 # %% ../../nbs/show/07_monitor.ipynb #01d28059
 import time, weakref
-from functools import partial
 from html import escape
 from itertools import cycle
 
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import CancelFitException
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from IPython import get_ipython
@@ -31,10 +30,12 @@ from ..measure.task import MaskTask
 from ..data.files import colorize, distinct_palette, to_rgb, whole
 from ..nets.adapter import logits_of, to_classes
 from ..perturb.clone import perturbed
-from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row, plain_text,
+from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row,
+                                    plain_text,
                                     noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
 from .explorer import close_with_cell
+from ..train.method import LoopCallback
 from ..train.noise import WeightNoise
 
 # %% ../../nbs/show/07_monitor.ipynb #f8994b44
@@ -103,7 +104,8 @@ def _curves(series, score, panels=()):
             color, symbol = next(colors)
             style = dict(mode='lines') if key == 'train_loss' else dict(mode='lines+markers',
                     marker=dict(symbol=symbol, size=7))
-            fig.add_scatter(x=x, y=y, name=plain_text(name), meta=key, line=dict(color=color, width=2), row=1, col=col, **style)
+            fig.add_scatter(x=x, y=y, name=plain_text(name), meta=key, line=dict(color=color, width=2), row=1, col=col,
+                            **style)
         fig.update_yaxes(title_text=plain_text(title), col=col)
     fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320,
                       margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
@@ -167,7 +169,7 @@ def close(self:_Dashboard):
     self.parts = []
 
 # %% ../../nbs/show/07_monitor.ipynb #be2a0d64
-class TrainingMonitor(Callback):
+class TrainingMonitor(LoopCallback):
     "Watch a fit: loss and score, one held-out sample with and without noise, time left, and a Stop button."
     order, watches, _stateattrs = 60, True, ('_dash',)   # after the Recorder; widgets are not saved with a learner
     _dash = None
@@ -359,14 +361,17 @@ def _ask(self:TrainingMonitor):
 
 # %% ../../nbs/show/07_monitor.ipynb #3f8fafd2
 @patch
-def _watched(self:TrainingMonitor, run, f, event, *args, **kwargs):
-    "`Learner._with_events`, and the reason told when an epoch breaks."
-    try: return run(f, event, *args, **kwargs)
+def around(self:TrainingMonitor,
+    event: str,  # of a fit: 'epoch', 'batch', …
+    run,  # run(f) does what fastai does
+    f,  # what happens at this event
+):
+    "Say why, when an epoch breaks."
+    try: run(f)
     except CancelFitException: raise
     except BaseException as e:
-        why = 'interrupted' if isinstance(e,
-                                          KeyboardInterrupt) else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
-        if event == 'epoch' and self._on: self._end(why)
+        failed = f'failed: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
+        if event == 'epoch' and self._on: self._end('interrupted' if isinstance(e, KeyboardInterrupt) else failed)
         raise
 
 # %% ../../nbs/show/07_monitor.ipynb #5e48cee2
@@ -385,8 +390,6 @@ def before_fit(self:TrainingMonitor):
     self._fit = self._fit + 1
     self._start = self._next = time.perf_counter()
     self._began, self._cancelled = self._x, None
-    if '_with_events' not in self.learn.__dict__:
-        self.learn._with_events = partial(self._watched, self.learn._with_events)
     self._open()
     if self._dash: self._dash.figure.update_xaxes(range=[0, self._began + self.n_epoch])
     self._look()
@@ -419,7 +422,6 @@ def after_epoch(self:TrainingMonitor):
 @patch
 def _end(self:TrainingMonitor, state):
     self._on, self.state = False, state
-    self.learn.__dict__.pop('_with_events', None)
     self._update()
 
 @patch

@@ -96,7 +96,8 @@ def _line_color(rgb):
 
 # %% ../../nbs/show/01_pictures.ipynb #36aee5b8
 def _picture(image, stats):
-    "An image tensor or array as uint8 (height, width, 3): of many channels the first three, of one or two the first, grey."
+    ("An image tensor or array as uint8 (height, width, 3): of many channels the first three, of one or two the first, "
+     "grey.")
     a = image.detach().cpu().as_subclass(torch.Tensor) if isinstance(image, torch.Tensor) else torch.as_tensor(
         np.asarray(image))
     if a.ndim == 2: a = a[None]
@@ -119,7 +120,8 @@ def _mask(mask, shape, name):
     if m.ndim == 3 and m.is_floating_point(): m = m.argmax(0)
     if m.shape != torch.Size(shape) or m.is_floating_point():
         raise ValueError(f"{name}: expected class numbers {tuple(shape)} or logits (classes, {shape[0]}, {shape[1]}), "
-                         f"got {tuple(mask.shape)} {m.dtype}; `noisyseg.nets.adapter.as_logits(out, size={tuple(shape)})` "
+                         f"got {tuple(mask.shape)} {m.dtype}; `noisyseg.nets.adapter.as_logits(out, "
+                         f"size={tuple(shape)})` "
                          f"resizes logits")
     return m.numpy().astype(np.int64)
 
@@ -191,7 +193,8 @@ def _titles(masks, ignore_index):
 
 # %% ../../nbs/show/01_pictures.ipynb #a2a9d81d
 def _teller(masks, name):
-    "A function of a mask and a pixel, for the pointer: what it is said to be, and what it is if that is something else."
+    ("A function of a mask and a pixel, for the pointer: what it is said to be, and what it is if that is something "
+     "else.")
     truth = masks.get('truth')
 
     def tell(m, r, c):

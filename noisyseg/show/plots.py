@@ -9,8 +9,7 @@ __all__ = ['plot_sweep', 'plot_protocols', 'plot_classes', 'plot_sensitivity', '
            'plot_prediction']
 
 # %% ../../nbs/show/02_plots.ipynb #5eb7f176
-import math, re
-from typing import NamedTuple
+import math
 
 import numpy as np
 import pandas as pd
@@ -18,9 +17,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.optimize import isotonic_regression
 
-from .pictures import (DASHES, INK, LINE, OKABE_ITO, SYMBOLS, class_colors, model_colors, noisyseg_template,
+from .pictures import (DASHES, INK, LINE, OKABE_ITO, SYMBOLS, class_colors, model_colors,
+                                    noisyseg_template,
                                     plain_text, plot_prediction)
-from ..measure.summary import PROTOCOLS, protocols, summarise
+from ..measure.summary import PROTOCOLS, interruption, kind_of, main_metric, percent, protocols, summarise
 
 _all_ = ['model_colors', 'noisyseg_template', 'plot_prediction']  # all figures can be imported from here
 
@@ -32,67 +32,64 @@ def _check(df):
         raise ValueError(f"df: expected the rows of a sweep; there is no column {', '.join(missing)}")
     if df.empty: raise ValueError("df: there are no rows to draw; `load_sweep(path)` reads a sweep")
 
-# %% ../../nbs/show/02_plots.ipynb #cab7f14f
-class _Level(NamedTuple):
-    "What the levels of a sweep are."
-    title: str  # of the axis
-    name: str  # 'n', 'strength', 'sigma'
-    factor: float = 1  # 100 for percent
-    suffix: str = ''  # ' %'
-    def __str__(self): return f'{self.name} = %{{x:.3~g}}{self.suffix}'  # for plotly to fill in
-    def text(self, level): return f'{self.name} = {level * self.factor:g}{self.suffix}'
+# %% ../../nbs/show/02_plots.ipynb #8778318e
+def _kind(df):
+    "The disturbance that the rows are about, or its kind."
+    label = df['disturbance'].iloc[0] if 'disturbance' in df else ''
+    return kind_of(label, str(df['law'].iloc[0]), df.attrs.get('disturbances'))
 
-# %% ../../nbs/show/02_plots.ipynb #ff46ae69
-def _level_of(df):
-    kind, name = re.match(r'(\w+)\(?(\w*)', str(df['law'].iloc[0])).groups()
-    if kind == 'MaxGaussian': return _Level(f'noise level {name}, in % of max |W|', name, 100, ' %')
-    what = {'AbsoluteGaussian': 'absolute noise, standard deviation',
-            'MultiplicativeGaussian': 'multiplicative noise, standard deviation',
-            'RelativeGaussian': 'relative noise, share of std W', 'Quantize': 'bits of a weight'}
-    return _Level(f'noise level {name} ({what.get(kind, kind)})', name)
+def _factor(kind): return 100 if kind.share else 1
 
-# %% ../../nbs/show/02_plots.ipynb #ffc830e0
+def _apart(kind):
+    "Is the level at which nothing happens elsewhere than beside the mildest?"
+    levels = list(kind.levels)
+    return len(levels) > 1 and levels[0] > levels[-1] and kind.nothing < levels[-1]
+
+# %% ../../nbs/show/02_plots.ipynb #25dbb6c7
 def _x_axis(df):
     "Ticks where it was measured, unless they would overlap."
-    level = _level_of(df)
-    at = [l * level.factor for l in sorted(df['level'].unique())]
-    ticks = dict(tickvals=at) if (np.diff(at) > 0.04 * (at[-1] - at[0])).all() else {}
-    return dict(title=level.title, unifiedhovertitle=dict(text=f'<b>{level}</b>'), **ticks)
+    kind = _kind(df)
+    levels = sorted(l for l in df['level'].unique() if not (_apart(kind) and l == kind.nothing))
+    at = [l * _factor(kind) for l in levels]
+    ticks = dict(tickvals=at) if at and (np.diff(at) > 0.04 * (at[-1] - at[0])).all() else {}
+    here = f"<b>{plain_text(kind.unit)} = %{{x:.3~g}}{' %' if kind.share else ''}</b>"
+    return dict(title=plain_text(kind.axis_title()), unifiedhovertitle=dict(text=here), **ticks)
 
 def _over(s, unit): return f"{s['n'].max()} {'noise draws' if unit == 'draw' else 'training seeds'}"
 
+# %% ../../nbs/show/02_plots.ipynb #912313a6
 def _layout(df, title, subtitle, y, height=440, **kw):
-    if df.attrs.get('interrupted'): subtitle = f'<b>interrupted, so not all of it</b> · {subtitle}'
+    if told := interruption(df): subtitle = f'<b>interrupted: {plain_text(told)}</b> · {subtitle}'
     title = dict(text=title, subtitle=dict(text=f"{subtitle} · {plain_text(df['law'].iloc[0])}"))
     return dict(template=noisyseg_template, height=height, title=title, xaxis=_x_axis(df), yaxis=dict(title=y), **kw)
 
-# %% ../../nbs/show/02_plots.ipynb #24e0e3e4
-def _percent(s, decimals=1):
-    "Mean ± half of the interval, as text, for each line of a summary."
-    for m, h in zip(s['mean'], s['half']):
-        yield f'{100 * m:.{decimals}f}' + (f' ± {100 * h:.{decimals}f}' if h > 0 else '')
-
 # %% ../../nbs/show/02_plots.ipynb #83a6e647
-def _curve(s, factor, name, colour, i):
+def _curve(s, kind, name, colour, i):
     "A band, and a line with markers of kind `i`, for the lines `s` of a summary."
     name = plain_text(name)
+    factor = _factor(kind)
     s = s.sort_values('level')
+    nothing = s[s['level'] == kind.nothing] if _apart(kind) else s[:0]
+    s = s.drop(nothing.index)
     b = s.dropna(subset='half')
     rgb = ','.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))
     x = (factor * b['level']).tolist()
+    hidden = dict(hoverinfo='skip', showlegend=False, legendgroup=name, mode='lines')
     band = go.Scatter(x=x + x[::-1], y=[*(100 * b['high']), *(100 * b['low'])[::-1]], fill='toself',
-                      fillcolor=f'rgba({rgb},0.16)',
-                      line=dict(width=0), mode='lines', hoverinfo='skip', showlegend=False, legendgroup=name)
+                      fillcolor=f'rgba({rgb},0.16)', line=dict(width=0), **hidden)
+    dashed = [go.Scatter(x=factor * s['level'].agg(['min', 'max']), y=[100 * m] * 2, **hidden,
+                         line=dict(color=colour, width=1.5, dash='dash')) for m in nothing['mean'] if len(s)]
+    told = [[f'{percent(m, h)} %', plain_text(kind.level_text(l))] for m, h, l in zip(s['mean'], s['half'], s['level'])]
     line = go.Scatter(x=factor * s['level'], y=100 * s['mean'], name=name, legendgroup=name, mode='lines+markers',
                       line=dict(color=colour, width=2.5, dash=DASHES[i // len(SYMBOLS) % len(DASHES)]),
                       marker=dict(symbol=SYMBOLS[i % len(SYMBOLS)], size=8, color=colour),
-                      customdata=[f'{v} %' for v in _percent(s)], hovertemplate='%{customdata}')
-    return ([band] if len(b) > 1 else []) + [line]
+                      customdata=told, hovertemplate='%{customdata[0]}')
+    return dashed + ([band] if len(b) > 1 else []) + [line]
 
 # %% ../../nbs/show/02_plots.ipynb #1527733b
 def plot_sweep(
     df: pd.DataFrame,  # rows of `sweep`, of one law
-    metric: str = 'mIoU',  # 'mIoU' or 'pixel accuracy'
+    metric: str = None,  # 'mIoU', 'accuracy', …; None: the main one, `main_metric(df)`
     unit: str = 'draw',  # what the band is over: 'draw' (these very networks) or 'seed' (this way of training)
     colors: dict = None,  # model -> '#rrggbb'; None: `model_colors(df)`
     title: str = None,  # None: a title that says what is shown
@@ -100,12 +97,16 @@ def plot_sweep(
     "Mean and 95 % band of each model against the noise level."
     _check(df)
     if metric == 'IoU': raise ValueError("metric: IoU has one curve for each class; use plot_classes")
-    s, own = summarise(df, metric=metric, unit=unit), model_colors(df)
-    colors, kinds = {**own, **(colors or {})}, list(own)
-    title = f'{metric} under weight noise' if title is None else title
+    metric = main_metric(df) if metric is None else metric
+    kind = _kind(df)
+    s = summarise(df, metric=metric, unit=unit)
+    own = model_colors(df)
+    colors = {**own, **(colors or {})}
+    names = list(own)
+    title = f'{metric} under {plain_text(kind.label)}' if title is None else title
     fig = go.Figure(layout=_layout(df, title, f'mean over {_over(s, unit)}, band: 95 % interval', f'{metric} (%)'))
     for name, lines in s.groupby('model', sort=False):
-        fig.add_traces(_curve(lines, _level_of(df).factor, name, colors[name], kinds.index(name)))
+        fig.add_traces(_curve(lines, kind, name, colors[name], names.index(name)))
     return fig
 
 # %% ../../nbs/show/02_plots.ipynb #b9cb4fce
@@ -129,7 +130,7 @@ def plot_protocols(
                                    f'mean over {_over(s, unit)}, band: 95 % interval', f'{metric} (%)'))
     for i, name in enumerate(PROTOCOLS):
         lines = s[s['protocol'] == name]
-        if len(lines): fig.add_traces(_curve(lines, _level_of(df).factor, name, {**own, **(colors or {})}[name], 2 - i))
+        if len(lines): fig.add_traces(_curve(lines, _kind(df), name, {**own, **(colors or {})}[name], 2 - i))
     return fig
 
 # %% ../../nbs/show/02_plots.ipynb #48c6fc28
@@ -160,17 +161,17 @@ def _end_labels(fig, lines, colours, width, gap, limits, col):
                     col=col)
 
 # %% ../../nbs/show/02_plots.ipynb #67aa5e5e
-def _class_panel(fig, col, s, mean, colours, level, n_panels):
+def _class_panel(fig, col, s, mean, colours, kind, n_panels):
     "One model's panel: a line for each class and the mean, labelled at the end."
     lines = []
     for c, line in s.dropna(subset='mean').groupby('class', sort=False):
-        lines.append(_curve(line, level.factor, c, colours[c], list(colours).index(c))[-1].update(marker_size=5,
+        lines.append(_curve(line, kind, c, colours[c], list(colours).index(c))[-1].update(marker_size=5,
                 line_width=2))
-    lines.append(_curve(mean, level.factor, 'mIoU', colours['mIoU'], 0)[-1].update(mode='lines',
+    lines.append(_curve(mean, kind, 'mIoU', colours['mIoU'], 0)[-1].update(mode='lines',
             line=dict(width=4, dash='dot')))
     for t in lines:
-        fig.add_trace(t.update(hovertemplate=f'<b>{t.name}</b>, {level}<br>%{{customdata}}<extra></extra>'), row=1,
-                      col=col)
+        told = f'<b>{t.name}</b>, %{{customdata[1]}}<br>%{{customdata[0]}}<extra></extra>'
+        fig.add_trace(t.update(hovertemplate=told), row=1, col=col)
     x, y = (np.concatenate([np.asarray(t[k], float) for t in lines]) for k in 'xy')
     text = 6.5 * max(len(t.name) for t in lines) + 44  # pixels that the labels need, of about 740 for all panels
     width = (np.ptp(x) or 1) / (1 - min(text * n_panels / 740, 0.6))
@@ -188,21 +189,23 @@ def plot_classes(
     _check(df)
     s = summarise(df, metric='IoU', unit=unit)
     mean = summarise(df, unit=unit)
-    level = _level_of(df)
+    kind = _kind(df)
     models, classes = list(s['model'].unique()), list(s['class'].unique())
     if len(models) > 4:
         raise ValueError(f"df: expected at most 4 models, a panel each; select some of {', '.join(models)}")
     colours = {**class_colors(df, palette), 'mIoU': OKABE_ITO[6]}
     height = max(440, 190 + 16 * len(classes))
-    if title is None: title = 'IoU by class under weight noise' + (f': {plain_text(models[0])}' if len(models) == 1 else '')
-    fig = make_subplots(1, len(models), shared_yaxes=True, subplot_titles=[plain_text(m) for m in models] if len(models) > 1 else None,
+    panels = [plain_text(m) for m in models]
+    if title is None:
+        title = f'IoU by class under {plain_text(kind.label)}' + (f': {panels[0]}' if len(models) == 1 else '')
+    fig = make_subplots(1, len(models), shared_yaxes=True, subplot_titles=panels if len(models) > 1 else None,
                         horizontal_spacing=0.03)
     layout = _layout(df, title, f'mean over {_over(s, unit)}, dotted: mIoU', 'IoU (%)', height, showlegend=False,
                      hovermode='closest')
     fig.update_layout(layout, margin_t=100).update_xaxes({**layout['xaxis'], 'title': None})
-    fig.update_xaxes(title=level.title, row=1, col=(len(models) + 1) // 2)
+    fig.update_xaxes(title=plain_text(kind.axis_title()), row=1, col=(len(models) + 1) // 2)
     of = lambda d, m: d[d['model'] == m]
-    panels = [_class_panel(fig, i, of(s, m), of(mean, m), colours, level, len(models)) for i, m in enumerate(models, 1)]
+    panels = [_class_panel(fig, i, of(s, m), of(mean, m), colours, kind, len(models)) for i, m in enumerate(models, 1)]
     limits = min(p[2][0] for p in panels), max(p[2][1] for p in panels)
     gap = 15 * (limits[1] - limits[0] + 1) / (height - 170)  # 15 pixels
     for i, (lines, width, _) in enumerate(panels, 1): _end_labels(fig, lines, colours, width, gap, limits, i)
@@ -226,22 +229,24 @@ def plot_sensitivity(
     size = noisy.drop_duplicates('group').set_index('group')['n_weights']
     several = len(clean) > 1
     colors = {**model_colors(df), **(colors or {})}
-    level = _level_of(df).text(s['level'].iloc[0])
+    level = plain_text(_kind(df).level_text(s['level'].iloc[0]))
+    law = plain_text(df['law'].iloc[0])
     label = {g: f"{plain_text(g)}  <span style='font-size:11px'>{n:,} weights</span>" for g, n in size.items()}
     fig = go.Figure(layout=dict(
         template=noisyseg_template, height=150 + max(26, 18 * len(clean)) * len(size), hovermode='closest',
         bargap=0.35, bargroupgap=0.1,
         title=dict(text='What noise in one layer group costs' if title is None else title, subtitle=dict(text=
-            f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval · {plain_text(df['law'].iloc[0])}")),
+            f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval · {law}")),
         xaxis=dict(title=f'{metric} lost (percentage points)', showgrid=True, gridcolor=LINE, zeroline=True,
                    showline=False, ticks=''),
         yaxis=dict(autorange='reversed', categoryorder='array', categoryarray=list(label.values()), showgrid=False),
         margin_t=108 if several else 76))
     for name, bars in s.groupby('model', sort=False):
-        tell = [f"<b>{plain_text(g)}</b>, {size[g]:,} weights<br>{metric} {v} %, without noise {100 * clean[name]:.1f} %"
-                for g, v in zip(bars['group'], _percent(bars))]
-        fig.add_bar(x=100 * (clean[name] - bars['mean']), y=bars['group'].map(label), orientation='h', name=plain_text(name),
-                    showlegend=several,
+        without = f'without noise {100 * clean[name]:.1f} %'
+        tell = [f"<b>{plain_text(g)}</b>, {size[g]:,} weights<br>{metric} {v} %, {without}"
+                for g, v in zip(bars['group'], map(percent, bars['mean'], bars['half']))]
+        fig.add_bar(x=100 * (clean[name] - bars['mean']), y=bars['group'].map(label), orientation='h',
+                    name=plain_text(name), showlegend=several,
                     error_x=dict(array=100 * bars['half'], color=INK, thickness=1.4, width=4),
                     marker=dict(color=colors[name], cornerradius=2), customdata=tell,
                     hovertemplate='%{customdata}<extra></extra>')
@@ -250,16 +255,19 @@ def plot_sensitivity(
 # %% ../../nbs/show/02_plots.ipynb #aef689b6
 def sweep_table(
     df: pd.DataFrame,  # rows of `sweep`, of one law
-    metric: str = 'mIoU',  # 'mIoU', 'IoU' (a line for each class) or 'pixel accuracy'
+    metric: str = None,  # 'mIoU', 'IoU' (a line for each class), 'accuracy', …; None: `main_metric(df)`
     unit: str = 'draw',  # what the interval is over: 'draw' or 'seed'
     decimals: int = 1,  # of the percentages
 ) -> pd.DataFrame:  # a line for each model, a column for each level, of text such as '71.8 ± 6.5'
     "Mean ± half the 95 % interval, in percent."
     _check(df)
-    s, level = summarise(df, metric=metric, unit=unit), _level_of(df)
-    lines = ['model', 'class'] if metric == 'IoU' else ['model']
-    columns = {l: level.text(l) for l in sorted(s['level'].unique())}
-    table = s.assign(text=list(_percent(s, decimals))).pivot(index=lines, columns='level',
-                                                             values='text').rename(columns=columns)
-    return table.rename_axis(columns=f'{metric} (%)').reindex(s.drop_duplicates(lines).set_index(lines).index).fillna(
-            '')
+    metric = main_metric(df) if metric is None else metric
+    s = summarise(df, metric=metric, unit=unit)
+    kind = _kind(df)
+    lines = ['model', 'class'] if 'class' in s else ['model']
+    columns = {l: kind.level_text(l) for l in kind.ordered(s['level'])}
+    text = [percent(m, h, decimals) for m, h in zip(s['mean'], s['half'])]
+    table = s.assign(text=text).pivot(index=lines, columns='level', values='text')[list(columns)]
+    table = table.rename(columns=columns)
+    order = s.drop_duplicates(lines).set_index(lines).index
+    return table.rename_axis(columns=f'{metric} (%)').reindex(order).fillna('')

@@ -27,7 +27,8 @@ from ..perturb.selectors import as_selector, weight_sites
 
 # %% ../../nbs/show/05_predictor.ipynb #6a677316
 class NoisyPredictor:
-    "What models predict for single images while something disturbs them: class and confidence of each pixel, remembered."
+    ("What models predict for single images while something disturbs them: class and confidence of each pixel, "
+     "remembered.")
     def __init__(self,
         models: dict,  # name -> model
         images,  # (samples, channels, height, width), as the models take them
@@ -77,6 +78,7 @@ def __call__(self:NoisyPredictor,
     key = name, sample, disturbance, where or next(iter(self.wheres)), seed, layer, corruption
     return self._remembered(key, lambda: self._predict(*key), lambda v: v[0].nbytes)
 
+# %% ../../nbs/show/05_predictor.ipynb #5c69ed89
 @patch
 def _remembered(self:NoisyPredictor, key, make, size):
     "What was made for `key` before, or is made now; the oldest make room."
@@ -104,6 +106,7 @@ def _acting(self:NoisyPredictor, name, disturbance, where, seed):
     else:
         with disturbance.acting(self.models[name], self.wheres[where] if disturbance.where else None, seed): yield
 
+# %% ../../nbs/show/05_predictor.ipynb #3e47a157
 @patch
 def _inject(self:NoisyPredictor, name, law, where, seed):
     "The clone of a model with `law`'s noise in it; one draw serves all levels and laws."
@@ -165,6 +168,7 @@ def image(self:NoisyPredictor,
     if other is x: return x, source
     return self._remembered(key, lambda: (other, None if torch.equal(moved, numbers) else moved[0]), size)
 
+# %% ../../nbs/show/05_predictor.ipynb #0a39a543
 @patch
 def _corrupt(self:NoisyPredictor, sample, corruption):
     x = self.images[sample:sample + 1]
@@ -186,7 +190,8 @@ def not_corruptible(
 # %% ../../nbs/show/05_predictor.ipynb #320917e8
 def _acts(kind):
     "Does this kind say what it does?"
-    if issubclass(kind, AdditiveLaw) and kind.__call__ is AdditiveLaw.__call__: return kind.noise is not AdditiveLaw.noise
+    if issubclass(kind, AdditiveLaw) and kind.__call__ is AdditiveLaw.__call__:
+        return kind.noise is not AdditiveLaw.noise
     if issubclass(kind, Law): return kind.__call__ is not Law.__call__
     return kind.acting is not Disturbance.acting or kind.batches is not Disturbance.batches
 
@@ -196,6 +201,7 @@ def _by_defaults(kind):
     try: return kind()
     except (TypeError, ValueError): return None
 
+# %% ../../nbs/show/05_predictor.ipynb #a9b71353
 def menu_of(
     given=(),  # disturbances that belong into the menu whatever is in the registry
 ) -> dict:  # name in the menu -> a disturbance; `controls` and `disturbance_of` take it from there
@@ -203,6 +209,7 @@ def menu_of(
     menu = {name: d for name, kind in Disturbance.registry.items() if (d := _by_defaults(kind)) is not None}
     return {**{d.name: d for d in given if type(d).__name__ not in menu}, **menu}
 
+# %% ../../nbs/show/05_predictor.ipynb #cccdedb4
 def menu_name(
     disturbance: Disturbance,  # one that is in the menu, with any level and settings
     menu: dict,  # as `menu_of` made it
@@ -220,6 +227,7 @@ def _settings(disturbance):
     if not all(v is None or isinstance(v, (int, float, str)) for v in values.values()): return {}
     return {k: _jsonable(v) for k, v in values.items() if k != disturbance.field_of_level()}
 
+# %% ../../nbs/show/05_predictor.ipynb #30465d93
 def controls(
     disturbance: Disturbance,  # as it is to begin with
     name: str = None,  # in the menu; None: its class's
@@ -249,6 +257,7 @@ def values_of(
     name = menu_name(disturbance, menu)
     return dict(disturbance=name, level=float(disturbance.level), params=_settings(disturbance))
 
+# %% ../../nbs/show/05_predictor.ipynb #ea8c9cdb
 def disturbance_of(
     menu: dict,  # as `menu_of` made it
     name: str,  # in the menu

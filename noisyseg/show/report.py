@@ -1,4 +1,4 @@
-"""One file for a colleague: figures that still zoom, tables, pictures and where the numbers come from; no server, no network.
+"""One file for a colleague: figures that zoom, tables, pictures, where the numbers come from; no server.
 
 Docs: https://noisyseg.github.io/noisyseg/show/report.html.md"""
 
@@ -24,7 +24,8 @@ from ..basics import write_atomic
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --soft: #6b6b70; --line: #d9d9de; --paper: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --soft: #9a9aa2; --line: #3a3a40; --paper: #151517; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 920px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 20px; margin: 44px 0 8px; }
 p { max-width: 70ch; } .figure { margin: 20px 0; } .wide { overflow-x: auto; margin: 20px 0; } img { max-width: 100%; }
@@ -32,7 +33,8 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { padding: 6px 14px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; } tbody th { text-align: left; font-weight: 600; }
 footer { margin-top: 56px; border-top: 1px solid var(--line); padding-top: 16px; color: var(--soft); font-size: 13px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; } dd { margin: 0; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 # %% ../../nbs/show/03_report.ipynb #262bd873

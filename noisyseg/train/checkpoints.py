@@ -52,6 +52,7 @@ def make_card(
                            v in zip(recorder.metric_names[1:-1], recorder.values[-1])}
     return _plain({**card, 'versions': versions(), **info})
 
+# %% ../../nbs/train/06_checkpoints.ipynb #854ba24e
 def _network(learn):
     return expect_module(learn if isinstance(learn, nn.Module) else getattr(learn, 'model', learn), 'learn')
 
@@ -62,6 +63,7 @@ def _data_card(dls):
     return {'classes': list(getattr(dls, 'vocab', None) or []), 'ignore_index': getattr(dls, 'ignore_index', None),
             'normalisation': dict(zip(('mean', 'std'), map(list, stats))) if stats else None}
 
+# %% ../../nbs/train/06_checkpoints.ipynb #29bd7043
 def _training_card(cbs):
     noise = next((c for c in cbs if isinstance(c, WeightNoise)), None)
     law = getattr(noise, 'law', None)
@@ -119,6 +121,8 @@ def _state(model, half):
             raise TypeError(f"{k} cannot be saved without pickle ({e}). Let the layer's get_extra_state() return a "
                             f"dict of tensors, numbers and text, as in `return {{'scale': self.scale}}`") from None
     return tensors | {k: v.detach().cpu().contiguous().clone() for k, v in more.items()}, extra
+
+# %% ../../nbs/train/06_checkpoints.ipynb #a4c12b4f
 EXTRA = 'extra state'   # names of tensors that are no weights begin with it
 
 # %% ../../nbs/train/06_checkpoints.ipynb #6d334e1c
@@ -156,6 +160,7 @@ def read_card(
     "The card of a checkpoint; the weights are not read."
     return _read(path, weights=False)[0]
 
+# %% ../../nbs/train/06_checkpoints.ipynb #14c7ac80
 def _read(path, weights=True):
     "Card and tensors of one and the same file."
     path, beside = _paths(path)
@@ -188,7 +193,7 @@ def _check_card(card, meta, path, beside):
                          f"belongs to another checkpoint. Delete {beside.name} to go by the weights' own card, "
                          f"`Path({str(beside)!r}).unlink()`")
 
-# %% ../../nbs/train/06_checkpoints.ipynb #14c7ac80
+# %% ../../nbs/train/06_checkpoints.ipynb #b3bef3fd
 def load_model(
     path,  # a checkpoint
     model: nn.Module = None,  # load into this module; None builds the architecture that the card names
@@ -228,7 +233,8 @@ def _check_fit(state, model, card, path):
     wrong = [f'{k} ({kind(state, k)} in the file, {kind(own, k)} in the model)'
              for k in sorted(own.keys() | state.keys()) if not fits(k)]
     if not wrong: return _check_ties(state, own, path)
-    raise ValueError(f"{path.name} does not fit this model: {len(wrong)} of {len(own.keys() | state.keys())} tensors differ, first "
+    raise ValueError(f"{path.name} does not fit this model: {len(wrong)} of {len(own.keys() | state.keys())} tensors "
+                     f"differ, first "
                      f"{wrong[0]}. The card says {card.get('architecture')}. {_mend(state, own, wrong)}")
 
 # %% ../../nbs/train/06_checkpoints.ipynb #ab56bbfe
@@ -250,13 +256,14 @@ def _check_memory(model):
     for k, v in model.state_dict().items():
         if not isinstance(v, Tensor): continue
         if hasattr(v, 'full_tensor'):
-            raise ValueError(f"{k} is a shard of a weight: load before sharding, `fully_shard(load_model(path, model))`")
+            raise ValueError(f"{k} is a shard of a weight: load before sharding, `fully_shard(load_model(path, net))`")
         if isinstance(v, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"{k} has no shape yet: run one batch through the model first, `model(x)`")
         if v.is_meta:
             raise ValueError(f"{k} is on the meta device, where nothing can be stored: `model.to_empty(device='cpu')` "
                              f"first")
 
+# %% ../../nbs/train/06_checkpoints.ipynb #dcd77a20
 def _check_ties(state, own, path):
     "Weights that are one tensor in the model are equal in the file."
     first = {}

@@ -1,4 +1,4 @@
-"""Train every method with every seed, here or on Ray: a checkpoint for each, and a table; what is there already is not trained again.
+"""Every method with every seed, here or on Ray: a checkpoint for each, and what is there is not trained again.
 
 Docs: https://noisyseg.github.io/noisyseg/train/grid.html.md"""
 

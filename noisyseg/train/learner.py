@@ -16,7 +16,7 @@ from fastai.losses import BaseLoss
 from fastai.optimizer import Adam
 from torch import nn
 
-from ..data.distributed import ShardDL  # noqa: F401  gives Learner its distrib_ctx, where Accelerate is installed
+from ..data.distributed import ShardedLoaders
 from ..measure.metrics import MeanIoU
 from ..nets.adapter import as_logits
 from ..nets.unet3plus import unet3plus_tiny
@@ -36,6 +36,7 @@ class ReadOutput(Callback):
         try: self.learn.pred = as_logits(pred, size)
         except (TypeError, ValueError): pass   # an output for a loss and metrics of your own
 
+# %% ../../nbs/train/04_learner.ipynb #4a1929ac
 def _takes_logits(loss_func):
     "Is this one of PyTorch's losses (or fastai's, or of a library that builds on them), which take tensors only?"
     return isinstance(loss_func, (nn.modules.loss._Loss, BaseLoss)) and not isinstance(loss_func, DeepSupervisionLoss)
@@ -43,6 +44,7 @@ def _takes_logits(loss_func):
 # %% ../../nbs/train/04_learner.ipynb #1aee05f3
 def _as_list(o): return list(o) if isinstance(o, (list, tuple)) else [] if o is None else [o]
 
+# %% ../../nbs/train/04_learner.ipynb #dcd2f929
 def segmentation_learner(
     dls,  # DataLoaders from noisyseg.data.datasets, or any that yield (images, masks) if n_classes= is given
     arch=unet3plus_tiny,  # a model factory, called as arch(n_classes, **arch_args), or a module
@@ -73,6 +75,6 @@ def segmentation_learner(
     if law is not None: cbs.append(WeightNoise(law, **(noise_args or {})))
     if loss_func is None: loss_func = DeepSupervisionLoss(HybridLoss(ignore_index=void), normalize=True)
     elif _takes_logits(loss_func): loss_func = DeepSupervisionLoss(loss_func)
-    cbs.append(ReadOutput())
+    cbs += [ReadOutput(), ShardedLoaders()]
     metrics = [MeanIoU(max(n_classes, 2), void)] if metrics is None else metrics
     return Learner(dls, model, loss_func, metrics=metrics, cbs=cbs, **({'opt_func': Adam} | kwargs))

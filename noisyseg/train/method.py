@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     yb: tuple  # the targets, for loss_func(predictions, *yb)
     whole: tuple = None  # the targets of the whole batch, where this is a part of one
 
+# %% ../../nbs/train/02_method.ipynb #d4a86e58
 class Draw:
     "The random numbers of a pass: a method notes in it how to draw them once more."
     def __init__(self,
@@ -70,7 +71,8 @@ class LoopCallback(Callback):
 # %% ../../nbs/train/02_method.ipynb #30ee0793
 class Method(LoopCallback):
     "A way of training: it says along which gradient the optimizer steps."
-    depth = 30  # smaller is further outside: 10 stays in the weights, 20 climbs, 30 adds, 40 disturbs, 50 computes the loss
+    # smaller is further outside: 10 stays in the weights, 20 climbs, 30 adds, 40 disturbs, 50 computes the loss
+    depth = 30
     objective = False  # does it compute the loss itself, and never ask `inner`?
     splits = False  # does it ask `inner` about parts of a batch?
 
@@ -191,6 +193,7 @@ def _install(self:TrainStep):
     self._below = learn.__dict__.get('_with_events')   # somebody else's: it goes on working
     learn._with_events = self._hook
 
+# %% ../../nbs/train/02_method.ipynb #5cc38ae0
 @patch
 def _leave(self:TrainStep):
     if self._hook is None: return
@@ -236,11 +239,13 @@ def _one_batch(self:TrainStep, fastais):
     learn._with_events(learn._step, 'step', CancelStepException)
     learn.opt.zero_grad()
 
+# %% ../../nbs/train/02_method.ipynb #5e805dbe
 @patch
 def _predict(self:TrainStep, methods, fastais):
     if methods: methods[0].predicts(self, partial(self._predict, methods[1:], fastais))
     else: fastais()
 
+# %% ../../nbs/train/02_method.ipynb #60e11ca5
 @patch
 def _gradients(self:TrainStep, methods, batch, draw):
     "What `inner(batch, draw)` does for a method: ask the next one."
@@ -269,6 +274,7 @@ def _begin_pass(self:TrainStep):
             if isinstance(c, MixedPrecision) or getattr(c, 'every_pass', False): c.before_batch()
     self._n_passes = self._n_passes + 1
 
+# %% ../../nbs/train/02_method.ipynb #dcc365ca
 @patch
 def _plain(self:TrainStep, *_):
     "fastai's own pass, up to the gradients."
@@ -284,6 +290,7 @@ def backward(self:TrainStep):
     learn = self.learn
     learn._with_events(learn._backward, 'backward', CancelBackwardException)
 
+# %% ../../nbs/train/02_method.ipynb #82d5f7d4
 @patch
 def deliver(self:TrainStep,
     pred,  # the predictions for the batch
@@ -298,6 +305,7 @@ def deliver(self:TrainStep,
     learn('after_loss')
     self.backward()
 
+# %% ../../nbs/train/02_method.ipynb #ef9a071a
 @patch
 def add(self:TrainStep,
     loss: torch.Tensor,  # one number, with its graph: a mean over the batch

@@ -21,28 +21,29 @@ from .method import Method, common_seed
 
 # %% ../../nbs/train/03_noise.ipynb #422f6373
 class NoiseBlock(perturbed):
-    "`perturbed`, around a clone that is there already."
+    "`perturbed`, for a loop that knows when its gradients come; a draw may be used again."
     def __init__(self,
         clone: WeightClone,  # of the weights that will hold the noise
         law,  # (clean weight, standard normal draw of its shape) -> perturbed weight
         generator=None,  # torch.Generator, a seed, or None for torch's global generator
         redraw: bool = True,  # False: the clone's last draw once more
     ):
-        self.clone = clone
-        self.law = law
-        self.generator = generator
+        super().__init__(clone, law, generator=generator)
         self.redraw = redraw
-        self.hold = HoldInterrupts()
 
     @HoldInterrupts.within
-    def __enter__(self):
+    def __enter__(self) -> WeightClone:
         self.hold.install()
         try:
             self.clone.inject(self.law, self.generator, self.redraw)
-            if self.hold.waiting: self.clone.recover()
-        finally:
-            if not self.clone.injected: self.hold.release()
+            self.hold.deliver()
+        except BaseException:
+            self._leave()
+            raise
         return self.clone
+
+    @HoldInterrupts.within
+    def __exit__(self, *exc): self._leave()
 
 # %% ../../nbs/train/03_noise.ipynb #0f554259
 def _one_of(name, value, *allowed):
@@ -118,6 +119,7 @@ def _seed_generators(self:WeightNoise):
     self._generators = {training: torch.Generator(device).manual_seed(self.seed + (0 if training else 2**31))
                         for training in (True, False)}
 
+# %% ../../nbs/train/03_noise.ipynb #e5655a92
 @patch
 def _generator(self:WeightNoise):
     "Of the next draw. Where each process has its own noise, the common generator draws a seed for it."
@@ -141,6 +143,7 @@ def _block(self:WeightNoise, note=None):
     self._fresh = False
     return NoiseBlock(self._clone, self.law, g)
 
+# %% ../../nbs/train/03_noise.ipynb #3968324a
 @patch
 def prepare(self:WeightNoise, step):
     if self.when != 'valid' and self._generators is None: self._seed_generators()
@@ -152,6 +155,7 @@ def gradients(self:WeightNoise, step, batch, draw, inner):
         draw.batch[self] = self._latest
         inner(batch, draw)
 
+# %% ../../nbs/train/03_noise.ipynb #c32da930
 @patch
 def predicts(self:WeightNoise, step, inner):
     if self.when != 'both' and (self.when == 'train') != self.learn.training: return inner()
@@ -168,6 +172,7 @@ def _recover(self:WeightNoise):
     for m in reversed(self.learn.train_step.methods):
         if isinstance(m, WeightNoise) and m._clone is not None: m._clone.recover()
 
+# %% ../../nbs/train/03_noise.ipynb #a8f3d211
 @patch
 def refuses(self:WeightNoise, other):
     if isinstance(other, WeightNoise) and {self.gradient, other.gradient} == {'noisy', 'recovered'}:
@@ -183,6 +188,7 @@ def state_dict(self:WeightNoise) -> dict:
             else [self._generators[k].get_state() for k in (True, False)],
             'noise': [z.clone() for z in self._clone.draw] if kept else None}
 
+# %% ../../nbs/train/03_noise.ipynb #2b2c50c2
 @patch
 def load_state_dict(self:WeightNoise,
     state: dict,  # from `state_dict`
@@ -193,7 +199,8 @@ def load_state_dict(self:WeightNoise,
         self._seed_generators()
         for k, s in zip((True, False), state['generators']): self._generators[k].set_state(s)
     if state['noise'] is not None:
-        if self._clone is None: self._clone = WeightClone(unwrapped(self.learn.model), self.where, self.gradient, self.rng)
+        if self._clone is None:
+            self._clone = WeightClone(unwrapped(self.learn.model), self.where, self.gradient, self.rng)
         self._clone.draw = state['noise']
         self._fresh = False
 

@@ -1,4 +1,4 @@
-"""A callback that saves the whole state of a fit, so that a run which was killed goes on in mid-epoch to the same numbers, bit for bit.
+"""A fit that was killed goes on in mid-epoch to the same numbers, bit for bit.
 
 Docs: https://noisyseg.github.io/noisyseg/train/resume.html.md"""
 
@@ -283,9 +283,10 @@ def _begin(self:Resumable):
     # metrics of a half epoch are not kept
     self._by_epoch = not _begins_anywhere(_loaders(learn)[0]) or learn.recorder.train_metrics
     if self._by_epoch and self._unit != 'epoch':
+        why = ('its metrics are also taken in training' if learn.recorder.train_metrics
+               else 'its training loader cannot begin in mid-epoch')
         warnings.warn(f"every={self.every!r}: this fit can only be resumed from the ends of epochs, because "
-                      f"{'its metrics are also taken in training' if learn.recorder.train_metrics else 'its training loader cannot begin in mid-epoch'}; "
-                      "it is saved there, when it is time", stacklevel=2)
+                      f"{why}; it is saved there, when it is time", stacklevel=2)
     if path.exists(): self._go_on(load_state(path))
     else: self._save(0, 0, first=True)
     self._begun = True
@@ -322,7 +323,8 @@ def _go_on(self:Resumable, s):
 @patch
 def _where(self:Resumable):
     v = versions()
-    return ({k: v[k] for k in ('noisyseg', 'torch', 'fastai')} | {'device': next(self.learn.model.parameters()).device.type})
+    device = next(self.learn.model.parameters()).device.type
+    return {k: v[k] for k in ('noisyseg', 'torch', 'fastai')} | {'device': device}
 
 # %% ../../nbs/train/07_resume.ipynb #16cdedc6
 @patch

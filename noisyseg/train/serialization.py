@@ -48,6 +48,7 @@ def _pack_numbers(o, tensors, where):
     data = torch.from_numpy(np.frombuffer(o.tobytes(), np.uint8).copy())
     return _keep('array', data, tensors, where, dtype=o.dtype.str, shape=list(o.shape))
 
+# %% ../../nbs/train/05_serialization.ipynb #11f27e50
 def _pack_list(o, tensors, where):
     "A long list of numbers becomes one tensor."
     if len(o) > 8 and all(type(v) in (float, np.float64) for v in o):

@@ -75,8 +75,8 @@ def law(folder):
     assert all(torch.equal(v, clean[k]) for k, v in model.state_dict().items())
     both = sweep(model, dls.valid, compose(Quantize(4), StuckAt()), draws=1, progress=False)
     assert len(both)
-    explorer = NoiseExplorer({'a': model}, dls, law=StuckAt(0.2))
-    assert 'StuckAt' in [o['name'] for o in explorer.info['laws']] and len(explorer.frame()['preds']['a'])
+    explorer = NoiseExplorer({'a': model}, dls, StuckAt(0.2))
+    assert 'StuckAt' in [o['id'] for o in explorer.info['disturbances']] and len(explorer.frame()['preds']['a'])
     explorer.close()
     fitted(dls, WeightNoise(StuckAt(0.1), seed=0))
 

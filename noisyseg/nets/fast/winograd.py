@@ -1,4 +1,4 @@
-"""A 3×3 convolution in a quarter of the multiplications, with small rounding errors: Winograd's trick in both directions, as one grouped convolution.
+"""A 3×3 convolution in a quarter of the multiplications: Winograd's trick, as one grouped convolution.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/fast/winograd.html.md"""
 

@@ -38,7 +38,9 @@ class _Buffers:
 # %% ../../../nbs/train/methods/02_ascent.ipynb #5348947a
 class RandomState:
     "The state of torch's global generators, on the CPU and on the GPUs that hold parameters."
-    def __init__(self, params):
+    def __init__(self,
+        params,  # parameters of a model
+    ):
         self.cpu = torch.get_rng_state()
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in params if p.is_cuda}}
 
@@ -80,7 +82,9 @@ def _wrappings(model):
         model = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else getattr(model,
                 '_orig_mod', None)
 
-def clear_gradients(params):
+def clear_gradients(
+    params,  # parameters of a model
+):
     "No gradients any more."
     for p in params: p.grad = None
 
@@ -272,24 +276,36 @@ def gradients(self:Ascent,
     return results
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #6420e946
-def default_rho(rho, adaptive) -> float:
+def default_rho(
+    rho,  # a number, or None
+    adaptive,  # ASAM?
+) -> float:
     "rho, or what the papers take: 0.05, and 0.5 for ASAM."
     return (0.5 if adaptive else 0.05) if rho is None else rho
 
-def check_number(name, v, low=0., strict=False) -> float:
+def check_number(
+    name,  # of the argument
+    v,  # what came
+    low=0.,  # the smallest that will do
+    strict=False,  # must it be above that?
+) -> float:
     "`v` as a float, or a ValueError that names the argument."
     if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v) or v < low or (strict and v == low):
         raise ValueError(f"{name} is a number {'above' if strict else 'of at least'} {low:g}, got {v!r}; "
                          f"`{name}={low + 0.05 if strict or not low else low:g}` would do")
     return float(v)
 
-def check_count(name, v) -> int:
+# %% ../../../nbs/train/methods/02_ascent.ipynb #389d1697
+def check_count(
+    name,  # of the argument
+    v,  # what came
+) -> int:
     "`v`, or a ValueError that names the argument."
     if not isinstance(v, int) or isinstance(v, bool) or v < 1:
         raise ValueError(f"{name} is a whole number of at least 1, got {v!r}")
     return v
 
-# %% ../../../nbs/train/methods/02_ascent.ipynb #389d1697
+# %% ../../../nbs/train/methods/02_ascent.ipynb #4a0bfda2
 @dataclass(frozen=True)
 class ByEpoch:
     "A schedule of the epoch, where a bare function is one of progress in [0, 1]."
@@ -306,7 +322,8 @@ def multi_step_rho(
     top: float = math.inf,  # it grows no further
 ) -> ByEpoch:  # call it with the epoch's number, or give it to SAMCallback
     "Multi-step SAM: rho grows in steps."
-    return ByEpoch(partial(_stairs, check_number('start', start), check_number('step', step), check_count('every', every), top))
+    return ByEpoch(partial(_stairs, check_number('start', start), check_number('step', step),
+                           check_count('every', every), top))
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #f335e92c
 def rho_at(

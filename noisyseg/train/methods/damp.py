@@ -1,4 +1,4 @@
-"""Train under multiplicative weight noise, one draw for each part of the batch, to withstand corrupted images (arXiv 2406.16540).
+"""Multiplicative weight noise, one draw for each part of the batch, against corrupted images (arXiv 2406.16540).
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/damp.html.md"""
 
@@ -358,11 +358,13 @@ def gradients(self:DAMP, step, batch, draw, inner):
     self._pass(step.learn, _tensors(batch.xb, 'xb'), _tensors(batch.yb, 'yb'), step, ranks[1] * self.m)
     if again: self._generator.set_state(now)
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #c51f95d8
 @patch
 def _pass(self:DAMP, l, xb, yb, step, others):
     sizes, scaler = _sizes(xb + yb, self.m), getattr(l, 'scaler', None)
     if self.batchnorm == 'sync':
-        with _in_lockstep(step.network, self.where, self.law, self.gradient, sizes, self._generator): pred = l.model(*xb)
+        with _in_lockstep(step.network, self.where, self.law, self.gradient, sizes, self._generator):
+            pred = l.model(*xb)
         loss = lambda pred: l.loss_func(pred, *yb)
     else:
         # as fastai's mixed precision has it

@@ -1,4 +1,4 @@
-"""Learning from unlabelled images: pseudo-labels where the network is sure, six terms that ask for the same answer under perturbation, and one weighted sum.
+"""Learning from unlabelled images: pseudo-labels, six terms that ask for the same answer, one weighted sum.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/match_loss.html.md"""
 

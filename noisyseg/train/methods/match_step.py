@@ -1,4 +1,4 @@
-"""Supervised, FixMatch, UniMatch and MLPMatch as one training step with switches, for any loop, and what each level costs.
+"""Supervised, FixMatch, UniMatch and MLPMatch as one training step with switches, and what each level costs.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/match_step.html.md"""
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .damp import _Known
-from ...nets.blocks import _encoder_of, deactivated, feature_dropout, residual_blocks
+from ...nets.blocks import find_encoder, deactivated, feature_dropout, residual_blocks
 from .match_loss import UNLABELLED, MatchLoss, Terms, agreement, pseudo_labels
 from ...data.semi_supervised import cutmix, cutmix_boxes, partners
 
@@ -219,8 +219,8 @@ def check(self:MatchStep,
     if (self.network_perturbation or self.volatile):
         try: residual_blocks(model, self.unit)
         except ValueError as e:
-            raise ValueError(f"{e}, or the small unet3plus_slim. For level='unimatch' and below any encoder will do") from None
-    if self.feature_perturbation and _encoder_of(model) in (model, _inner(model)):
+            raise ValueError(f"{e}, or the small unet3plus_slim. For level='unimatch' any encoder will do") from None
+    if self.feature_perturbation and find_encoder(model) in (model, _inner(model)):
         raise ValueError(f"feature perturbation drops channels between encoder and decoder, but "
                          f"{type(_inner(model)).__name__} has no .encoder or .backbone")
 

@@ -124,18 +124,21 @@ def epoch_mean(self:MLPMatch,
 @patch
 def refuses(self:MLPMatch, other):
     if other.splits:
-        return (f"{type(other).__name__} splits a batch, in which MLPMatch needs all images together: leave SAM's m= and "
+        return (f"{type(other).__name__} splits a batch, in which MLPMatch needs all images together: leave SAM's m= "
+                f"and "
                 f"batch_part= as they are")
     if getattr(other, 'gradient', None) == 'recovered' and self.method.in_parts:
         return ("in_parts=True goes backward before WeightNoise(gradient='recovered') recovers: take "
                 "gradient='noisy', or in_parts=False")
 
+# %% ../../../nbs/train/methods/07_mlpmatch.ipynb #3ec533c5
 @patch
 def check(self:MLPMatch, learn):
     if mix := next((c for c in learn.cbs if isinstance(c, MixHandler)), None):
         raise ValueError(f"{mix.name} and MLPMatch both decide what is done with a batch: take one of them")
     self.method.check(learn.model)
 
+# %% ../../../nbs/train/methods/07_mlpmatch.ipynb #8a8d8918
 @patch
 def before_fit(self:MLPMatch):
     m = self.method
@@ -150,11 +153,12 @@ def before_fit(self:MLPMatch):
 def leave(self:MLPMatch):
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, _Column)]
 
+# %% ../../../nbs/train/methods/07_mlpmatch.ipynb #0cdbb395
 @patch
 def before_validate(self:MLPMatch):
     if not self.learn.train_step.fitting: self.leave()   # a validation of its own, outside of fit
 
-# %% ../../../nbs/train/methods/07_mlpmatch.ipynb #0cdbb395
+# %% ../../../nbs/train/methods/07_mlpmatch.ipynb #890491b0
 @patch
 def prepare(self:MLPMatch, step):
     "The seed, as late as at the first batch: a run that goes on from a file has had its chance to say which."

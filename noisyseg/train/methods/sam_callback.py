@@ -1,4 +1,4 @@
-"""SAM as a training method for fastai: schedules of rho, m-sharpness, gradient accumulation, and together with noise and DAMP.
+"""SAM as a training method for fastai: schedules of rho, m-sharpness, and together with noise and DAMP.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/sam_callback.html.md"""
 
@@ -66,6 +66,7 @@ def describe(self:SAMCallback) -> str:
 @patch
 def before_fit(self:SAMCallback): self._n_steps, self._due, self._kept, self.rhos = 0, None, [], []
 
+# %% ../../../nbs/train/methods/04_sam_callback.ipynb #b74f7f7e
 @patch
 def before_train(self:SAMCallback):
     if self.splits and (mix := next((c for c in self.learn.cbs
@@ -90,6 +91,7 @@ def state_dict(self:SAMCallback) -> dict:
     "What a resumed fit needs: the count of steps, and the rhos so far."
     return {'n_steps': self._n_steps, 'rhos': list(self.rhos)}
 
+# %% ../../../nbs/train/methods/04_sam_callback.ipynb #fa859e4e
 @patch
 def load_state_dict(self:SAMCallback,
     state: dict,  # from `state_dict`
@@ -111,6 +113,7 @@ def _groups(self:SAMCallback):
     return [dict(params=list(ps), rho=check_number('rho', float(r)), adaptive=self.adaptive, eta=self.eta)
             for ps, r in zip(lists, rhos)]
 
+# %% ../../../nbs/train/methods/04_sam_callback.ipynb #71a2d9d6
 @patch
 def gradients(self:SAMCallback, step, batch, draw, inner):
     groups = self._groups()
@@ -120,6 +123,7 @@ def gradients(self:SAMCallback, step, batch, draw, inner):
     elif self.m is None: self._ascent.guarded(self._first, batch, draw, inner, groups)
     else: self._each_part(batch, draw, inner, groups)
 
+# %% ../../../nbs/train/methods/04_sam_callback.ipynb #b2cf960b
 @patch
 def after_step(self:SAMCallback):
     self.rhos.append(max(g['rho'] for g in self._groups()) if self._due else 0.)
@@ -139,6 +143,7 @@ class _Seen:
         if self.rng: self.rng.put_back()
         inner(self.batch, self.draw)
 
+# %% ../../../nbs/train/methods/04_sam_callback.ipynb #cf060a70
 @patch
 def _part(self:SAMCallback, batch):
     "What the ascent looks at."
