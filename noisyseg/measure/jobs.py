@@ -45,6 +45,7 @@ class OnRay:
             if (v := getattr(self, name)) is not None or name == 'retries': check_whole(name, v, least)
         if self.num_gpus is not None: check_number('num_gpus', self.num_gpus)
 
+# %% ../../nbs/measure/07_jobs.ipynb #54c990ec
 def is_address(
     text,  # anything
 ) -> bool:
@@ -76,6 +77,7 @@ def torch_settings() -> dict:
                 cudnn={k: getattr(cudnn, k) for k in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')},
                 autocast=autocast)
 
+# %% ../../nbs/measure/07_jobs.ipynb #27c3f533
 @contextmanager
 def under(
     settings: dict,  # from `torch_settings`, of another process
@@ -99,7 +101,9 @@ def kind_of_machine() -> dict:
     return {'noisyseg': __version__, 'torch': torch.__version__,
             'processor': f'{platform.machine()} {cpu.get_cpu_capability()}'}
 
-def whoami() -> str: return f'{socket.gethostname()}:{os.getpid()}'
+def whoami() -> str:  # host:process
+    "Who does this work."
+    return f'{socket.gethostname()}:{os.getpid()}'
 
 # %% ../../nbs/measure/07_jobs.ipynb #60aba72f
 def pack(
@@ -122,6 +126,7 @@ def pack(
         raise
     return out.getbuffer()
 
+# %% ../../nbs/measure/07_jobs.ipynb #2e5bcebe
 def unpack(
     packed,  # from `pack`, in this session: from our own driver by Ray, never from a file
 ):
@@ -143,10 +148,36 @@ def portable(
     except Exception:
         return cloudpickle.dumps(RuntimeError(f'{type(error).__name__}: {error}\n' + '\n'.join(error.__notes__)))
 
+# %% ../../nbs/measure/07_jobs.ipynb #b564f39c
 class Worker:
     "A Ray actor: has the work, and runs tasks."
     def __init__(self, packed, settings):
         import ray
+        self.settings = settings
+        with under(settings): self.work = unpack(ray.get(packed[0]))
+
+    def kind(self): return kind_of_machine()
+
+    def run(self, key, jobs):
+        "Pairs (result, seconds), the exception that ended it or None, what was warned of, and who it was."
+        done, error = [], None
+        with warnings.catch_warnings(record=True) as told, under(self.settings):
+            warnings.simplefilter('always')
+            try:
+                begun = time.perf_counter()
+                for result in self.work.measure(key, jobs):
+                    done.append((result, time.perf_counter() - begun))
+                    begun = time.perf_counter()
+            except Exception as e: error = portable(e)
+        return done, error, list(dict.fromkeys((str(w.message), w.category.__name__) for w in told)), whoami()
+
+# %% ../../nbs/measure/07_jobs.ipynb #b564f39c
+class Worker:
+    "A Ray actor: has the work, and runs tasks."
+    def __init__(self,
+        packed,  # the work, from `pack`
+        settings,  # of torch, from `torch_settings`
+    ):
         self.settings = settings
         with under(settings): self.work = unpack(ray.get(packed[0]))
 
@@ -171,10 +202,10 @@ def import_ray():
     try: import ray
     except ImportError: raise ImportError("on='ray' needs Ray: pip install noisyseg[ray]") from None
     return ray
-
 LOCAL_RAY = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0',
              'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '1'}  # read when Ray is imported, and by its processes
 
+# %% ../../nbs/measure/07_jobs.ipynb #0d4c93b4
 @contextmanager
 def only_here():
     "Within, a Ray that starts listens to this machine only, and reports to nobody."
@@ -207,11 +238,17 @@ def own_ray(
         try: yield ray
         finally: ray.shutdown()
 
-def threads_of(place): return place.threads or torch.get_num_threads()
+# %% ../../nbs/measure/07_jobs.ipynb #a108ba8e
+def threads_of(
+    place,  # an `OnRay`
+) -> int:
+    "How many threads of torch a worker has."
+    return place.threads or torch.get_num_threads()
 
 # %% ../../nbs/measure/07_jobs.ipynb #565a2488
 _joined = []  # addresses of clusters that a block here has connected to
 
+# %% ../../nbs/measure/07_jobs.ipynb #dd9c4898
 @contextmanager
 def ray_at(
     place: OnRay,  # which cluster
@@ -237,6 +274,7 @@ def ray_at(
             _joined.remove(address)
             ray.shutdown()
 
+# %% ../../nbs/measure/07_jobs.ipynb #c9bd7825
 @contextmanager
 def connected(
     on='ray',  # as for a sweep; 'local' does nothing
@@ -262,6 +300,7 @@ def _on_gpu(work):
                if isinstance(m, nn.Module)]
     return any(t.is_cuda for m in modules for t in (*m.parameters(), *m.buffers()))
 
+# %% ../../nbs/measure/07_jobs.ipynb #3bcb2e8f
 def _size(ray, place, work, n):
     "Workers, and the CPUs and GPUs of each."
     have = ray.cluster_resources()
@@ -276,7 +315,14 @@ def _size(ray, place, work, n):
 # %% ../../nbs/measure/07_jobs.ipynb #9afab72d
 class Pool:
     "The workers of one run, and what they are at."
-    def __init__(self, ray, work, packed, groups, place, name):
+    def __init__(self,
+        ray,  # the module
+        work,  # what is done
+        packed,  # the same, as bytes
+        groups,  # pairs (key, jobs)
+        place,  # an `OnRay`
+        name,  # of a job, for messages
+    ):
         n, threads, gpus = _size(ray, place, work, sum(len(jobs) for _, jobs in groups))
         self.ray = ray
         self.place = place
@@ -353,6 +399,7 @@ class Interrupted(KeyboardInterrupt):
     "Ctrl-C, with a line that says what was done. A notebook shows that line and no traceback."
     def _render_traceback_(self): return [str(self)]
 
+# %% ../../nbs/measure/07_jobs.ipynb #ba6ccbe1
 def _here(work, groups, name):
     "(job, result, how it was made), one after another in this process."
     for key, jobs in groups:
@@ -367,6 +414,7 @@ def _here(work, groups, name):
                 begun = time.perf_counter()
         finally: measured.close()
 
+# %% ../../nbs/measure/07_jobs.ipynb #b50ed63a
 def _there(work, groups, name, place):
     "The same on Ray."
     import_ray()
