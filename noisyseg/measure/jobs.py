@@ -150,23 +150,23 @@ def portable(
 
 # %% ../../nbs/measure/07_jobs.ipynb #04d6aa7e
 class Worker:
-    "A Ray actor: has the work, and runs tasks."
-    def __init__(self,
-        packed,  # a list of one: a reference to the work, from `pack`
-        settings,  # of torch, from `torch_settings`
-    ):
-        import ray
-        self.settings = settings
-        with under(settings): self.work = unpack(ray.get(packed[0]))
+    "A Ray actor: takes the work with its first task, and keeps it. One that Ray started anew takes it again."
+    work = None
 
     def kind(self): return kind_of_machine()
 
-    def run(self, key, jobs):
+    def run(self,
+        packed,  # a list of one: a reference to the work, from `pack`
+        settings,  # of torch, from `torch_settings`
+        key,  # of a group
+        jobs,  # some of its jobs
+    ):
         "Pairs (result, seconds), the exception that ended it or None, what was warned of, and who it was."
         done, error = [], None
-        with warnings.catch_warnings(record=True) as told, under(self.settings):
+        with warnings.catch_warnings(record=True) as told, under(settings):
             warnings.simplefilter('always')
             try:
+                if self.work is None: self.work = unpack(import_ray().get(packed[0]))
                 begun = time.perf_counter()
                 for result in self.work.measure(key, jobs):
                     done.append((result, time.perf_counter() - begun))
@@ -308,11 +308,11 @@ class Pool:
         self.tasks = tasks_of(groups, n)[::-1]
         self.told = set()
         self.at = {}   # reference -> (worker, key, jobs)
-        # in a list it stays a reference; it is held, since a worker that is started anew needs it again
+        # in a list it stays a reference; it is held as long as a worker may be started anew
         self.packed = [ray.put(np.frombuffer(packed, np.uint8))]
-        settings = torch_settings() | {'threads': threads}
+        self.settings = torch_settings() | {'threads': threads}
         make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=place.retries)(Worker)
-        self.workers = [make.remote(self.packed, settings) for _ in range(n)]
+        self.workers = [make.remote() for _ in range(n)]
         for worker in self.workers: self.at[worker.kind.remote()] = worker, None, None
 
     def results(self):
@@ -327,7 +327,7 @@ class Pool:
     def send(self, worker):
         if not self.tasks: return
         key, jobs = self.tasks.pop()
-        self.at[worker.run.remote(key, jobs)] = worker, key, jobs
+        self.at[worker.run.remote(self.packed, self.settings, key, jobs)] = worker, key, jobs
 
     def receive(self, ref):
         worker, _, jobs = self.at.pop(ref)
