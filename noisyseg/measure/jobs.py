@@ -171,7 +171,7 @@ class Worker:
             except Exception as e: error = portable(e)
         return done, error, list(dict.fromkeys((str(w.message), w.category.__name__) for w in told)), whoami()
 
-# %% ../../nbs/measure/07_jobs.ipynb #b564f39c
+# %% ../../nbs/measure/07_jobs.ipynb #04d6aa7e
 class Worker:
     "A Ray actor: has the work, and runs tasks."
     def __init__(self,
