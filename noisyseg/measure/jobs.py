@@ -148,36 +148,14 @@ def portable(
     except Exception:
         return cloudpickle.dumps(RuntimeError(f'{type(error).__name__}: {error}\n' + '\n'.join(error.__notes__)))
 
-# %% ../../nbs/measure/07_jobs.ipynb #b564f39c
-class Worker:
-    "A Ray actor: has the work, and runs tasks."
-    def __init__(self, packed, settings):
-        import ray
-        self.settings = settings
-        with under(settings): self.work = unpack(ray.get(packed[0]))
-
-    def kind(self): return kind_of_machine()
-
-    def run(self, key, jobs):
-        "Pairs (result, seconds), the exception that ended it or None, what was warned of, and who it was."
-        done, error = [], None
-        with warnings.catch_warnings(record=True) as told, under(self.settings):
-            warnings.simplefilter('always')
-            try:
-                begun = time.perf_counter()
-                for result in self.work.measure(key, jobs):
-                    done.append((result, time.perf_counter() - begun))
-                    begun = time.perf_counter()
-            except Exception as e: error = portable(e)
-        return done, error, list(dict.fromkeys((str(w.message), w.category.__name__) for w in told)), whoami()
-
 # %% ../../nbs/measure/07_jobs.ipynb #04d6aa7e
 class Worker:
     "A Ray actor: has the work, and runs tasks."
     def __init__(self,
-        packed,  # the work, from `pack`
+        packed,  # a list of one: a reference to the work, from `pack`
         settings,  # of torch, from `torch_settings`
     ):
+        import ray
         self.settings = settings
         with under(settings): self.work = unpack(ray.get(packed[0]))
 
