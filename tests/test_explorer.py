@@ -66,7 +66,9 @@ def use(seen):
     root = seen.root
     at_first = root.locator('.level, .bar').locator('button, input, select').filter(visible=True)
     assert at_first.count() == 6   # the slider, its number, a new draw, the sample before and after, more
-    assert 'n = ' in root.locator('.level .unit').inner_text() and 'taken for' in root.locator('.legend').inner_text()
+    level = root.locator('.level input[type=range]').input_value()
+    assert ('n = ' if float(level) else 'as trained') in root.locator('.level .unit').inner_text()
+    assert 'taken for' in root.locator('.legend').inner_text()
     for name in root.locator('figcaption .name').all():
         assert name.evaluate('e => e.scrollWidth <= e.clientWidth + 1')   # no name is cut off
     before = seen.pixels()
