@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/jobs.html.md"""
 # %% auto #0
 __all__ = ['LOCAL_RAY', 'OnRay', 'is_address', 'as_place', 'torch_settings', 'under', 'kind_of_machine', 'whoami', 'pack',
            'unpack', 'portable', 'Worker', 'import_ray', 'only_here', 'own_ray', 'threads_of', 'ray_at', 'connected',
-           'tasks_of', 'Pool', 'Interrupted', 'run_jobs']
+           'tasks_of', 'Workers', 'Pool', 'Interrupted', 'run_jobs']
 
 # %% ../../nbs/measure/07_jobs.ipynb #5fa878d8
 import copyreg, io, os, platform, socket, sys, tempfile, time, traceback, warnings
@@ -290,8 +290,20 @@ def _size(ray, place, work, n):
     raise ValueError(f"on: a worker needs {threads} CPUs (threads=) and {gpus:g} GPUs (num_gpus=), and the cluster "
                      f"has {cpu:g} and {gpu:g}. For one that grows, pass OnRay(workers=…)")
 
+# %% ../../nbs/measure/07_jobs.ipynb #5cd4f0aa
+def _died(jobs, name, retries, why):
+    if jobs is None: return f'workers die before they are ready: {why}'
+    names = name(jobs[0]) if len(jobs) == 1 else f'{name(jobs[0])} and {len(jobs) - 1} more'
+    return f'{names}: its worker died {retries + 1} times (out of memory?). The last time: {why}'
+
+def _of_another_kind(theirs):
+    "What to say of a worker's machine, if it is not like this one."
+    mine = kind_of_machine()
+    found = [f'{k} {v} there, {mine[k]} here' for k, v in theirs.items() if v != mine[k]]
+    return f"a worker is of another kind ({', '.join(found)}): last digits may differ from a local run" if found else ''
+
 # %% ../../nbs/measure/07_jobs.ipynb #9afab72d
-class Pool:
+class Workers:
     "The workers of one run, and what they are at."
     def __init__(self,
         ray,  # the module
@@ -315,6 +327,21 @@ class Pool:
         self.workers = [make.remote() for _ in range(n)]
         for worker in self.workers: self.at[worker.kind.remote()] = worker, None, None
 
+    def send(self, worker):
+        if not self.tasks: return
+        key, jobs = self.tasks.pop()
+        self.at[worker.run.remote(self.packed, self.settings, key, jobs)] = worker, key, jobs
+
+    def tell(self, text, category=UserWarning):
+        if text and text not in self.told: warnings.warn(text, category, stacklevel=2)
+        self.told.add(text)
+
+    def close(self):
+        for w in self.workers: self.ray.kill(w)
+
+# %% ../../nbs/measure/07_jobs.ipynb #baf5a4a0
+class Pool(Workers):
+    "The same, and what comes back from them."
     def results(self):
         "(job, result, how it was made), as they come."
         while self.at:
@@ -324,29 +351,14 @@ class Pool:
             for ref in ready: yield from self.receive(ref)
             if not self.tasks and all(key is None for _, key, _ in self.at.values()): return
 
-    def send(self, worker):
-        if not self.tasks: return
-        key, jobs = self.tasks.pop()
-        self.at[worker.run.remote(self.packed, self.settings, key, jobs)] = worker, key, jobs
-
     def receive(self, ref):
         worker, _, jobs = self.at.pop(ref)
         try: answer = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as e: raise e.cause if isinstance(e.cause, Exception) else e from None
-        except self.ray.exceptions.RayError as e: raise RuntimeError(self.died(jobs, e)) from None
+        except self.ray.exceptions.RayError as e: raise RuntimeError(_died(jobs, self.name, self.place.retries, e)) from None
         self.send(worker)
-        if jobs is None: self.compare(answer)
+        if jobs is None: self.tell(_of_another_kind(answer))
         else: yield from self.unpacked(jobs, *answer)
-
-    def died(self, jobs, why):
-        if jobs is None: return f'workers die before they are ready: {why}'
-        names = self.name(jobs[0]) if len(jobs) == 1 else f'{self.name(jobs[0])} and {len(jobs) - 1} more'
-        return f'{names}: its worker died {self.place.retries + 1} times (out of memory?). The last time: {why}'
-
-    def compare(self, theirs):
-        mine = kind_of_machine()
-        if found := [f'{k} {v} there, {mine[k]} here' for k, v in theirs.items() if v != mine[k]]:
-            self.tell(f"a worker is of another kind ({', '.join(found)}): last digits may differ from a local run")
 
     def unpacked(self, jobs, done, error, told, who):
         for text, category in told: self.tell(text, getattr(sys.modules['builtins'], category, UserWarning))
@@ -357,10 +369,6 @@ class Pool:
             error.add_note(f'in {self.name(jobs[len(done)])}')
             raise error
 
-    def tell(self, text, category=UserWarning):
-        if text not in self.told: warnings.warn(text, category, stacklevel=2)
-        self.told.add(text)
-
     def rest(self, seconds):
         "What is under way and done within so many seconds; nothing new is begun."
         self.tasks = []
@@ -368,9 +376,6 @@ class Pool:
         for ref in ready:
             try: yield from self.receive(ref)
             except Exception: pass   # there is an error on its way already
-
-    def close(self):
-        for w in self.workers: self.ray.kill(w)
 
 # %% ../../nbs/measure/07_jobs.ipynb #d4a10eed
 class Interrupted(KeyboardInterrupt):

@@ -87,7 +87,8 @@ class Quantize(Law):
 
     def __post_init__(self):
         check_number(self, 'bits', 0)
-        if self.bits > 16: raise ValueError(f"Quantize: bits go from 0 (not quantized) to 16, got {self.bits!r}: bits=4")
+        if self.bits > 16:
+            raise ValueError(f"Quantize: bits go from 0 (not quantized) to 16, got {self.bits!r}: bits=4")
         check_choice(self, 'per', ('channel', 'tensor'))
         check_choice(self, 'scheme', SCHEMES)
 
