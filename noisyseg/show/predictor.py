@@ -240,11 +240,11 @@ def controls(
         number = hints[k] in (float, int)
         return dict(name=k, default=v, choices=choices, type='float' if number else 'text', doc=docs.get(k) or '')
     facts = {k: getattr(disturbance, k) for k in ('label', 'unit', 'off', 'level', 'top', 'step', 'share', 'random')}
-    levels = [*disturbance.levels, disturbance.level]
-    more_is_mild = levels[0] > levels[-2] if len(levels) > 2 else False
+    levels = disturbance.levels
+    more_is_mild = len(levels) > 1 and levels[0] > levels[-1]
     return dict(facts, id=name or kind.__name__, doc=' '.join((kind.__doc__ or '').partition('\n\n')[0].split()),
                 field=disturbance.unit,
-                axis=disturbance.axis_title(), top=max(facts['top'], *levels), where=disturbance.where is not None,
+                axis=disturbance.axis_title(), top=max(facts['top'], disturbance.level, *levels), where=disturbance.where is not None,
                 apart=more_is_mild and disturbance.nothing < min(levels),   # is nothing not beside the mildest level?
                 fields=[field(k, v) for k, v in _settings(disturbance).items()])
 
