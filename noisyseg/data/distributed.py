@@ -27,6 +27,7 @@ class ShardDL(DataLoader):
     _default = 'dl'
     epoch, start = (property(lambda self, k=k: getattr(self.dl, k), lambda self, v, k=k: setattr(self.dl, k, v))
                     for k in ('epoch', 'start'))
+    piece = property(lambda self: self.bs or 1)   # how much of each batch is this process's
     def __init__(self,
         dl:EpochDL, # what one process alone would load
         rank:int|None=None, # number of this process, from 0; None: as the environment says
@@ -35,8 +36,8 @@ class ShardDL(DataLoader):
     ):
         fake = dl.fake_l
         super().__init__(dl.dataset, dl.bs, fake.num_workers, dl.pin_memory, fake.timeout, indexed=dl.indexed, n=dl.n,
-                         device=device or dl.device,
-            persistent_workers=fake.persistent_workers, pin_memory_device=fake.pin_memory_device)
+                         device=device or dl.device, persistent_workers=fake.persistent_workers,
+                         pin_memory_device=fake.pin_memory_device)
         self.dl = dl
         self.rank = rank_distrib() if rank is None else rank
         self.world_size = world_size or max(1, num_distrib())
@@ -44,29 +45,25 @@ class ShardDL(DataLoader):
         self._plan(dl.n)
         if self.n and not len(self):
             raise ValueError(f"{self.n} {'items' if self.bs else 'batches'} can't be shared by {self.world_size} "
-                             f"processes: "
-                                                      "expected at least one each")
+                             f"processes: expected at least one each")
 
     def _plan(self, n):
-        "`n_whole` batches of full size come to this process, and `n_last` items of the `n_left` after them"
+        "`n_whole` full batches come to this process, and `n_last` items of the `n_left` after them; in validation all"
         self.n = n
-        bs = self.bs or 1
-        w = self.world_size
-        self.n_whole, self.n_left = divmod(n, bs*w)
-        if self.bs and not (self.dl.shuffle or self.dl.drop_last): self.n_last = -(-self.n_left//w)   # validation
-        else: self.n_last = 0 if self.dl.drop_last and self.n_whole else self.n_left//w
+        self.n_whole, self.n_left = divmod(n, self.piece*self.world_size)
+        if self.bs and not (self.dl.shuffle or self.dl.drop_last): self.n_last = -(-self.n_left//self.world_size)
+        else: self.n_last = 0 if self.dl.drop_last and self.n_whole else self.n_left//self.world_size
 
     def __len__(self): return self.n_whole + (self.n_last>0)
 
     def get_idxs(self):
         skip, self.dl.start = self.dl.start, 0
         idxs = list(self.dl.get_idxs())
-        bs = self.bs or 1
-        w = self.world_size
         self._plan(len(idxs))
-        self.i = skip*bs
-        left = idxs[self.n_whole*w*bs:]*w   # repeats come last
-        mine = [i for k in range(self.n_whole) for i in idxs[(k*w+self.rank)*bs:(k*w+self.rank+1)*bs]]
+        self.i = skip*self.piece
+        left = idxs[self.n_whole*self.piece*self.world_size:]*self.world_size   # repeats come last
+        starts = [(k*self.world_size + self.rank)*self.piece for k in range(self.n_whole)]
+        mine = [i for s in starts for i in idxs[s:s+self.piece]]
         return (mine + left[self.rank*self.n_last:(self.rank+1)*self.n_last])[self.i:]
 
 # %% ../../nbs/data/09_distributed.ipynb #3c162e54
@@ -87,7 +84,8 @@ def create_batches(self:ShardDL, samps):
 # %% ../../nbs/data/09_distributed.ipynb #89f0fcd4
 @patch
 def after_batch(self:ShardDL, b):
-    n, place = find_bs(b), self.i - self.n_whole*(self.bs or 1)   # place in the last piece, if this is it
+    n = find_bs(b)
+    place = self.i - self.n_whole*self.piece   # in the last piece, if this is it
     self.n_new = n if place<0 else max(0, min(n, self.n_left - self.rank*self.n_last))
     self.i += n if self.bs else 1
     return self.dl.after_batch(b)

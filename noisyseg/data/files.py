@@ -306,8 +306,7 @@ def other_size(
     mask_size:tuple # (width, height) of the mask
 ) -> str:
     "The sentence about an image and a mask of two sizes"
-    text = (f"{mask}: this mask is {mask_size[0]}x{mask_size[1]} pixels, "
-            f"but its image {image} is {size[0]}x{size[1]}")
+    text = (f"{mask}: this mask is {mask_size[0]}x{mask_size[1]} pixels, but its image {image} is {size[0]}x{size[1]}")
     if tuple(mask_size)!=tuple(size)[::-1]:
         return f"{text}. Scale it: Image.open(mask).resize({tuple(size)}, Image.NEAREST)"
     return (f"{text}. Was the photo turned (EXIF) after the mask was drawn? Turn the mask, too: "

@@ -80,9 +80,8 @@ def valid_pixels(
     if wrong.any():
         found = y[wrong].unique().tolist()
         raise ValueError(f"{what} holds {found[:5]}{'…' if len(found) > 5 else ''}, but {n_classes} classes are "
-                         f"numbered 0..{n_classes-1} "
-            f"(ignore_index is {ignore_index}). Void pixels? Pass ignore_index={found[-1]}. Else check n_classes and "
-            f"how masks are read.")
+                         f"numbered 0..{n_classes-1} (ignore_index is {ignore_index}). Void pixels? Pass "
+                         f"ignore_index={found[-1]}. Else check n_classes and how masks are read.")
     return ok
 
 # %% ../../nbs/measure/01_metrics.ipynb #78d621ad

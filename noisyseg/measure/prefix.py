@@ -52,17 +52,33 @@ def _same(now, then, versions):
 # %% ../../nbs/measure/05_prefix.ipynb #d2a1aaa9
 class _Kept:
     "What one module remembers: its calls in one pass over the data, and where in the pass it is."
-    def __init__(self): self.calls, self.at, self.state = [], 0, 'unknown'
+    def __init__(self):
+        self.calls = []
+        self.at = 0
+        self.state = 'unknown'
+
+    def keep(self, inputs, out, room):
+        "Keep a call if there is room for it; how many bytes it takes."
+        inputs, out = _copied((inputs, out))
+        tensors = _tensors((inputs, out))
+        size = sum(t.nbytes for t in tensors)
+        if size > room or any(t.is_inference() for t in tensors): return 0   # inference tensors don't count changes
+        self.calls.append((inputs, [t._version for t in _tensors(inputs)], out, [t._version for t in _tensors(out)],
+                           size))
+        return size
+
+    def drop(self):
+        "The module stands behind the noise: keep nothing; how many bytes that frees."
+        size = sum(c[-1] for c in self.calls)
+        self.calls, self.state = [], 'behind'
+        return size
 
 # %% ../../nbs/measure/05_prefix.ipynb #dae64fb5
 class PrefixCache:
-    ("Within the block, parts of a network that hold none of the weights `where` return what they returned to the same "
-     "inputs in an earlier pass.")
+    "Within the block, parts of a network without any of the weights `where` are not computed twice for one input."
     def __init__(self,
         model: nn.Module,  # in evaluation mode, called without autograd; otherwise nothing is kept
-        # the weights that change from pass to pass: a Selector, a name pattern, or a function (name, module, weight)
-        # -> bool
-        where,
+        where,  # the weights that change from pass to pass: a Selector, a name pattern, or a function
         max_mb: float = 1024,  # memory for what is kept
     ):
         self.modules = _candidates(model, where)
@@ -84,20 +100,6 @@ class PrefixCache:
             del m.forward
             if m in self.overridden: m.forward = self.overridden[m]
 
-    def _keep(self, k, inputs, out):
-        inputs, out = _copied((inputs, out))
-        tensors = _tensors((inputs, out))
-        if any(t.is_inference() for t in tensors): return   # these don't count their changes
-        self.room -= (size := sum(t.nbytes for t in tensors))
-        if self.room < 0: self.room += size
-        else:
-            k.calls.append((inputs, [t._version for t in _tensors(inputs)], out, [t._version for t in _tensors(out)],
-                            size))
-
-    def _drop(self, k):
-        self.room += sum(c[-1] for c in k.calls)
-        k.calls, k.state = [], 'behind'
-
     def _remembering(self, forward, module, k):
         def remembering(*args, **kwargs):
             if k.state == 'behind' or torch.is_grad_enabled() or any(m.training for m in module.modules()):
@@ -106,12 +108,13 @@ class PrefixCache:
             k.at += 1
             if i < len(k.calls):
                 then, versions, out, made, _ = k.calls[i]
-                if not _same(inputs, then, versions): self._drop(k)
+                if not _same(inputs, then, versions): self.room += k.drop()
                 elif [t._version for t in _tensors(out)] == made:
                     k.state = 'before'
                     self.hits += 1
                     return _copied(out)
             new = forward(*args, **kwargs)
-            if k.state != 'behind' and i == len(k.calls) and (i == 0 or k.state == 'before'): self._keep(k, inputs, new)
+            if k.state != 'behind' and i == len(k.calls) and (i == 0 or k.state == 'before'):
+                self.room -= k.keep(inputs, new, self.room)
             return new
         return remembering

@@ -217,22 +217,9 @@ def as_written(
              f"A sweep measures them again", stacklevel=3)
     return whole, made
 
-# %% ../../nbs/measure/06_store.ipynb #e705ad50
-class Store:
-    "The rows of a sweep by cell: in memory, and in a file when there is a path. Use it in a `with` block."
-    def __init__(self,
-        path,  # a file that ends in .csv or .parquet, made when it does not exist; None for memory only
-        grid: dict,  # what is measured, for JSON: 'models' (name -> digests), 'disturbances', what must not change
-    ):
-        self.path = store_path(path)
-        self.grid = dict(grid)
-        self.cells = {}
-        self.made = {}
-        self.written = {}   # cell -> fingerprint
-        self.saved = 0.
-        self.pause = 1.
-        self.stack = ExitStack()
-
+# %% ../../nbs/measure/06_store.ipynb #6ad2de1d
+class _InFile:
+    "The file of a store within a `with` block: locked, of the same experiment, and whole when the block ends."
     def __enter__(self):
         if self.path is None: return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +245,25 @@ class Store:
         remove_parts(self.path)
         self.save()
 
+    def __exit__(self, *exc):
+        with self.stack: self.save()
+
+# %% ../../nbs/measure/06_store.ipynb #e705ad50
+class Store(_InFile):
+    "The rows of a sweep by cell: in memory, and in a file when there is a path. Use it in a `with` block."
+    def __init__(self,
+        path,  # a file that ends in .csv or .parquet, made when it does not exist; None for memory only
+        grid: dict,  # what is measured, for JSON: 'models' (name -> digests), 'disturbances', what must not change
+    ):
+        self.path = store_path(path)
+        self.grid = dict(grid)
+        self.cells = {}
+        self.made = {}
+        self.written = {}   # cell -> fingerprint
+        self.saved = 0.
+        self.pause = 1.
+        self.stack = ExitStack()
+
     def add(self, cell: Cell, rows: list[Row], made: dict = None):
         "Take the rows of a finished cell, and save now and then: a crash may cost a second of work."
         self.cells[cell] = [Row(*(kind(v) for kind, v in zip(KINDS.values(), row))) for row in rows]
@@ -282,9 +288,6 @@ class Store:
             write_atomic(self.path, as_bytes(self.frame(), self.path.suffix))
         self.saved = time.monotonic()
         self.pause = max(1., 50 * (self.saved - begun))   # a file that has become long is written less often
-
-    def __exit__(self, *exc):
-        with self.stack: self.save()
 
 # %% ../../nbs/measure/06_store.ipynb #3a000d8b
 def load_sweep(

@@ -11,6 +11,7 @@ __all__ = ['PadShortcut', 'ResBlock', 'SmallResNet', 'resnet20', 'resnet18_small
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..basics import check_choice, check_whole
 # the same list of factories, so that a checkpoint can name these too
 from .unet3plus import FACTORIES, factory  # noqa: F401
 
@@ -65,13 +66,10 @@ class SmallResNet(nn.Module):
         shortcut: str = 'A',  # where the shape changes: 'A' has no weights, 'B' is a 1×1 convolution
     ):
         super().__init__()
-        if shortcut not in ('A', 'B'):
-            raise ValueError(f"shortcut= is 'A' (no weights) or 'B' (a 1×1 convolution), got {shortcut!r}")
-        for name, v in (('n_classes', n_classes), ('in_channels', in_channels), ('width', width),
-                        *(('blocks', b) for b in blocks)):
-            if not isinstance(v, int) or isinstance(v, bool) or v < 1:
-                raise ValueError(f"{name}= takes whole numbers of at least 1, got {v!r}")
-        if not blocks: raise ValueError("blocks= has the number of blocks of each stage, such as (3, 3, 3); got none")
+        check_choice('shortcut', shortcut, 'A', 'B')
+        for name, v in dict(n_classes=n_classes, in_channels=in_channels, width=width).items(): check_whole(name, v, 1)
+        if not blocks or not all(check_whole('blocks', b, 1) for b in blocks):
+            raise ValueError("blocks: expected the number of blocks of each stage, such as (3, 3, 3), got none")
         self.n_classes = n_classes
         self.in_channels = in_channels
         self.stages = [f'layer{i + 1}' for i in range(len(blocks))]
@@ -93,8 +91,7 @@ class SmallResNet(nn.Module):
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
             raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
-                             f"`x[None].float()` "
-                             f"adds the batch, `in_channels=` of the network sets the channels")
+                             f"`x[None].float()` adds the batch, `in_channels=` of the network sets the channels")
         x = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages: x = getattr(self, name)(x)
         return self.fc(x.mean((2, 3)))

@@ -69,8 +69,7 @@ class DeepLabV3Plus(nn.Module):
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
             raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
-                             f"`x[None].float()` "
-                             f"adds the batch, `in_channels=` of the network sets the channels")
+                             "`x[None].float()` adds the batch, `in_channels=` of the network sets the channels")
         _, fine, *_, deep = self.encoder(x)
         norm = self.pyramid.convs[-1][2]   # of the mean of each image
         if len(deep) == 1 and norm.training and type(norm) is nn.BatchNorm2d:

@@ -596,8 +596,7 @@ def release(self:HoldInterrupts):
 # %% ../../nbs/perturb/02_clone.ipynb #a2cc0f8c
 LATE = ("the block ends, and no gradient has arrived at its weights, though the model is in training mode and its "
         "output waits for one: call backward() inside the block, where the noise is (in Lightning, open the block "
-        "around the "
-        "optimizer's closure), or pass gradient='recovered'. If you want no gradient, use torch.no_grad()")
+        "around the optimizer's closure), or pass gradient='recovered'. If you want no gradient, use torch.no_grad()")
 
 # %% ../../nbs/perturb/02_clone.ipynb #0f824a8c
 def _in_a_graph(p):

@@ -274,9 +274,8 @@ def select(
     seen = set()
     for s in where._pick(_computed_by_hooks(model)):
         raise ValueError(f"{s.name} is recomputed by a hook before each forward pass (pruning, or the old "
-                         f"weight_norm), so noise in it would be lost. "
-                         "Make it permanent (torch.nn.utils.prune.remove), or use torch.nn.utils.parametrizations "
-                         "instead")
+                         "weight_norm), so noise in it would be lost. Make it permanent "
+                         "(torch.nn.utils.prune.remove), or use torch.nn.utils.parametrizations instead")
     for s in where._pick(everything):
         w = s.value()
         _check_weight(s.name, w)

@@ -25,14 +25,14 @@ from IPython.display import HTML
 from plotly.subplots import make_subplots
 from torch import nn
 
+from ..basics import check_number, check_whole
 from ..measure.evaluation import untouched
 from ..measure.task import MaskTask
-from ..data.files import colorize, distinct_palette, to_rgb, whole
+from ..data.files import colorize, distinct_palette, to_rgb
 from ..nets.adapter import logits_of, to_classes
 from ..perturb.clone import perturbed
 from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row,
-                                    plain_text,
-                                    noisyseg_template)
+                                    plain_text, noisyseg_template)
 from ..perturb.selectors import as_selector, conv_and_norm
 from .explorer import close_with_cell
 from ..train.method import LoopCallback
@@ -168,16 +168,62 @@ def close(self:_Dashboard):
         w.close()
     self.parts = []
 
+# %% ../../nbs/show/07_monitor.ipynb #4f3f19b0
+def _checked_panels(panels):
+    panels = [] if panels is None else list(panels) if isinstance(panels, (list, tuple)) else [panels]
+    for p in panels:
+        if not all(hasattr(p, k) for k in ('look', 'curves', 'axis')):
+            raise TypeError(f"panels= are objects with look(learn), curves and axis, got {p!r}")
+    return panels
+
+# %% ../../nbs/show/07_monitor.ipynb #7926684e
+class _Record(LoopCallback):
+    "What a monitor has seen, number by number."
+    _counts = '_fit', '_batch', '_x', '_n', '_mean', '_began'
+    def __init__(self):
+        self._rows = []
+        self._series = {}
+        self._fit = self._batch = self._x = self._n = self._mean = 0
+
+    def _note(self, metric, value):
+        "Write down one number."
+        self._rows.append((self._fit, self._x, self._batch, time.perf_counter() - self._start, metric, value))
+        self._series.setdefault(metric, []).append((self._x, value))
+
+    @property
+    # a row for each number: fit, epoch (from 0, fractional), batch, seconds since the fit began, metric, value
+    def history(self) -> pd.DataFrame:
+        "All that was seen, over all fits of this monitor."
+        return pd.DataFrame(self._rows, columns=['fit', 'epoch', 'batch', 'seconds', 'metric', 'value'])
+
+    def state_dict(self) -> dict:
+        "What was seen so far, for a fit that will be resumed."
+        h = self.history
+        names = list(h.metric.unique())
+        return {'names': names, 'rows': torch.tensor(h.assign(metric=h.metric.map(names.index)).to_numpy(float)),
+                'seconds': time.perf_counter() - self._start,
+                **{k: getattr(self, k) for k in self._counts}}
+
+    def load_state_dict(self,
+        state: dict,  # from `state_dict`
+    ):
+        "Go on with what another run has seen."
+        self._rows = []
+        self._series = {}
+        self._start = time.perf_counter() - state['seconds']
+        for k in self._counts: setattr(self, k, state[k])
+        for fit, x, batch, seconds, i, value in state['rows'].tolist():
+            self._rows.append((int(fit), x, int(batch), seconds, state['names'][int(i)], value))
+            self._series.setdefault(state['names'][int(i)], []).append((x, value))
+
 # %% ../../nbs/show/07_monitor.ipynb #be2a0d64
-class TrainingMonitor(LoopCallback):
+class TrainingMonitor(_Record):
     "Watch a fit: loss and score, one held-out sample with and without noise, time left, and a Stop button."
     order, watches, _stateattrs = 60, True, ('_dash',)   # after the Recorder; widgets are not saved with a learner
     _dash = None
     def __init__(self,
         law=None,  # show the sample under this law's noise; None: that of the learner's WeightNoise, if it has one
-        # which weights get it: a Selector, a name pattern or a function; None: as WeightNoise says, else
-        # conv_and_norm
-        where=None,
+        where=None,  # which weights: a Selector, a name pattern or a function; None: WeightNoise's, or conv_and_norm
         sample: int = 0,  # number of the held-out image in the validation set, from 0; None watches none
         seed: int = 0,  # of the one noise draw
         metric: str = None,  # the score to draw, by its name in fastai's table; None: miou, else the first there is
@@ -190,37 +236,22 @@ class TrainingMonitor(LoopCallback):
         if metric is not None and not isinstance(metric, str):
             raise TypeError(f"metric= is a name in fastai's table, such as 'miou', or None, got {metric!r}")
         if show not in (None, True, False): raise TypeError(f"show= is True, False or None, got {show!r}")
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)):
-            raise TypeError(f"interval= is a number of seconds, got {interval!r}")
-        if not 0 <= interval < float('inf'):
-            raise ValueError(f"interval= is a number of seconds, 0 or more, got {interval!r}")
-        self.panels = [] if panels is None else list(panels) if isinstance(panels, (list, tuple)) else [panels]
-        for p in self.panels:
-            if not all(hasattr(p, k) for k in ('look', 'curves', 'axis')):
-                raise TypeError(f"panels= are objects with look(learn), curves and axis, got {p!r}")
+        super().__init__()
+        self.panels = _checked_panels(panels)
         self.law = law
         self.where = None if where is None else as_selector(where)
         self.metric = metric
-        self.interval = interval
+        self.interval = check_number('interval', interval)
         self.show = show
-        self.sample = sample if sample is None else whole('sample', sample, 0)
-        self.seed = whole('seed', seed, 0)
+        self.sample = sample if sample is None else check_whole('sample', sample, 0)
+        self.seed = check_whole('seed', seed, 0)
         self.state = 'waiting'
-        self._rows = []
-        self._series = {}
         self._masks = {}
         self._held = None
         self._score = None
         self._pictures = {}
-        self._fit = self._batch = self._x = self._n = self._mean = 0
         self._on = self._stopping = False
         self._said, self._cell = (0., ''), None
-
-    @property
-    # a row for each number: fit, epoch (from 0, fractional), batch, seconds since the fit began, metric, value
-    def history(self) -> pd.DataFrame:
-        "All that was seen, over all fits of this monitor."
-        return pd.DataFrame(self._rows, columns=['fit', 'epoch', 'batch', 'seconds', 'metric', 'value'])
 
     @property
     def figure(self) -> go.Figure:
@@ -228,12 +259,6 @@ class TrainingMonitor(LoopCallback):
         return _curves(self._series, self._score, self.panels)
 
 # %% ../../nbs/show/07_monitor.ipynb #3a5f7d9a
-@patch
-def _note(self:TrainingMonitor, metric, value):
-    "Write down one number."
-    self._rows.append((self._fit, self._x, self._batch, time.perf_counter() - self._start, metric, value))
-    self._series.setdefault(metric, []).append((self._x, value))
-
 @patch
 def _noise(self:TrainingMonitor):
     "The law of the moment, and which weights it goes to."
@@ -319,30 +344,6 @@ def _open(self:TrainingMonitor):
         display(self._dash.box)
         close_with_cell(self._dash)
     self._cell = (cell,)
-
-# %% ../../nbs/show/07_monitor.ipynb #add8d321
-@patch
-def state_dict(self:TrainingMonitor) -> dict:
-    "What was seen so far, for a fit that will be resumed."
-    h = self.history
-    names = list(h.metric.unique())
-    return {'names': names, 'rows': torch.tensor(h.assign(metric=h.metric.map(names.index)).to_numpy(float)),
-            'seconds': time.perf_counter() - self._start,
-            **{k: getattr(self, k) for k in ('_fit', '_batch', '_x', '_n', '_mean', '_began')}}
-
-# %% ../../nbs/show/07_monitor.ipynb #e117855c
-@patch
-def load_state_dict(self:TrainingMonitor,
-    state: dict,  # from `state_dict`
-):
-    "Go on with what another run has seen."
-    self._rows = []
-    self._series = {}
-    self._start = time.perf_counter() - state['seconds']
-    for k in ('_fit', '_batch', '_x', '_n', '_mean', '_began'): setattr(self, k, state[k])
-    for fit, x, batch, seconds, i, value in state['rows'].tolist():
-        self._rows.append((int(fit), x, int(batch), seconds, state['names'][int(i)], value))
-        self._series.setdefault(state['names'][int(i)], []).append((x, value))
 
 # %% ../../nbs/show/07_monitor.ipynb #5ff9141b
 @patch

@@ -121,8 +121,7 @@ def _mask(mask, shape, name):
     if m.shape != torch.Size(shape) or m.is_floating_point():
         raise ValueError(f"{name}: expected class numbers {tuple(shape)} or logits (classes, {shape[0]}, {shape[1]}), "
                          f"got {tuple(mask.shape)} {m.dtype}; `noisyseg.nets.adapter.as_logits(out, "
-                         f"size={tuple(shape)})` "
-                         f"resizes logits")
+                         f"size={tuple(shape)})` resizes logits")
     return m.numpy().astype(np.int64)
 
 # %% ../../nbs/show/01_pictures.ipynb #8ceebc98

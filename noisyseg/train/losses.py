@@ -269,16 +269,10 @@ def presence_loss(
         bce = F.binary_cross_entropy_with_logits(logits, seen, reduction='none').mean(1)*known
     return bce.sum() / known.sum().clamp(min=1) if reduction == 'mean' else bce
 
-# %% ../../nbs/train/01_losses.ipynb #2b8b25a7
-class DeepSupervisionLoss(SegmentationLoss):
-    "Sum of `base` over the outputs of a network, plus `presence_loss`. A plain tensor is one output."
-    def __init__(self,
-        base,  # loss(logits, masks): one of ours, nn.CrossEntropyLoss(...), or a function
-        weights=None,  # of the outputs, finest first; None: all 1, as in UNet3+
-        presence_weight: float = 1.,  # of the presence term, where the network has one
-        normalize: bool = False,  # divide the weights by their sum
-        ignore_index: int = None,  # void label for the presence target; None: the one that `base` has
-    ):
+# %% ../../nbs/train/01_losses.ipynb #ee38d05f
+class _Around(SegmentationLoss):
+    "A loss around another one, `base`, which may be anybody's."
+    def __init__(self, base, ignore_index):
         if not callable(base): raise TypeError(f"base must be a loss, called as base(logits, masks), got {base!r}")
         if isinstance(base, type):
             raise TypeError(f"base must be a loss object, got the class {base.__name__}: pass {base.__name__}()")
@@ -286,11 +280,6 @@ class DeepSupervisionLoss(SegmentationLoss):
         if ignore_index is None: ignore_index = getattr(getattr(base, 'func', base), 'ignore_index', None)
         super().__init__(ignore_index, getattr(base, 'reduction', 'mean'))
         self.base = base
-        self.presence_weight = _weight(presence_weight, 'presence_weight')
-        self.normalize = normalize
-        self.weights = None if weights is None else [_weight(w, 'a weight') for w in weights]
-        if self.weights is not None and not any(self.weights):
-            raise ValueError(f"one of the weights must be above 0, got {weights}")
 
     @property
     def reduction(self): return self._reduction
@@ -299,11 +288,29 @@ class DeepSupervisionLoss(SegmentationLoss):
         self._reduction = v
         if hasattr(getattr(self, 'base', None), 'reduction'): self.base.reduction = v
 
-    def _one(self, logits, y):
+    def one(self, logits, y):
+        "`base` of one output."
         # a plain function
         kw = {} if hasattr(self.base, 'reduction') or self.reduction == 'mean' else dict(reduction=self.reduction)
         loss = self.base(as_logits(logits, y.shape[1:]), y, **kw)
         return loss.flatten(1).mean(1) if loss.ndim > 1 else loss   # one number an image, where asked for
+
+# %% ../../nbs/train/01_losses.ipynb #2b8b25a7
+class DeepSupervisionLoss(_Around):
+    "Sum of `base` over the outputs of a network, plus `presence_loss`. A plain tensor is one output."
+    def __init__(self,
+        base,  # loss(logits, masks): one of ours, nn.CrossEntropyLoss(...), or a function
+        weights=None,  # of the outputs, finest first; None: all 1, as in UNet3+
+        presence_weight: float = 1.,  # of the presence term, where the network has one
+        normalize: bool = False,  # divide the weights by their sum
+        ignore_index: int = None,  # void label for the presence target; None: the one that `base` has
+    ):
+        super().__init__(base, ignore_index)
+        self.presence_weight = _weight(presence_weight, 'presence_weight')
+        self.normalize = normalize
+        self.weights = None if weights is None else [_weight(w, 'a weight') for w in weights]
+        if self.weights is not None and not any(self.weights):
+            raise ValueError(f"one of the weights must be above 0, got {weights}")
 
     def forward(self,
         out,  # what a network returned: a list of logits (finest first), either with presence logits (B, C), …
@@ -317,7 +324,7 @@ class DeepSupervisionLoss(SegmentationLoss):
         else: w = self.weights or [1.]*len(outs)
         if len(w) != len(outs):
             raise ValueError(f"the network returned {len(outs)} outputs, but there are {len(w)} weights")
-        total = sum(wi*self._one(o, y) for wi, o in zip(w, outs) if wi) / (sum(w) if self.normalize else 1.)
+        total = sum(wi*self.one(o, y) for wi, o in zip(w, outs) if wi) / (sum(w) if self.normalize else 1.)
         return total if presence is None else total + self.presence_weight*presence_loss(presence, y,
                 self.ignore_index, self.reduction)
 

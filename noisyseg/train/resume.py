@@ -186,39 +186,42 @@ def _differences(there, here):
 # %% ../../nbs/train/07_resume.ipynb #3d29c04f
 _units = {'s': 1, 'min': 60, 'h': 3600}
 
+def _parsed(every):
+    "The unit of `every`, and how many of it."
+    if every == 'epoch': return 'epoch', 1
+    if isinstance(every, int) and not isinstance(every, bool) and every > 0: return 'batches', every
+    if isinstance(every, str) and (m := re.fullmatch(r'(\d+\.?\d*) *(s|min|h)', every)):
+        return 'seconds', float(m[1]) * _units[m[2]]
+    raise ValueError(f"every= is 'epoch', a number of batches, or a time such as '30 s', '10 min' or '1 h', got "
+                     f"{every!r}")
+
+# %% ../../nbs/train/07_resume.ipynb #2966057b
+def _state_file(path):
+    "The file of a state: with .safetensors, and with ~ for the home folder."
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path= is the name of a file, such as `Resumable('run.safetensors')`, got {path!r}")
+    path = Path(path).expanduser()
+    if path.suffix in ('', '.safetensors'): return path.with_suffix('.safetensors')
+    raise ValueError(f"the name of a saved state ends in .safetensors, got {path.name!r}: `Resumable({path.stem!r})`")
+
 # %% ../../nbs/train/07_resume.ipynb #55d624f0
 class Resumable(LoopCallback):
     ("Save the whole state of a fit, and go on from it: a fit that was killed and called again ends with the same "
      "numbers, bit for bit.")
     order, watches = 1000, True
     def __init__(self,
-        # the file: a name ending in .safetensors, or without an ending. A learner's second fit has its own, with -2
-        # in its name
-        path,
+        path,  # the file, named *.safetensors; a learner's second fit has its own, with -2 in its name
         every='epoch',  # 'epoch'; a number of batches; or a time, such as '30 s', '10 min', '1 h'
         verbose: bool = True,  # say in a line where a fit goes on?
     ):
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"path= is the name of a file, such as `Resumable('run.safetensors')`, got {path!r}")
-        path = Path(path).expanduser()
-        if path.suffix not in ('', '.safetensors'):
-            raise ValueError(f"the name of a saved state ends in .safetensors, got {path.name!r}: "
-                             f"`Resumable({path.stem!r})`")
-        self.given, self.every, self.verbose, self._unit, self._each = path.with_suffix(
-                '.safetensors'), every, verbose, *self._parse(every)
+        self.given = _state_file(path)
+        self.every = every
+        self.verbose = verbose
+        self._unit, self._each = _parsed(every)
         self.resumed = None
         self.costs = []
         self._fits = 0
         self._on = False
-
-    @staticmethod
-    def _parse(every):
-        if every == 'epoch': return 'epoch', 1
-        if isinstance(every, int) and not isinstance(every, bool) and every > 0: return 'batches', every
-        if isinstance(every, str) and (m := re.fullmatch(r'(\d+\.?\d*) *(s|min|h)', every)):
-            return 'seconds', float(m[1]) * _units[m[2]]
-        raise ValueError(f"every= is 'epoch', a number of batches, or a time such as '30 s', '10 min' or '1 h', got "
-                         f"{every!r}")
 
     @property
     def path(self) -> Path:  # of the fit that runs, or of the next one

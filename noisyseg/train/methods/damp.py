@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from ...basics import unwrapped
+from ...basics import check_choice, check_whole, unwrapped
+from ...nets.fast.observers import every_layer_called
 from ...perturb.laws import MultiplicativeGaussian
 from ...perturb.clone import WeightClone, as_generator, fill_normal
 from ...perturb.selectors import as_selector, kernels_and_scales, select
@@ -50,11 +51,9 @@ def _sizes(tensors, m):
 # %% ../../../nbs/train/methods/01_damp.ipynb #128e6cee
 def _settings(sigma, m, gradient, batchnorm):
     "The law, after a look at the settings."
-    if not isinstance(m, int) or isinstance(m, bool) or m < 1:
-        raise ValueError(f"m= is the number of sub-batches, at least 1, got {m!r}")
-    for name, v, allowed in (('gradient', gradient, ('algorithm', 'exact')),
-                             ('batchnorm', batchnorm, ('sub-batch', 'sync'))):
-        if v not in allowed: raise ValueError(f"{name}= is one of {', '.join(allowed)}, got {v!r}")
+    check_whole('m', m, 1)
+    check_choice('gradient', gradient, 'algorithm', 'exact')
+    check_choice('batchnorm', batchnorm, 'sub-batch', 'sync')
     return MultiplicativeGaussian(sigma)
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #b29dc7da
@@ -109,8 +108,7 @@ def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator
     "Lines 6 to 11 of Algorithm 1: the loss, ready for backward, and the predictions."
     if gradient == 'exact' and clone.computed:
         raise ValueError(f"gradient='exact' needs weights that are parameters, and {clone.names[-1]} is computed "
-                         f"(parametrized): "
-                         "leave it out with where=, or take gradient='algorithm'")
+                         "(parametrized): leave it out with where=, or take gradient='algorithm'")
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     n = sum(sizes)
     params = [p for o in (inner, loss_func) if isinstance(o, nn.Module) for p in o.parameters() if p.requires_grad]
@@ -179,9 +177,8 @@ class _Lockstep(TorchFunctionMode):
         "How many rows of `x` belong to each sub-batch."
         each, left = divmod(len(x), sum(self.sizes))
         if left:
-            raise ValueError(f"batchnorm='sync' needs the samples along the first dimension of each layer's input; "
-                             f"here are {len(x)} rows for "
-                                  f"{sum(self.sizes)} samples. Take batchnorm='sub-batch'")
+            raise ValueError("batchnorm='sync' needs the samples along the first dimension of each layer's input; "
+                             f"here are {len(x)} rows for {sum(self.sizes)} samples. Take batchnorm='sub-batch'")
         return [each * s for s in self.sizes]
 
     def _batch_norm(self, input, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -201,24 +198,17 @@ def _in_lockstep(model, where, law, gradient, sizes, generator):
     sites = select(model, where)
     if computed := [s.name for s in sites if s.parametrized]:
         raise ValueError(f"batchnorm='sync' needs weights that are parameters, and {computed[0]} is computed "
-                         f"(parametrized): "
-                         "leave it out with where=, or take batchnorm='sub-batch'")
+                         "(parametrized): leave it out with where=, or take batchnorm='sub-batch'")
     noisy = {getattr(s.module, s.attr): [] for s in sites}
     for _ in sizes:
         for p, weights in noisy.items():
             weights.append(_noisy(p, fill_normal(torch.empty(p.shape, device=p.device), generator), law, gradient))
-    # watched layers don't take a faster way of their own (UNet3+)
-    hooks = [s.module.register_forward_pre_hook(lambda *a: None) for s in sites]
     mode = _Lockstep(noisy, sizes)
-    try:
-        with mode: yield
-    finally:
-        for h in hooks: h.remove()
+    with every_layer_called(*(s.module for s in sites)), mode: yield
     names = [s.name for s in sites if getattr(s.module, s.attr) in mode.unseen]
     if names:
         raise ValueError(f"batchnorm='sync' met {len(names)} of the perturbed weights in no function that it can see, "
-                         f"first {names[0]}: "
-                               "leave them out with where=, or take batchnorm='sub-batch'")
+                         f"first {names[0]}: leave them out with where=, or take batchnorm='sub-batch'")
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #21a313a9
 def damp_loss(

@@ -9,7 +9,6 @@ __all__ = ['UNLABELLED', 'NAMES', 'PseudoLabels', 'pseudo_labels', 'consistency'
            'MatchLoss']
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #66a12c27
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from fastai.torch_core import to_float
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ...basics import check_choice, check_number, check_share
 from ..losses import DeepSupervisionLoss, FocalLoss
 from ...nets.adapter import as_logits, confidence, to_classes
 from ...data.semi_supervised import cutmix
@@ -117,30 +117,15 @@ def reference_weights(
     kinds = [k for k in ([n for n in UNLABELLED[:2] if n in names], [n for n in UNLABELLED[2:] if n in names]) if k]
     return {n: 1 / len(kinds) / len(k) for k in kinds for n in k}
 
-# %% ../../../nbs/train/methods/05_match_loss.ipynb #a06071dc
-class MatchLoss(nn.Module):
-    "The loss of MLPMatch (arXiv 2411.05307), and with fewer terms those of UniMatch and FixMatch."
-    def __init__(self,
-        supervised=None,  # loss(logits, masks) of the labelled terms; None: cross-entropy, mean over valid pixels
-        ignore_index: int = None,  # label of void pixels, for the default of supervised=
-        threshold: float = 0.95,  # τ in [0, 1]: the confidence from which on a pseudo-label counts
-        lam=0.25,  # λ at the end of training, rising linearly from 0; or a function of progress in [0, 1]
-        # of unlabelled terms, such as {'L_u_s1': 0.5, …}; a term that isn't named has 0. None: `reference_weights`
-        weights: dict = None,
-    ):
+# %% ../../../nbs/train/methods/05_match_loss.ipynb #e2af5fe4
+class _Weighted(nn.Module):
+    "How the terms are weighted in their sum."
+    def __init__(self, lam, weights):
         super().__init__()
-        for name, v in (('threshold', threshold), *([] if callable(lam) else [('lam', lam)])):
-            if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1:
-                raise ValueError(f"{name}= is a number from 0 to 1, got {v!r}")
-        if weights is not None and (set(weights) - set(UNLABELLED)
-                                    or not all(isinstance(w, Real) and 0 <= w < float('inf')
-                                               for w in weights.values())):
-            raise ValueError(f"weights= gives numbers >= 0 to some of {', '.join(UNLABELLED)}, got {weights!r}")
-        if supervised is None: supervised = FocalLoss(gamma=0, ignore_index=ignore_index)
-        self.supervised = supervised if isinstance(supervised, DeepSupervisionLoss) else DeepSupervisionLoss(
-                supervised, normalize=True)
-        self.threshold = threshold
-        self.lam = lam
+        for n, w in (weights or {}).items():
+            check_choice('weights', n, *UNLABELLED)
+            check_number(f'weights[{n!r}]', w)
+        self.lam = lam if callable(lam) else check_share('lam', lam)
         self.weights = weights
 
     def lam_at(self, progress: float) -> float:
@@ -154,14 +139,40 @@ class MatchLoss(nn.Module):
         progress: float = 0.,  # share of training that is done, from 0 to 1
     ) -> dict:  # what each is multiplied by in the total
         "The factors of the terms in the total."
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress is the share of training that is done, from 0 to 1, got {progress!r}")
+        check_share('progress', progress)
         unlabelled = [n for n in UNLABELLED if n in names]
         lam = self.lam_at(progress) if 'L_x_np' in names else 0.
         weights = reference_weights(unlabelled) if self.weights is None else self.weights
         half = 0.5 if unlabelled else 1.
         labelled = {'L_x': half * (1 - lam)} | ({'L_x_np': half * lam} if 'L_x_np' in names else {})
         return labelled | {n: half * weights.get(n, 0.) for n in unlabelled}
+
+    def collect(self,
+        terms: dict,  # losses by name, and what else is to be kept
+        progress: float = 0.,  # share of training that is done, from 0 to 1
+    ) -> Terms:  # with L_u_s (mean of the strong views), lam and total
+        "Put terms together to the total."
+        factors = self.coefficients(terms, progress)
+        strong = [terms[n] for n in UNLABELLED[:2] if n in terms]
+        more = {'lam': self.lam_at(progress)} if 'L_x_np' in terms else {}
+        if strong: more['L_u_s'] = sum(strong).detach() / len(strong)
+        return Terms({'total': sum(f * terms[n] for n, f in factors.items()), **terms, **more})
+
+# %% ../../../nbs/train/methods/05_match_loss.ipynb #a06071dc
+class MatchLoss(_Weighted):
+    "The loss of MLPMatch (arXiv 2411.05307), and with fewer terms those of UniMatch and FixMatch."
+    def __init__(self,
+        supervised=None,  # loss(logits, masks) of the labelled terms; None: cross-entropy, mean over valid pixels
+        ignore_index: int = None,  # label of void pixels, for the default of supervised=
+        threshold: float = 0.95,  # τ in [0, 1]: the confidence from which on a pseudo-label counts
+        lam=0.25,  # λ at the end of training, rising linearly from 0; or a function of progress in [0, 1]
+        weights: dict = None,  # of the unlabelled terms, such as {'L_u_s1': 0.5}, else 0; None: `reference_weights`
+    ):
+        super().__init__(lam, weights)
+        self.threshold = check_share('threshold', threshold)
+        if supervised is None: supervised = FocalLoss(gamma=0, ignore_index=ignore_index)
+        known = isinstance(supervised, DeepSupervisionLoss)
+        self.supervised = supervised if known else DeepSupervisionLoss(supervised, normalize=True)
 
     def labelled(self, out, y) -> Tensor:
         "A labelled term, in float32."
@@ -171,29 +182,14 @@ class MatchLoss(nn.Module):
         "An unlabelled term, in float32."
         return consistency(out, pseudo, self.threshold)
 
+    def statistics(self, pseudo: PseudoLabels) -> dict:
+        "How sure the pseudo-labels are: the share of confident pixels, and all pixels' mean confidence, in the images."
+        n = pseudo.inside.sum().clamp(min=1)
+        sure = (pseudo.confidence >= self.threshold) & pseudo.inside
+        mean = torch.where(pseudo.inside, pseudo.confidence, 0.).sum() / n
+        return {'confident': sure.sum() / n, 'confidence': mean}
+
     def extra_repr(self): return f'threshold={self.threshold}, lam={self.lam}, weights={self.weights or "reference"}'
-
-# %% ../../../nbs/train/methods/05_match_loss.ipynb #3de939ba
-@patch
-def statistics(self:MatchLoss, pseudo: PseudoLabels) -> dict:
-    "How sure the pseudo-labels are: the share of confident pixels, and the mean confidence of all, inside the images."
-    n = pseudo.inside.sum().clamp(min=1)
-    sure = (pseudo.confidence >= self.threshold) & pseudo.inside
-    mean = torch.where(pseudo.inside, pseudo.confidence, 0.).sum() / n
-    return {'confident': sure.sum() / n, 'confidence': mean}
-
-# %% ../../../nbs/train/methods/05_match_loss.ipynb #7ba788a9
-@patch
-def collect(self:MatchLoss,
-    terms: dict,  # losses by name, and what else is to be kept
-    progress: float = 0.,  # share of training that is done, from 0 to 1
-) -> Terms:  # with L_u_s (mean of the strong views), lam and total
-    "Put terms together to the total."
-    factors = self.coefficients(terms, progress)
-    strong = [terms[n] for n in UNLABELLED[:2] if n in terms]
-    more = {'lam': self.lam_at(progress)} if 'L_x_np' in terms else {}
-    if strong: more['L_u_s'] = sum(strong).detach() / len(strong)
-    return Terms({'total': sum(f * terms[n] for n, f in factors.items()), **terms, **more})
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #938b6aa2
 @patch

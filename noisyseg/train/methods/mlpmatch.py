@@ -125,8 +125,7 @@ def epoch_mean(self:MLPMatch,
 def refuses(self:MLPMatch, other):
     if other.splits:
         return (f"{type(other).__name__} splits a batch, in which MLPMatch needs all images together: leave SAM's m= "
-                f"and "
-                f"batch_part= as they are")
+                "and batch_part= as they are")
     if getattr(other, 'gradient', None) == 'recovered' and self.method.in_parts:
         return ("in_parts=True goes backward before WeightNoise(gradient='recovered') recovers: take "
                 "gradient='noisy', or in_parts=False")

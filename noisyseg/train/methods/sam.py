@@ -12,17 +12,58 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .ascent import Ascent, check_count, check_number, default_rho
+from ...basics import check_number, check_whole
+from .ascent import Ascent, default_rho
 
-# %% ../../../nbs/train/methods/03_sam.ipynb #5c6815e1
-class SAM(torch.optim.Optimizer):
-    "Sharpness-aware minimization around any optimizer (SAM, arXiv 2010.01412; ASAM, arXiv 2102.11600)."
-    # GradScaler then calls step() in any case, and the weights come back also when it finds infinities
-    _step_supports_amp_scaling = True
-    # They are the base optimizer's own; torch's initialization and unpickling would set them anew.
+# %% ../../../nbs/train/methods/03_sam.ipynb #1fa6f572
+class _Around(torch.optim.Optimizer):
+    "An optimizer around another one, `base`, whose parameter groups, state and defaults are its own."
+    # torch's initialization and unpickling would set them anew
     param_groups = property(lambda self: self.base.param_groups, lambda self, v: None)
     state = property(lambda self: self.base.state, lambda self, v: None)
     defaults = property(lambda self: self.base.defaults, lambda self, v: None)
+
+    # a scheduler's, and bound to this one
+    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != 'step'}
+
+    def add_param_group(self,
+        group: dict,  # params, and what differs from the defaults: lr, rho, …
+    ):
+        "Add parameters of the model, with settings of their own."
+        if not any(group is g for g in self.base.param_groups): self.base.add_param_group(group)
+        self._complete()
+
+    def zero_grad(self, set_to_none: bool = True): self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        "The base optimizer's state dict, with one key more; the base optimizer can load it too."
+        return {**self.base.state_dict(), 'sam': {'n_steps': self._n_steps}}
+
+    def load_state_dict(self,
+        state_dict: dict,  # from `state_dict`, or the base optimizer's own
+    ):
+        "Go on where a checkpoint stopped: momentum, learning rates, rho and the count of steps."
+        self.ascent.recover()
+        self._begun, self._n_steps = False, state_dict.get('sam', {}).get('n_steps', 0)
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != 'sam'})
+        self._complete()
+
+    def _complete(self):
+        "Every group has rho, adaptive and eta, and every parameter is one of the model's."
+        self.ascent.look()
+        for i, g in enumerate(self.base.param_groups):
+            for k, v in self._given.items(): g.setdefault(k, v)
+            check_number("a group's rho", g['rho']), check_number("a group's eta", g['eta'])
+            if lost := [p for p in g['params'] if p not in self.ascent.names]:
+                raise ValueError(f"a parameter of shape {tuple(lost[0].shape)} in group {i} of the optimizer is none "
+                                 f"of the model's: pass the model that the optimizer was made for, several as "
+                                 f"nn.ModuleList([...])")
+
+# %% ../../../nbs/train/methods/03_sam.ipynb #5c6815e1
+class SAM(_Around):
+    "Sharpness-aware minimization around any optimizer (SAM, arXiv 2010.01412; ASAM, arXiv 2102.11600)."
+    # GradScaler then calls step() in any case, and the weights come back also when it finds infinities
+    _step_supports_amp_scaling = True
 
     def __init__(self,
         base: torch.optim.Optimizer,  # takes the step with the gradient from the top: SGD, AdamW, …
@@ -37,36 +78,13 @@ class SAM(torch.optim.Optimizer):
     ):
         if not isinstance(base, torch.optim.Optimizer): raise TypeError(
             f"base is an optimizer already made, such as SGD(model.parameters(), lr=0.1), got {base!r}")
-        self.base, self.every = base, check_count('every', every)
+        self.base, self.every = base, check_whole('every', every, 1)
         self._given = dict(rho=check_number('rho', default_rho(rho, adaptive)), adaptive=bool(adaptive),
                            eta=check_number('eta', eta))
         self.ascent = Ascent(model, where, sync, same_draws)
         self._n_steps = 0
         self._begun = False
         super().__init__(base.param_groups, base.defaults)
-
-    # a scheduler's, and bound to this one
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != 'step'}
-
-    def add_param_group(self,
-        group: dict,  # params, and what differs from the defaults: lr, rho, …
-    ):
-        "Add parameters of the model, with settings of their own."
-        if not any(group is g for g in self.base.param_groups): self.base.add_param_group(group)
-        self._complete()
-
-    def _complete(self):
-        "Every group has rho, adaptive and eta, and every parameter is one of the model's."
-        self.ascent.look()
-        for i, g in enumerate(self.base.param_groups):
-            for k, v in self._given.items(): g.setdefault(k, v)
-            check_number("a group's rho", g['rho']), check_number("a group's eta", g['eta'])
-            if lost := [p for p in g['params'] if p not in self.ascent.names]:
-                raise ValueError(f"a parameter of shape {tuple(lost[0].shape)} in group {i} of the optimizer is none "
-                                 f"of the model's: "
-                                 "pass the model that the optimizer was made for, several as nn.ModuleList([...])")
-
-    def zero_grad(self, set_to_none: bool = True): self.base.zero_grad(set_to_none)
 
     @property
     def climbs(self) -> bool:
@@ -125,8 +143,7 @@ def second_step(self:SAM):
 def _finish(self:SAM):
     if not self._begun:
         raise RuntimeError("step() without a closure ends what first_step() began: call first_step() before, or "
-                           "step(closure). "
-                                           "In a fastai Learner use SAMCallback")
+                           "step(closure). In a fastai Learner use SAMCallback")
     self.ascent.recover()
     self._n_steps, self._begun = self._n_steps + 1, False
     if (found := getattr(self, 'found_inf', None)) is not None:   # called by GradScaler.step
@@ -135,20 +152,3 @@ def _finish(self:SAM):
             for p in (p for g in self.param_groups for p in g['params'] if p.grad is not None):
                 p.grad.mul_(1 / float(self.grad_scale))
     self.base.step()
-
-# %% ../../../nbs/train/methods/03_sam.ipynb #658323fe
-@patch
-def state_dict(self:SAM) -> dict:
-    "The base optimizer's state dict, with one key more; the base optimizer can load it too."
-    return {**self.base.state_dict(), 'sam': {'n_steps': self._n_steps}}
-
-# %% ../../../nbs/train/methods/03_sam.ipynb #35e95c86
-@patch
-def load_state_dict(self:SAM,
-    state_dict: dict,  # from `SAM.state_dict`, or the base optimizer's own
-):
-    "Go on where a checkpoint stopped: momentum, learning rates, rho and the count of steps."
-    self.ascent.recover()
-    self._begun, self._n_steps = False, state_dict.get('sam', {}).get('n_steps', 0)
-    self.base.load_state_dict({k: v for k, v in state_dict.items() if k != 'sam'})
-    self._complete()

@@ -17,9 +17,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import apply, find_bs, to_concat
 from fastcore.basics import patch
 
+from ...basics import check_number, check_share, check_whole
 from ..method import Batch, Method
-from .ascent import (
-    Ascent, RandomState, check_count, check_number, clear_gradients, default_rho, rho_at)
+from .ascent import Ascent, RandomState, clear_gradients, default_rho, rho_at
 
 # %% ../../../nbs/train/methods/04_sam_callback.ipynb #befbbd27
 class SAMCallback(Method):
@@ -44,13 +44,12 @@ class SAMCallback(Method):
         self.rho = default_rho(rho, adaptive)
         self.adaptive = bool(adaptive)
         self.eta = check_number('eta', eta)
-        self.every = check_count('every', every)
+        self.every = check_whole('every', every, 1)
         if not callable(self.rho):
             for r in self.rho if isinstance(self.rho, (list, tuple)) else [self.rho]: check_number('rho', r)
-        self.m = None if m is None else check_count('m', m)
-        if check_number('batch_part', batch_part, strict=True) > 1:
-            raise ValueError(f"batch_part is a share, above 0 and at most 1, got {batch_part!r}")
-        self.batch_part = batch_part
+        self.m = None if m is None else check_whole('m', m, 1)
+        self.batch_part = check_share('batch_part', batch_part)
+        if not batch_part: raise ValueError("batch_part: expected a share above 0, got 0; `batch_part=1` is all of it")
         self.where = where
         self.sync = sync
         self.same_draws = same_draws
