@@ -19,8 +19,6 @@ settings = settings['DEFAULT']
 # subpackages import in this direction only: from those before them
 LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
 SECTIONS = [*LAYERS[1:], 'tutorials', 'studies']           # each has a sidebar of its own on the site
-# where the navigation bar leads: the notebook of each subpackage that a newcomer reads
-STORY = dict(perturb='clone', data='datasets', nets='unet3plus', measure='sweeps', train='learner', show='explorer')
 # the sidebar of notebooks in no folder
 AT_THE_TOP = {'basics.ipynb': 'perturb', 'docments.ipynb': 'perturb', 'benchmarks.ipynb': 'studies'}
 FIRST = dict(tutorials=[f'tutorials/{o}.ipynb' for o in ('drag_it', 'tour', 'plain_pytorch', 'own_data', 'few_masks')],
@@ -147,9 +145,7 @@ def quarto_yml():
     "The text of _quarto.yml, with the sidebars and the links to stories that the notebooks ask for"
     text = (root/'_quarto.yml').read_text(encoding='utf-8')
     for section, folders in sections().items():
-        at = {name: nb for nb, name in folders['']}
-        story = next(iter(at.values()))
-        if not story.endswith('/index.ipynb'): story = at.get(STORY.get(section), story)
+        story, _ = folders[''][0]
         text = re.sub(rf'(- text: {section}\n +href: ).*', rf'\g<1>{story}', text)
     return re.sub(r'(?<=  sidebar:  # made by [.]ci/derive[.]py\n).*', lambda m: sidebars(), text, flags=re.S)
 

@@ -1,6 +1,7 @@
 """README and site, as far as they can be held without Quarto: what it is given is processed by nbdev, well formed and
 complete. That Quarto then renders it is seen only where the site is built (.github/workflows/docs.yml), by
 `test_built_site`."""
+import ast
 import json
 import os
 import re
@@ -242,6 +243,45 @@ def test_index_says_where_to_go():
     there = set(re.findall(r'\]\(([\w/]+\.ipynb)', text))
     assert {o.split('/')[0] for o in there} >= set(derive.SECTIONS)
     assert not {nb_id(p) for p in notebooks() if p.parent.name in ('tutorials', 'studies')} - there
+
+
+def package_names():
+    "All that has a name in noisyseg: functions, classes, parameters, attributes"
+    names = set()
+    for p in (root/'noisyseg').rglob('*.py'):
+        for o in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
+            if isinstance(o, (ast.FunctionDef, ast.ClassDef)): names.add(o.name)
+            elif isinstance(o, ast.arg): names.add(o.arg)
+            elif isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store): names.add(o.id)
+            elif isinstance(o, ast.Attribute) and isinstance(o.ctx, ast.Store): names.add(o.attr)
+    return names
+
+
+def dead_words(text):
+    "What stands in backticks in the recipes, and neither is a file nor has a name in the package"
+    recipes = text.partition('## Four recipes')[2].partition('\n## ')[0]
+    folder, names = root, package_names()
+    for code in re.findall(r'`([^`]+)`', recipes):
+        if re.search(r'[.](ipynb|py)$', code):
+            found = root/code if '/' in code else folder/code
+            folder = found.parent
+            if not found.exists(): yield code
+        elif (word := re.search(r'\w+', code)[0]) not in names: yield word
+
+
+def test_recipes_name_what_exists():
+    "Every notebook and every name in CONTRIBUTING's four recipes"
+    text = (root/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    assert list(dead_words(text)) == []
+    first = re.findall(r'\n- (?:For a corruption r|R)ead [^`\n]*`(nbs/[^`]+[.]ipynb)`', text)
+    assert len(first) == 5
+    for o in first: assert any(c.source.startswith('## Write yours') for c in read_nb(root/o).cells), o
+
+
+def test_recipes_can_fail():
+    "A notebook that was renamed and a function that is gone are found"
+    text = '## Four recipes\n\nRead `nbs/perturb/99_nowhere.ipynb`, call `no_such_function(x)`, then `sweep(x)`.\n\n## Else'
+    assert list(dead_words(text)) == ['nbs/perturb/99_nowhere.ipynb', 'no_such_function']
 
 
 def result_rows():

@@ -20,10 +20,11 @@ from fastcore.basics import noop
 from fastcore.meta import delegates
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, fastai_path
+from ..basics import check_choice, check_whole
 from .archives import fetch_and_extract
 from .loaders import augmenter, mask_dataloaders
 from .files import (MissingData, PairReader, check_sizes, data_root, distinct_palette, label_table,
-                                 other_size, pair_files, read_image, whole)
+                                 other_size, pair_files, read_image)
 from .procedural import outlines, scene, scene_classes, scene_palette
 
 # %% ../../nbs/data/05_datasets.ipynb #ee047737
@@ -39,9 +40,9 @@ def scenes(
     device=None # None: fastai's default device
 ) -> DataLoaders: # 7 classes, no ignored label
     "Procedural scenes: discs, boxes, triangles, rings, stars and crescents on a cluttered ground"
-    n_train = whole('n_train', n_train, 1)
-    n_valid = whole('n_valid', n_valid, 1)
-    seed = whole('seed', seed, 0)
+    n_train = check_whole('n_train', n_train, 1)
+    n_valid = check_whole('n_valid', n_valid, 1)
+    seed = check_whole('seed', seed, 0)
     draw = lambda split, n: [scene(np.random.default_rng([seed, split, i]), size, classes) for i in range(n)]
     if augment is True: augment = augmenter((size,size), zoom=(1,1))
     return mask_dataloaders(draw(0, n_train), draw(1, n_valid), noop, scene_classes, scene_palette, None, size, bs,
@@ -138,10 +139,6 @@ def _voc_colour(i):
     return tuple(sum((i>>(3*k+c) & 1)<<(7-k) for k in range(3)) for c in range(3))
 voc_palette = [_voc_colour(i) for i in range(21)]
 
-# %% ../../nbs/data/05_datasets.ipynb #530d6a1d
-def _one_of(name, value, allowed):
-    if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-
 # %% ../../nbs/data/05_datasets.ipynb #85e5dddc
 def apart(
     train:list, # (image, mask) files to train on
@@ -193,9 +190,9 @@ def voc(
     **kwargs
 ) -> DataLoaders: # 21 classes, 255 = void
     "Pascal VOC segmentation (Everingham et al. 2010)"
-    _one_of('split', split, ('train','trainval','val','trainaug'))
-    _one_of('valid_split', valid_split, ('train','trainval','val'))
-    _one_of('year', str(year), [str(y) for y in range(2007, 2013)])
+    check_choice('split', split, 'train', 'trainval', 'val', 'trainaug')
+    check_choice('valid_split', valid_split, 'train', 'trainval', 'val')
+    check_choice('year', str(year), *(str(y) for y in range(2007, 2013)))
     make, known = partial(VOCSegmentation, year=str(year)), DATASET_YEAR_DICT[str(year)]
     root = find_set(path, ['voc', 'VOC', '.'], ['VOCdevkit', 'TrainVal'],
                  partial(fetch_and_extract, known['url'], md5=known['md5']), download)
@@ -219,7 +216,7 @@ def sbd(
 ) -> DataLoaders: # 21 classes; SBD marks no void, 255 occurs in margins only
     "Semantic Boundaries Dataset (Hariharan et al. 2011), as class masks"
     for name,value in (('split', split), ('valid_split', valid_split)):
-        _one_of(name, value, ('train','val','train_noval'))
+        check_choice(name, value, 'train', 'val', 'train_noval')
     make = partial(SBDataset, mode='segmentation')
     fetch = partial(fetch_and_extract, SBDataset.url, inside='benchmark_RELEASE/dataset', md5=SBDataset.md5)
     root = find_set(path, ['sbd', 'SBD'], ['img'], fetch, download)
@@ -247,7 +244,7 @@ def cityscapes(
     **kwargs
 ) -> DataLoaders: # 19 classes, 255 = void
     "Cityscapes (Cordts et al. 2016), validated on the cities of its validation set"
-    _one_of('ids', ids, ('labelIds','labelTrainIds'))
+    check_choice('ids', ids, 'labelIds', 'labelTrainIds')
     root = find_set(path, ['cityscapes'], ['leftImg8bit'], None, False)
     codes = {v: i for i,v in enumerate(_city_ids)} if ids=='labelIds' else {i: i for i in range(19)}
     codes = {v: codes.get(v, 255) for v in range(256)} if ids=='labelIds' else codes|{255: 255}

@@ -26,7 +26,8 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import TensorImage, TensorMask, default_device, num_distrib, to_cpu
 from fastai.vision.core import imagenet_stats
-from .files import as_image, as_mask, colorize, to_rgb, whole
+from ..basics import check_whole
+from .files import as_image, as_mask, colorize, to_rgb
 
 # %% ../../nbs/data/03_loaders.ipynb #66d969f9
 def height_width(
@@ -36,7 +37,7 @@ def height_width(
     if isinstance(size, (int, np.integer)) and not isinstance(size, bool): size = size,size
     if not isinstance(size, (tuple,list)) or len(size)!=2:
         raise TypeError(f"size={size!r}: expected a number, or (height, width)")
-    return tuple(whole('size', s, 8) for s in size)
+    return tuple(check_whole('size', s, 8) for s in size)
 
 # %% ../../nbs/data/03_loaders.ipynb #52aaaeb5
 def _scaled(x, y, scale):
@@ -258,14 +259,14 @@ def mask_dataloaders(
 ) -> DataLoaders: # of (images (bs, channels, height, width) normalised, masks (bs, height, width) int64)
     "Training and validation loaders of images and masks"
     size = height_width(size)
-    bs = whole('bs', bs, 1)
-    num_workers = whole('num_workers', num_workers, 0)
+    bs = check_whole('bs', bs, 1)
+    num_workers = check_whole('num_workers', num_workers, 0)
     zoom = zoom_range(zoom)
     if not (isinstance(augment, bool) or callable(augment)):
         raise TypeError(f"augment={augment!r}: expected True, False or a function")
     if not (len(train) and len(valid)):
         raise ValueError(f"{len(train)} images to train on, {len(valid)} to validate on: expected some of each")
-    seed = int(torch.randint(2**31, (1,))) if seed is None else whole('seed', seed, 0)
+    seed = int(torch.randint(2**31, (1,))) if seed is None else check_whole('seed', seed, 0)
     stats = stats_of(read, train, stats)
     if augment is True: augment = augmenter(size, zoom, void=ignore_index)
     common = dict(read=read, vocab=list(vocab), palette=list(palette), ignore_index=ignore_index, size=size, seed=seed,

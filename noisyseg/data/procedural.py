@@ -12,6 +12,8 @@ import math
 from functools import lru_cache
 import numpy as np
 
+from ..basics import check_whole
+
 # %% ../../nbs/data/01_procedural.ipynb #735ad9ba
 def _tips(u, v, n, dent):
     "Distance to a star of `n` tips of radius 1 with dents of radius `dent`; cos(pi/n) makes it a polygon"
@@ -124,8 +126,6 @@ def scene(
 
 # %% ../../nbs/data/01_procedural.ipynb #8c182866
 def _check(size, classes):
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-        raise TypeError(f"size={size!r}: expected a whole number")
-    if size<16: raise ValueError(f"size={size}: expected at least 16 pixels")
+    check_whole('size', size, 16)
     if isinstance(classes, str) or not len(classes) or not set(classes)<=set(outlines):
         raise ValueError(f"classes={classes!r}: expected some of {list(outlines)}")

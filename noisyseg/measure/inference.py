@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from ..basics import evaluating
+from ..basics import check_choice, check_whole, evaluating
 from ..data.loaders import MaskDataset, fit
-from ..data.files import label_table, read_image, read_mask, whole
+from ..data.files import label_table, read_image, read_mask
 from ..nets.adapter import class_count, class_names, logits_of, probabilities, to_classes
 from .metrics import ConfusionMeter
 
@@ -36,7 +36,7 @@ def _pair(name, value):
     "`value` as (height, width), each 1 or more"
     pair = (value, value) if not isinstance(value, (tuple, list)) else tuple(value)
     if len(pair) != 2: raise ValueError(f"{name}={value!r}: expected a number of pixels, or (height, width)")
-    return tuple(whole(name, v, 1) for v in pair)
+    return tuple(check_whole(name, v, 1) for v in pair)
 
 # %% ../../nbs/measure/04_inference.ipynb #2330a211
 def window_corners(
@@ -89,11 +89,10 @@ def image_logits(
     "The logits of every pixel of an image, in one pass or by sliding window."
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point() or not x.numel():
         raise ValueError(f"expected one normalised image (channels, height, width), got {_told(x)}")
-    if average not in ('logits', 'probabilities'):
-        raise ValueError(f"average={average!r}: expected 'logits' or 'probabilities'")
+    check_choice('average', average, 'logits', 'probabilities')
     if window is None and stride is not None:
         raise ValueError(f"stride={stride} without window=: how large are the windows?")
-    x, bs = x.as_subclass(Tensor), whole('bs', bs, 1)
+    x, bs = x.as_subclass(Tensor), check_whole('bs', bs, 1)
     with evaluating(model), torch.no_grad():
         if window is None: return _forward(model, x[None], autocast)[0]
         window, (h, w) = _pair('window', window), x.shape[1:]
@@ -231,7 +230,8 @@ def evaluate(
         raise TypeError(f"data: expected DataLoaders, a loader, a dataset or a list of items, got {_told(data)}")
     how['size'], how['stats'] = _how(known, how['size'], how['window'], how['stats'])
     names = known['classes'] if classes is None else classes
-    if isinstance(names, (int, np.integer)): names = range(whole('classes', names, 1)) if names != 1 else ['foreground']
+    if isinstance(names, (int, np.integer)):
+        names = range(check_whole('classes', names, 1)) if names != 1 else ['foreground']
     void, meter = known['ignore_index'] if ignore_index is None else ignore_index, None
     for i, (x, y) in enumerate(_samples(data, read, progress)):
         out = _own_size_logits(model, x, **how)

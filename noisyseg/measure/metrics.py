@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..basics import check_whole
+from ..basics import check_choice, check_whole
 from ..nets.adapter import as_logits, to_classes
 
 # %% ../../nbs/measure/01_metrics.ipynb #efe9e943
@@ -48,8 +48,7 @@ def miou_from_matrix(
     ignore_index: int = None,  # a class that is not scored; never part of the mean
 ) -> float:  # in [0, 1]; nan where there is nothing to average
     "Mean of the classes' IoU, over the classes that occur in the truth or in the prediction."
-    if absent not in ('skip', 'zero', 'one'):
-        raise ValueError(f"absent must be 'skip', 'zero' or 'one', got {absent!r}")
+    check_choice('absent', absent, 'skip', 'zero', 'one')
     iou = iou_from_matrix(cm, ignore_index)
     if ignore_index is not None and 0 <= ignore_index < len(iou):
         iou = torch.cat([iou[:ignore_index], iou[ignore_index+1:]])

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..basics import check_choice
 from ..perturb.disturbance import Disturbance
 
 # %% ../../nbs/measure/08_summary.ipynb #4ae834e1
@@ -79,7 +80,7 @@ def _whole_draws(d, by):
 
 def _unit_means(d, by, unit):
     "One value for each group and unit of luck, averaged over the other luck."
-    if unit not in ('draw', 'seed'): raise ValueError(f"unit: expected 'draw' or 'seed', got {unit!r}")
+    check_choice('unit', unit, 'draw', 'seed')
     return d.groupby([*by, *(_draws if unit == 'draw' else ['train_seed'])], observed=True,
                      sort=False)['value'].mean().reset_index()
 

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..basics import check_choice, check_number, check_share
 from .classifiers import ResBlock
 from .encoders import channels_last
 from ..perturb.clone import HoldInterrupts, as_generator
@@ -60,7 +61,7 @@ def residual_blocks(
     unit: str = 'block',  # 'block': one entry a block ('layer2.1'); 'stage': one a stage ('layer2')
 ) -> dict[str, list[nn.Module]]:  # name -> its residual blocks, from the input to the output
     "The residual blocks of an encoder."
-    if unit not in ('block', 'stage'): raise ValueError(f"unit= is 'block' or 'stage', got {unit!r}")
+    check_choice('unit', unit, 'block', 'stage')
     encoder, found = find_encoder(encoder), {}
     for name, m in encoder.named_modules():
         if _last_activation(m) is not None or _adds_to_input(m):
@@ -78,8 +79,7 @@ def draw_blocks(
     generator=None,  # torch.Generator, a seed, or None for torch's global generator
 ) -> list[str]:  # names, as in `residual_blocks`
     "Draw what is to be switched off in one pass."
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise ValueError(f"p= is a probability from 0 to 1, got {p!r}")
+    check_share('p', p)
     names, generator = list(residual_blocks(encoder, unit)), as_generator(generator)
     device = 'cpu' if generator is None else generator.device
     if unit == 'block': return [names[int(torch.randint(len(names), (), generator=generator, device=device))]]
@@ -125,17 +125,15 @@ class _Context:
             raise
         finally: self.hold.release()
 
-# %% ../../nbs/nets/06_blocks.ipynb #5f192dc0
-@patch
-def _do(self:_Context, module, change):
-    ("Change a module's class by `change(class) -> class`; each call needs a `change` of its own, by which it is "
-     "taken away again.")
-    if 'forward' in vars(module):
-        raise ValueError(f"forward of this {type(module).__name__} was replaced on the instance, which hides the "
-                         f"class's: take that away first")
-    self._done.append((module, change))
-    _changed.setdefault(module, (type(module), []))[1].append(change)
-    _wear(module)
+    def _do(self, module, change):
+        ("Change a module's class by `change(class) -> class`; each call needs a `change` of its own, by which it is "
+         "taken away again.")
+        if 'forward' in vars(module):
+            raise ValueError(f"forward of this {type(module).__name__} was replaced on the instance, which hides the "
+                             f"class's: take that away first")
+        self._done.append((module, change))
+        _changed.setdefault(module, (type(module), []))[1].append(change)
+        _wear(module)
 
 # %% ../../nbs/nets/06_blocks.ipynb #8baa9ee3
 @patch
@@ -172,11 +170,9 @@ class deactivated(_Context):
         batch_norm: str = 'frozen',  # running statistics don't move; 'update': they do, as in the published code
     ):
         super().__init__()
-        if batch_norm not in ('frozen', 'update'):
-            raise ValueError(f"batch_norm= is 'frozen' or 'update', got {batch_norm!r}")
         self.encoder = encoder
         self.units = residual_blocks(encoder, unit)
-        self.batch_norm = batch_norm
+        self.batch_norm = check_choice('batch_norm', batch_norm, 'frozen', 'update')
         self._kept = []
         self.draw = lambda: draw_blocks(encoder, unit, p, generator)
         self.names = None if block is None else [_name(b, list(self.units), unit)
@@ -246,10 +242,8 @@ class feature_dropout(_Context):
         beside: bool = True,  # keep the clean maps too: of 2b outputs the first b are clean
     ):
         super().__init__()
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-            raise ValueError(f"p= is a probability from 0 to below 1, got {p!r}")
         self.encoder = find_encoder(model)
-        self.p = p
+        self.p = check_number('p', p, 0, 0.999)
         self.generator = as_generator(generator)
         self.beside = beside
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+from ..basics import check_whole
 from .encoders import ResNetEncoder, resnet_encoder
 from .unet3plus import factory
 
@@ -50,11 +51,8 @@ class DeepLabV3Plus(nn.Module):
         dropout: float = 0.,  # at the end of the pyramid, in training
     ):
         super().__init__()
-        for name, v in (('n_classes', n_classes), ('in_channels', in_channels)):
-            if not isinstance(v, int) or isinstance(v, bool) or v < 1:
-                raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
-        self.n_classes = n_classes
-        self.in_channels = in_channels
+        self.n_classes = check_whole('n_classes', n_classes, 1)
+        self.in_channels = check_whole('in_channels', in_channels, 1)
         self.encoder = dilate(encoder, output_stride)
         self.pyramid = ASPP(encoder.channels[-1], [k * 96 // output_stride for k in (1, 2, 3)])
         self.pyramid.project[-1].p = dropout

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as run_checkpointed
-from ..basics import expect_module
+from ..basics import check_choice, check_whole, expect_module
 from .fast.bnrelu import batch_norm_relu, folded
 from .encoders import (ConvBlock, FastEncoder, PlainEncoder, encoder_channels, encoder_maps,
                                     may_fuse, resnet_encoder, slim_resnet_encoder, timm_encoder)
@@ -111,23 +111,27 @@ class Level(nn.Module):
 
     def set_fast(self, fast): self.fast = self.fuse.fast = fast
 
-# %% ../../nbs/nets/03_unet3plus.ipynb #08023517
-@patch
-def _conv(self:Level, x, weight, bias, size, **kw):
-    "The convolution of one branch, at this level's size."
-    if x.shape[-2] < size[0] or x.shape[-1] < size[1]: return conv_of_upsampled(x, weight, size, bias, **kw)
-    y = F.conv2d(resize_to(x, size), weight, bias, padding=1)
-    return torch.clamp_min(y, 0, out=kw['out']) if kw else y
+    def _conv(self, x, weight, bias, size, **kw):
+        "The convolution of one branch, at this level's size."
+        if x.shape[-2] < size[0] or x.shape[-1] < size[1]: return conv_of_upsampled(x, weight, size, bias, **kw)
+        y = F.conv2d(resize_to(x, size), weight, bias, padding=1)
+        return torch.clamp_min(y, 0, out=kw['out']) if kw else y
 
-# %% ../../nbs/nets/03_unet3plus.ipynb #d3d351fc
-@patch
-def _source(self:Level, block, x, size):
-    "One branch."
-    finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
-    if self.after and not finer: return resize_to(block(x), size, align_corners=True)
-    if finer or not self.fast or watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward:
-        return block(resize_to(x, size))
-    return block.relu(block.bn(self._conv(x, block.conv.weight, block.conv.bias, size)))
+    def _source(self, block, x, size):
+        "One branch."
+        finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
+        if self.after and not finer: return resize_to(block(x), size, align_corners=True)
+        if finer or not self.fast or watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward:
+            return block(resize_to(x, size))
+        return block.relu(block.bn(self._conv(x, block.conv.weight, block.conv.bias, size)))
+
+    def forward(self, maps):
+        size = tuple(maps[self.index].shape[-2:])
+        if self.fast and may_fuse(maps[self.index], self.branches): x = self._together(maps, size)
+        else: x = torch.cat([self._source(b, m, size) for b, m in zip(self.branches, maps)], 1)
+        # nobody else has seen this map
+        mine = type(self.fuse) is ConvBlock and not torch.is_grad_enabled() and not watched(self.dropout, self.fuse)
+        return self.fuse(self.dropout(x), inplace=True) if mine else self.fuse(self.dropout(x))
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #c45cdb5d
 @patch
@@ -150,16 +154,6 @@ def _together(self:Level, maps, size):
             self._conv(x, b.conv.weight * f.view(-1, 1, 1, 1), shift, size, relu=True, out=out)
     return torch.cat([here, *(last(self._source(b, x, size)) for b, x in zip(self.branches[n:], maps[n:]))],
                      1) if n < len(maps) else here
-
-# %% ../../nbs/nets/03_unet3plus.ipynb #474aae8d
-@patch
-def forward(self:Level, maps):
-    size = tuple(maps[self.index].shape[-2:])
-    if self.fast and may_fuse(maps[self.index], self.branches): x = self._together(maps, size)
-    else: x = torch.cat([self._source(b, m, size) for b, m in zip(self.branches, maps)], 1)
-    # nobody else has seen this map
-    mine = type(self.fuse) is ConvBlock and not torch.is_grad_enabled() and not watched(self.dropout, self.fuse)
-    return self.fuse(self.dropout(x), inplace=True) if mine else self.fuse(self.dropout(x))
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #ca9f309d
 def gate(
@@ -192,9 +186,8 @@ class UNet3Plus(nn.Module):
         decoder: str = 'fast',  # on a CPU by taps and Winograd, the same to within rounding; 'plain': as written
     ):
         super().__init__()
-        if upsample not in ('before', 'after'): raise ValueError(f"upsample= is 'before' or 'after', got {upsample!r}")
-        for name, v in (('n_classes', n_classes), ('width', width), ('in_channels', in_channels)):
-            if not isinstance(v, int) or v < 1: raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
+        check_choice('upsample', upsample, 'before', 'after')
+        for name, v in dict(n_classes=n_classes, width=width, in_channels=in_channels).items(): check_whole(name, v, 1)
         channels = encoder_channels(expect_module(encoder, 'encoder'), in_channels)
         if len(channels) < 2:
             raise ValueError(f"UNet3+ needs an encoder with at least 2 feature maps, got {len(channels)}")
@@ -207,6 +200,14 @@ class UNet3Plus(nn.Module):
         self.encoder, self.checkpoint = encoder, checkpoint
         self._build(list(channels), compress, width, upsample, deep_supervision, cgm, dropout, bias)
         self.set_decoder(decoder)
+
+    def _init(self):
+        "He initialisation of everything but the encoder, which brings its own."
+        for part in (self.compress, self.decoder, self.heads, self.presence):
+            for m in part.modules() if part is not None else ():
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight)
+                    if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #d96b424b
 @patch
@@ -223,23 +224,13 @@ def _build(self:UNet3Plus, channels, compress, width, upsample, deep_supervision
                                   nn.Flatten()) if cgm else None
     self._init()
 
-# %% ../../nbs/nets/03_unet3plus.ipynb #fa5fa285
-@patch
-def _init(self:UNet3Plus):
-    "He initialisation of everything but the encoder, which brings its own."
-    for part in (self.compress, self.decoder, self.heads, self.presence):
-        for m in part.modules() if part is not None else ():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight)
-                if m.bias is not None: nn.init.zeros_(m.bias)
-
 # %% ../../nbs/nets/03_unet3plus.ipynb #3eb031e3
 @patch
 def set_decoder(self:UNet3Plus,
     decoder: str,  # 'fast' or 'plain'
 ) -> UNet3Plus:  # itself
     "Choose how to compute; the function is the same to within rounding."
-    if decoder not in ('fast', 'plain'): raise ValueError(f"decoder= is 'fast' or 'plain', got {decoder!r}")
+    check_choice('decoder', decoder, 'fast', 'plain')
     for level in self.decoder: level.set_fast(decoder == 'fast')
     if isinstance(self.encoder, FastEncoder): self.encoder.fast = decoder == 'fast'
     return self

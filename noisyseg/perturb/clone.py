@@ -549,19 +549,16 @@ class HoldInterrupts:
             self._give_back()
             raise
 
-# %% ../../nbs/perturb/02_clone.ipynb #b6a1035b
-@patch
-def _below(self:HoldInterrupts, signum):
-    "The handler that a signal is passed on to: that of the next block below that is still open, or the first."
-    old = self.old[signum]
-    while isinstance(hold := getattr(old, '__self__', None), HoldInterrupts) and not hold.installed:
-        old = hold.old[signum]
-    return old
+    def _below(self, signum):
+        "The handler that a signal is passed on to: that of the next block below that is still open, or the first."
+        old = self.old[signum]
+        while isinstance(hold := getattr(old, '__self__', None), HoldInterrupts) and not hold.installed:
+            old = hold.old[signum]
+        return old
 
-@patch
-def _give_back(self:HoldInterrupts):
-    for s in self.old:
-        if signal.getsignal(s) == self.mine: signal.signal(s, self._below(s))
+    def _give_back(self):
+        for s in self.old:
+            if signal.getsignal(s) == self.mine: signal.signal(s, self._below(s))
 
 # %% ../../nbs/perturb/02_clone.ipynb #b9100354
 @patch

@@ -232,11 +232,10 @@ class Law(Disturbance):
 
     __str__ = describe
 
-# %% ../../nbs/perturb/03_disturbance.ipynb #17a1df4f
-@patch(cls_method=True)
-def axis_title(cls:Law) -> str:
-    "What stands at an axis of levels."
-    return cls.axis or f'noise {cls.unit}'
+    @classmethod
+    def axis_title(cls) -> str:
+        "What stands at an axis of levels."
+        return cls.axis or f'noise {cls.unit}'
 
 # %% ../../nbs/perturb/03_disturbance.ipynb #fdf1d636
 @patch
@@ -357,16 +356,14 @@ class Composed(Disturbance):
     def kind_name(self) -> str: return ' + '.join(p.name if p is self.part else str(p) for p in self.parts)
     def __str__(self) -> str: return ' + '.join(map(str, self.parts))
 
-# %% ../../nbs/perturb/03_disturbance.ipynb #384c6a64
-@patch
-def generators(self:Composed,
-    generator=None,  # torch.Generator, a seed, or None for torch's global generator
-) -> list:  # one for each part
-    "A draw of its own for each part: the last random one uses `generator` itself, the others seeds drawn from it."
-    if generator is None: return [None] * len(self.parts)
-    last = max((i for i, p in enumerate(self.parts) if p.random), default=-1)
-    source = as_generator(generator)
-    return [generator if i == last else fresh_seed(source) if p.random else 0 for i, p in enumerate(self.parts)]
+    def generators(self,
+        generator=None,  # torch.Generator, a seed, or None for torch's global generator
+    ) -> list:  # one for each part
+        "A draw of its own for each part: the last random one uses `generator` itself, the others seeds drawn from it."
+        if generator is None: return [None] * len(self.parts)
+        last = max((i for i, p in enumerate(self.parts) if p.random), default=-1)
+        source = as_generator(generator)
+        return [generator if i == last else fresh_seed(source) if p.random else 0 for i, p in enumerate(self.parts)]
 
 # %% ../../nbs/perturb/03_disturbance.ipynb #f76b8c17
 @patch

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..basics import check_whole
 from .disturbance import Law, check_choice, check_number
 from .selectors import Selector, _Cut, as_selector, conv_and_linear, select
 
@@ -113,12 +114,9 @@ class Quantize(Law):
 class _Inner(_Cut):
     "All but the first and the last layers of another selector's."
     def __init__(self, base, first, last):
-        for k in (first, last):
-            if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-                raise ValueError(f"expected a number of layers to leave out, 0 or more, got {k!r}")
         self.base = base
-        self.first_k = first
-        self.last_k = last
+        self.first_k = check_whole('first', first, 0)
+        self.last_k = check_whole('last', last, 0)
         self.label = f'{base} without the first {first} and the last {last}'
 
     def _pick(self, sites):

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from ..basics import expect_module, plain_name, unwrapped
+from ..basics import check_whole, expect_module, plain_name, unwrapped
 
 # %% ../../nbs/perturb/01_selectors.ipynb #8f2de734
 class Site(NamedTuple):
@@ -96,9 +96,8 @@ class _Cut(Selector):
     ("The first or last layers among those that another selector picks: it needs the whole list, so it picks from "
      "sites, not one by one.")
     def __init__(self, base, k, last):
-        if not isinstance(k, int) or k < 1: raise ValueError(f"expected a number of layers of at least 1, got {k!r}")
         self.base = base
-        self.k = k
+        self.k = check_whole('k', k, 1)
         self.last = last
         self.label = f"{'last' if last else 'first'} {k} of {base}"
 

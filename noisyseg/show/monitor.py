@@ -138,35 +138,29 @@ class _Dashboard:
         self.box = W.VBox([top, self.figure, self.sample, *self.panels], layout=W.Layout(width='100%'))
         self.parts = [self.stop, self.state, self.progress, self.sample, *self.panels, self.figure, top, self.box]
 
-# %% ../../nbs/show/07_monitor.ipynb #b5d51115
-@patch
-def draw(self:_Dashboard, series):
-    "Put series into the curves; what has not changed is not sent."
-    with self.figure.batch_update():
-        for trace in self.figure.data:
-            points = series.get(trace.meta, [])
-            if points and (not trace.x or trace.x[-1] != points[-1][0]): trace.x, trace.y = _thinned(points)
+    def draw(self, series):
+        "Put series into the curves; what has not changed is not sent."
+        with self.figure.batch_update():
+            for trace in self.figure.data:
+                points = series.get(trace.meta, [])
+                if points and (not trace.x or trace.x[-1] != points[-1][0]): trace.x, trace.y = _thinned(points)
 
-# %% ../../nbs/show/07_monitor.ipynb #7efb0406
-@patch
-def tell(self:_Dashboard, state, share, text, stoppable):
-    "State, progress, and whether there is something to stop."
-    # read aloud when it changes, progress is not
-    self.state.value = f'<b role="status" style="{TEXT_STYLE};font-weight:600">{escape(state)}</b>'
-    bar = (f'<progress aria-label="Progress of the fit" max="1" value="{share:.4f}" '
-           f'style="vertical-align:middle"></progress>')
-    self.progress.value = f'<span style="{TEXT_STYLE}">{bar} {escape(text)}</span>'
-    self.stop.disabled = not stoppable
+    def tell(self, state, share, text, stoppable):
+        "State, progress, and whether there is something to stop."
+        # read aloud when it changes, progress is not
+        self.state.value = f'<b role="status" style="{TEXT_STYLE};font-weight:600">{escape(state)}</b>'
+        bar = (f'<progress aria-label="Progress of the fit" max="1" value="{share:.4f}" '
+               f'style="vertical-align:middle"></progress>')
+        self.progress.value = f'<span style="{TEXT_STYLE}">{bar} {escape(text)}</span>'
+        self.stop.disabled = not stoppable
 
-# %% ../../nbs/show/07_monitor.ipynb #b7f675b7
-@patch
-def close(self:_Dashboard):
-    "Free all widgets, with the layouts and styles that each brought along."
-    for w in self.parts:
-        for name in ('style', 'layout'):
-            if w.has_trait(name) and hasattr(inner := w._trait_values.get(name), 'close'): inner.close()
-        w.close()
-    self.parts = []
+    def close(self):
+        "Free all widgets, with the layouts and styles that each brought along."
+        for w in self.parts:
+            for name in ('style', 'layout'):
+                if w.has_trait(name) and hasattr(inner := w._trait_values.get(name), 'close'): inner.close()
+            w.close()
+        self.parts = []
 
 # %% ../../nbs/show/07_monitor.ipynb #4f3f19b0
 def _checked_panels(panels):

@@ -18,11 +18,11 @@ from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from matplotlib import colormaps
 
-from ..basics import unwrapped
+from ..basics import check_choice, check_share, check_whole, unwrapped
 from ..measure.evaluation import untouched
 from ..nets.adapter import logits_of
 from ..data.loaders import fit
-from ..data.files import colorize, whole
+from ..data.files import colorize
 from ..train.methods.match_loss import pseudo_labels
 from ..measure.metrics import valid_pixels
 from .pictures import html_block, html_legend, html_picture, html_row
@@ -77,19 +77,15 @@ class PseudoLabelPanel:
         mode: str = None,
     ):
         if isinstance(images, Iterable) and not isinstance(images, str):
-            images = [whole('images', i, 0) for i in images]
-        else: whole('images', images, 1)
+            images = [check_whole('images', i, 0) for i in images]
+        else: check_whole('images', images, 1)
         if images == []: raise ValueError("images= names no image: expected how many, or their numbers")
         if not (truth is None or callable(truth) or hasattr(truth, '__getitem__')):
             raise TypeError(f"truth= is a function of an item, or a sequence of masks, got {truth!r}")
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0
-                                      <= threshold <= 1):
-            raise ValueError(f"threshold= is a number from 0 to 1, got {threshold!r}")
-        if mode not in (None, 'train', 'eval'): raise ValueError(f"mode= is 'train', 'eval' or None, got {mode!r}")
         self.images = images
         self.truth = truth
-        self.threshold = threshold
-        self.mode = mode
+        self.threshold = threshold if threshold is None else check_share('threshold', threshold)
+        self.mode = check_choice('mode', mode, None, 'train', 'eval')
         self._of = None
 
     def __getstate__(self): return self.__dict__ | dict(_of=None)   # saved without the data

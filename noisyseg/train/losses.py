@@ -10,13 +10,12 @@ __all__ = ['SegmentationLoss', 'FocalLoss', 'IoULoss', 'n_scales', 'ms_ssim', 'M
 
 # %% ../../nbs/train/01_losses.ipynb #5f283f91
 import math
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..basics import check_whole
+from ..basics import check_choice, check_number, check_whole
 from ..measure.metrics import class_numbers, valid_pixels
 from ..nets.adapter import as_logits, probabilities, to_classes
 
@@ -38,12 +37,6 @@ def _prepare(logits, y, ignore_index):
     return logits.masked_fill(~ok[:, None], 0.), y.masked_fill(~ok, 0), ok
 
 # %% ../../nbs/train/01_losses.ipynb #2cb9bf5a
-def _weight(v, name):
-    "`v` if it is a finite number >= 0, or an error"
-    if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v < math.inf:
-        raise ValueError(f"{name} must be a number >= 0, got {v!r}")
-    return v
-
 def _maps(x, y, ok):
     "Probability and truth of each class as maps in [0, 1], (B, C, H, W); both are 0 at void pixels"
     g = y[:, None].to(x.dtype) if x.shape[1] == 1 else torch.zeros_like(x).scatter_(1, y[:, None], 1.)
@@ -64,8 +57,7 @@ class SegmentationLoss(nn.Module):
         logits: Tensor,  # (B, C, H, W); C = 1: foreground against background
         y: Tensor,  # masks (B, H, W), integers
     ) -> Tensor:
-        if self.reduction not in ('mean', 'none'):
-            raise ValueError(f"reduction must be 'mean' or 'none', got {self.reduction!r}")
+        check_choice('reduction', self.reduction, 'mean', 'none')
         x, y, ok = _prepare(logits, y, self.ignore_index)
         with torch.autocast(x.device.type, enabled=False): return self._reduce(x, y, ok)
 
@@ -96,7 +88,7 @@ class FocalLoss(SegmentationLoss):
         reduction: str = 'mean',  # 'mean' over valid pixels; 'none': mean of each image
     ):
         super().__init__(ignore_index, reduction)
-        self.gamma = _weight(gamma, 'gamma')
+        self.gamma = check_number('gamma', gamma)
         self.alpha = None if alpha is None else torch.as_tensor(alpha, dtype=torch.float32)
         if alpha is not None:
             if self.alpha.ndim > 1 or not bool(((self.alpha >= 0) & self.alpha.isfinite()).all()):
@@ -223,7 +215,7 @@ class HybridLoss(SegmentationLoss):
         reduction: str = 'mean',  # 'mean' or 'none': one number for each image
     ):
         super().__init__(ignore_index, reduction)
-        self.weights = {k: _weight(w, k) for k, w in dict(focal=focal, msssim=msssim, iou=iou).items()}
+        self.weights = {k: check_number(k, w) for k, w in dict(focal=focal, msssim=msssim, iou=iou).items()}
         if not any(self.weights.values()): raise ValueError("all three weights are 0, nothing is left to learn from")
         self.focal = FocalLoss(gamma, alpha)
         self.msssim = MSSSIMLoss()
@@ -306,9 +298,9 @@ class DeepSupervisionLoss(_Around):
         ignore_index: int = None,  # void label for the presence target; None: the one that `base` has
     ):
         super().__init__(base, ignore_index)
-        self.presence_weight = _weight(presence_weight, 'presence_weight')
+        self.presence_weight = check_number('presence_weight', presence_weight)
         self.normalize = normalize
-        self.weights = None if weights is None else [_weight(w, 'a weight') for w in weights]
+        self.weights = None if weights is None else [check_number('a weight', w) for w in weights]
         if self.weights is not None and not any(self.weights):
             raise ValueError(f"one of the weights must be above 0, got {weights}")
 

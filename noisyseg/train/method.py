@@ -175,6 +175,16 @@ class TrainStep(Callback):
 
     def after_fit(self): self._leave()
 
+    def _install(self):
+        learn = self.learn
+        self._hook = self._around
+        self._below = learn.__dict__.get('_with_events')   # somebody else's: it goes on working
+        learn._with_events = self._hook
+
+    def _predict(self, methods, fastais):
+        if methods: methods[0].predicts(self, partial(self._predict, methods[1:], fastais))
+        else: fastais()
+
 # %% ../../nbs/train/02_method.ipynb #339a9b5b
 class _Watched:
     "A loader that says when there are no more batches, for whatever reason."
@@ -184,14 +194,6 @@ class _Watched:
     def __iter__(self):
         try: yield from self.dl
         finally: self.done()
-
-# %% ../../nbs/train/02_method.ipynb #8ca49fa3
-@patch
-def _install(self:TrainStep):
-    learn = self.learn
-    self._hook = self._around
-    self._below = learn.__dict__.get('_with_events')   # somebody else's: it goes on working
-    learn._with_events = self._hook
 
 # %% ../../nbs/train/02_method.ipynb #5cc38ae0
 @patch
@@ -238,12 +240,6 @@ def _one_batch(self:TrainStep, fastais):
     self._gradients(methods, Batch(learn.xb, learn.yb), Draw())
     learn._with_events(learn._step, 'step', CancelStepException)
     learn.opt.zero_grad()
-
-# %% ../../nbs/train/02_method.ipynb #5e805dbe
-@patch
-def _predict(self:TrainStep, methods, fastais):
-    if methods: methods[0].predicts(self, partial(self._predict, methods[1:], fastais))
-    else: fastais()
 
 # %% ../../nbs/train/02_method.ipynb #60e11ca5
 @patch

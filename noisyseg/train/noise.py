@@ -14,7 +14,7 @@ import torch
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 
-from ..basics import unwrapped
+from ..basics import check_choice, check_whole, unwrapped
 from ..perturb.clone import HoldInterrupts, WeightClone, perturbed
 from ..perturb.selectors import as_selector, conv_and_linear, conv_and_norm, select
 from .method import Method, common_seed
@@ -46,10 +46,6 @@ class NoiseBlock(perturbed):
     def __exit__(self, *exc): self._leave()
 
 # %% ../../nbs/train/03_noise.ipynb #0f554259
-def _one_of(name, value, *allowed):
-    if value not in allowed: raise ValueError(f"{name}= is one of {', '.join(allowed)}, got {value!r}")
-    return value
-
 class _Drawn(NamedTuple):
     "A note in a `Draw`: where the generator was."
     device: torch.device
@@ -81,16 +77,14 @@ class WeightNoise(Method):
         if not callable(law):
             raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as MaxGaussian(0.05), got "
                             f"{law!r}")
-        if seed is not None and not isinstance(seed, int):
-            raise TypeError(f"seed= is a whole number or None, got {seed!r}")
         self.law = law
-        self.when = _one_of('when', when, 'train', 'valid', 'both')
-        self.draw = _one_of('draw', draw, 'step', 'epoch')
+        self.when = check_choice('when', when, 'train', 'valid', 'both')
+        self.draw = check_choice('draw', draw, 'step', 'epoch')
         self.where = as_selector(where)
-        self.gradient = _one_of('gradient', gradient, 'noisy', 'recovered')
-        self.seed = seed
+        self.gradient = check_choice('gradient', gradient, 'noisy', 'recovered')
+        self.seed = seed if seed is None else check_whole('seed', seed)
         self.shared = shared
-        self.rng = _one_of('rng', rng, 'normal', 'table')
+        self.rng = check_choice('rng', rng, 'normal', 'table')
         self._generators = None
         self._fresh = True
 

@@ -246,6 +246,9 @@ class Resumable(LoopCallback):
         self._on = False
         self._saved = None
 
+    def _tell(self, text):
+        if self.verbose: print(text)
+
 # %% ../../nbs/train/07_resume.ipynb #420908c0
 @patch
 def around(self:Resumable, event, run, f):
@@ -263,11 +266,6 @@ def around(self:Resumable, event, run, f):
     elif event == 'epoch':
         self._rows.append(list(learn.recorder.log))
         self._over(learn.epoch + 1, 0)
-
-# %% ../../nbs/train/07_resume.ipynb #a008195d
-@patch
-def _tell(self:Resumable, text):
-    if self.verbose: print(text)
 
 # %% ../../nbs/train/07_resume.ipynb #9c1aba05
 @patch

@@ -281,33 +281,31 @@ class DAMP(Method):
         where=kernels_and_scales,
         seed: int = None,  # of the draws; None takes one from torch's global generator. Kept in .seed
     ):
-        if seed is not None and not isinstance(seed, int):
-            raise TypeError(f"seed= is a whole number or None, got {seed!r}")
         self.law = _settings(sigma, m, gradient, batchnorm)
         self.m = m
         self.gradient = gradient
         self.batchnorm = batchnorm
         self.where = as_selector(where)
-        self.seed = seed
+        self.seed = seed if seed is None else check_whole('seed', seed)
         self._generator = None
 
     def describe(self) -> str:
         return f"DAMP: {self.law}, {self.m} sub-batches, {self.gradient} gradient, batch norm {self.batchnorm}"
 
-# %% ../../../nbs/train/methods/01_damp.ipynb #86eb89a7
-@patch
-def before_train(self:DAMP):
-    if self._clone is not None and not self._clone.fits(unwrapped(self.learn.model)): self._clone = None
+    def before_train(self):
+        if self._clone is not None and not self._clone.fits(unwrapped(self.learn.model)): self._clone = None
 
-# %% ../../../nbs/train/methods/01_damp.ipynb #b11673ae
-@patch
-def prepare(self:DAMP, step=None):
-    "Made at the first batch: by then the model is on its device and, in a distributed run, wrapped."
-    model = unwrapped(self.learn.model)
-    if self._generator is None:
-        self.seed = common_seed(self.seed)
-        self._generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
-    if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(model, self.where)
+    def prepare(self, step=None):
+        "Made at the first batch: by then the model is on its device and, in a distributed run, wrapped."
+        model = unwrapped(self.learn.model)
+        if self._generator is None:
+            self.seed = common_seed(self.seed)
+            self._generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(model, self.where)
+
+    def state_dict(self) -> dict:
+        "What a resumed fit needs: the seed, and where the generator is."
+        return {'seed': self.seed, 'generator': None if self._generator is None else self._generator.get_state()}
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #8ce63bfc
 @patch
@@ -318,12 +316,6 @@ def _pass_over(self:DAMP, n):
                                                       for s in select(unwrapped(self.learn.model), self.where)]
     for _ in range(n):
         for w in weights: fill_normal(torch.empty(w.shape, device=w.device), self._generator)
-
-# %% ../../../nbs/train/methods/01_damp.ipynb #3a13679d
-@patch
-def state_dict(self:DAMP) -> dict:
-    "What a resumed fit needs: the seed, and where the generator is."
-    return {'seed': self.seed, 'generator': None if self._generator is None else self._generator.get_state()}
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #296a8f5a
 @patch

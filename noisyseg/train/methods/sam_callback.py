@@ -55,15 +55,16 @@ class SAMCallback(Method):
         self.same_draws = same_draws
         self.rhos = []
 
-# %% ../../../nbs/train/methods/04_sam_callback.ipynb #a356ba71
-@patch
-def describe(self:SAMCallback) -> str:
-    given = dict(rho=self.rho, m=self.m, batch_part=self.batch_part, every=self.every, where=self.where)
-    settings = ', '.join(f'{k}={v}' for k, v in given.items() if v not in (None, 1))
-    return f"{'ASAM' if self.adaptive else 'SAM'}({settings})"
+    def describe(self) -> str:
+        given = dict(rho=self.rho, m=self.m, batch_part=self.batch_part, every=self.every, where=self.where)
+        settings = ', '.join(f'{k}={v}' for k, v in given.items() if v not in (None, 1))
+        return f"{'ASAM' if self.adaptive else 'SAM'}({settings})"
 
-@patch
-def before_fit(self:SAMCallback): self._n_steps, self._due, self._kept, self.rhos = 0, None, [], []
+    def before_fit(self): self._n_steps, self._due, self._kept, self.rhos = 0, None, [], []
+
+    def state_dict(self) -> dict:
+        "What a resumed fit needs: the count of steps, and the rhos so far."
+        return {'n_steps': self._n_steps, 'rhos': list(self.rhos)}
 
 # %% ../../../nbs/train/methods/04_sam_callback.ipynb #b74f7f7e
 @patch
@@ -84,11 +85,6 @@ def splits(self:SAMCallback) -> bool:
 def can_save(self:SAMCallback) -> bool:
     "Is no accumulated batch waiting for its second pass?"
     return not self._kept
-
-@patch
-def state_dict(self:SAMCallback) -> dict:
-    "What a resumed fit needs: the count of steps, and the rhos so far."
-    return {'n_steps': self._n_steps, 'rhos': list(self.rhos)}
 
 # %% ../../../nbs/train/methods/04_sam_callback.ipynb #fa859e4e
 @patch
