@@ -198,7 +198,8 @@ def test_lightning(tmp_path):
             with perturbed(self.net, law): return self.loss(batch[0])
 
     class Spy(pl.Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer): seen.append(module.net[0].weight.detach().clone())
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen.append(module.net[0].weight.detach().clone())
 
     def trainer(*cbs):
         return pl.Trainer(max_steps=2, accelerator='cpu', logger=False, enable_checkpointing=False, callbacks=[*cbs],

@@ -160,8 +160,8 @@ class MaskDataset:
     def __getitem__(self, i): return self.item(i)
     def new_empty(self): return self.of([]) # what fastai exports
     def set_split_idx(self, i):
-        raise TypeError("fastai's tta() averages masks of images that were moved, each in another place. The learner of "
-                        "segmentation_learner(dls, ...) has a tta() that puts them back first")
+        raise TypeError("fastai's tta() averages masks of images that were moved, each in another place. The learner "
+                        "of segmentation_learner(dls, ...) has a tta() that puts them back first")
     def of(self, items):
         "The same of other items"
         res = copy.copy(self)

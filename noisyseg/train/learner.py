@@ -90,7 +90,7 @@ class SegmentationLearner(Learner):
         use_max: bool = False,  # the largest probability instead of the mean
     ) -> tuple:  # (probabilities (images, classes, height, width), masks)
         "What the network says of several views of each image."
-        if n not in range(1, 6): raise ValueError(f"n={n!r}: expected 1 to 5 views, `learn.tta(n=1)` is the mirror image")
+        if n not in range(1, 6): raise ValueError(f"n={n!r}: expected 1 to 5 views; `learn.tta(n=1)` mirrors")
         if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
         found = [self.get_preds(dl=dl, cbs=_View(*v)) for v in ((1, False), *self.views[:n])]
         probs = torch.stack([p.as_subclass(Tensor) for p, _ in found])
