@@ -33,7 +33,7 @@ class Seen:
     def data(self, key): return self.root.get_attribute(f'data-{key}')
     def js(self, code, *args): return self.root.evaluate(code, *args)
 
-    def wait(self, f, seconds=15):
+    def wait(self, f, seconds=60):
         for _ in range(int(seconds * 50)):
             if f(): return
             self.page.wait_for_timeout(20)
@@ -219,7 +219,7 @@ def live(tmp_path, sources):
             raise
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_explorer_in_jupyterlab(tmp_path):
     with live(tmp_path, cells) as page:
         seen = Seen(page)
@@ -249,7 +249,7 @@ def test_explorer_in_jupyterlab(tmp_path):
         assert not ours(page.complaints)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_explorer_without_a_kernel(tmp_path):
     "The gallery of the site: alive from a file server, with its state in the address"
     browser_path()
