@@ -106,7 +106,7 @@ def use(seen):
     root.locator('.only').first.click()
     root.locator('.only').first.click()
     seen.wait(lambda: seen.pixels() == shown)
-    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') >= 13)   # the curve fills by itself
+    seen.wait(lambda: seen.js('el => el.querySelector("svg.curve polyline").points.length') >= 13)   # fills by itself
     root.locator('canvas').nth(1).scroll_into_view_if_needed()
     page.mouse.move(*[v + 40 for v in map(root.locator('canvas').nth(1).bounding_box().get, 'xy')])
     seen.wait(lambda: '% sure' in root.locator('.hover').inner_text())
@@ -192,7 +192,7 @@ def quantize(seen):
     assert root.locator('.level .unit').inner_text() == 'not quantized'
     clean = seen.pixels()
     # 1 to 12 bits; 0 is a line of its own
-    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') == 12)
+    seen.wait(lambda: seen.js('el => el.querySelector("svg.curve polyline").points.length') == 12)
     root.get_by_label('corruption of the picture').select_option('snow')            # a corruption is drawn
     seen.wait(lambda: new.is_visible())
     snow = seen.pixels()[0]
