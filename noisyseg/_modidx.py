@@ -2478,5 +2478,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                            'noisyseg/train/serialization.py'),
                                               'noisyseg.train.serialization.set_random_state': ( 'train/serialization.html#set_random_state',
                                                                                                  'noisyseg/train/serialization.py'),
+                                              'noisyseg.train.serialization.tensor_file': ( 'train/serialization.html#tensor_file',
+                                                                                            'noisyseg/train/serialization.py'),
                                               'noisyseg.train.serialization.unpack': ( 'train/serialization.html#unpack',
                                                                                        'noisyseg/train/serialization.py')}}}
