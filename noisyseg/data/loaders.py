@@ -159,9 +159,6 @@ class MaskDataset:
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.item(i)
     def new_empty(self): return self.of([]) # what fastai exports
-    def set_split_idx(self, i):
-        raise TypeError("fastai's tta() averages masks of images that were moved, each in another place. The learner "
-                        "of segmentation_learner(dls, ...) has a tta() that puts them back first")
     def of(self, items):
         "The same of other items"
         res = copy.copy(self)
@@ -206,6 +203,13 @@ def of_new(self:MaskDataset,
     res.masked = all(kind_of(i) is self.kind for i in res.items)
     if not res.masked: res.read = partial(_unmasked, self.of([]))
     return res
+
+# %% ../../nbs/data/03_loaders.ipynb #91de406c
+@patch
+def set_split_idx(self:MaskDataset, i):
+    "fastai's `tta` asks for this"
+    raise TypeError("fastai's tta() averages masks of images that were moved, each in another place. The learner of "
+                    "segmentation_learner(dls, ...) has a tta() that puts them back first")
 
 # %% ../../nbs/data/03_loaders.ipynb #12465e8d
 def _unmasked(ds, item):
