@@ -281,7 +281,8 @@ def test_recipes_name_what_exists():
 def test_recipes_can_fail():
     "A notebook that was renamed and a function that is gone are found"
     text = 'Read `nbs/perturb/99_nowhere.ipynb`, call `no_such_function(x)`, then `sweep(x)`.'
-    assert list(dead_words(f'## Four recipes\n\n{text}\n\n## Else')) == ['nbs/perturb/99_nowhere.ipynb', 'no_such_function']
+    found = list(dead_words(f'## Four recipes\n\n{text}\n\n## Else'))
+    assert found == ['nbs/perturb/99_nowhere.ipynb', 'no_such_function']
 
 
 def result_rows():
