@@ -296,7 +296,7 @@ def test_split_says_what_it_chose(capsys):
                                                                  for c in scene_classes) and len(out.splitlines())==9
     with pytest.raises(TypeError, match='expected DataLoaders'): split_labelled('folder', 5)
     with pytest.raises(ValueError, match='n=20 of 20 images'): split_labelled(dls.train_ds, 20)
-    with pytest.raises(TypeError, match='n=2.5'): split_labelled(dls, 2.5)
+    with pytest.raises(TypeError, match='n: expected a whole number'): split_labelled(dls, 2.5)
 
 def write_split(folder, labelled, unlabelled, valid=()):
     folder.mkdir(parents=True, exist_ok=True)
