@@ -11,7 +11,6 @@ __all__ = ['EESP', 'Halving', 'ESPNetv2Encoder', 'fitted', 'shuffled', 'DiCEUnit
 
 # %% ../../nbs/nets/08_edgenets.ipynb #88fe3113
 import math
-from collections import OrderedDict
 from itertools import accumulate
 
 import torch
@@ -39,16 +38,15 @@ class EESP(nn.Module):
                                       for rate in rates)
         self.join = norm_act(out_channels)
         self.mix = conv_norm_act(out_channels, out_channels, 1, groups=4, act=False)
-        if stride == 1:   # named as a ResNet's, so that nets.blocks knows it
-            self.downsample = None
-            self.act = nn.PReLU(out_channels)
+        self.downsample = None   # as in a ResNet, so that nets.blocks knows it
+        self.act = nn.PReLU(out_channels) if stride == 1 else None
 
     def forward(self,
         x: Tensor,  # (batch, in_channels, height, width)
     ) -> Tensor:  # (batch, out_channels, …)
         reduced = self.conv1(x)
         out = self.mix(self.join(torch.cat([*accumulate(branch(reduced) for branch in self.branches)], 1)))
-        return self.act(x + out) if hasattr(self, 'act') else out
+        return out if self.act is None else self.act(x + out)
 
 # %% ../../nbs/nets/08_edgenets.ipynb #af0c5a66
 class Halving(nn.Module):
@@ -365,7 +363,8 @@ def read_dicenet(
     path,  # a file of sacmehta/EdgeNets, such as dicenet_s_1.0_pascal_384x384.pth
 ) -> EdgeNet:  # in evaluation mode, for images normalised by ImageNet's statistics
     "A DiCENet that its authors trained; width, number of classes and size are read off the weights."
-    state = renamed(read_state(path, 'eff_pool_128x128.merge_layer.3.bias', "sacmehta's DiCENet for segmentation"), _DICE)
+    state = read_state(path, 'eff_pool_128x128.merge_layer.3.bias', "sacmehta's DiCENet for segmentation")
+    state = renamed(state, _DICE)
     n = lambda name: len(state[name])
     channels = n('encoder.stem.act.weight'), 2 * n('encoder.level3.2.branch.0.act.weight')
     widths = {c: s for s, c in _DICENET.items()}
