@@ -1,7 +1,7 @@
 """Networks of others: published files load strictly, say what their authors' own code says, and score on real data.
 
 The files are no part of the project; where they are not on this machine, these tests are skipped. What needs no file is
-tested in nbs/nets/05_classifiers.ipynb, 07_espnet.ipynb and 08_edgenets.ipynb."""
+tested in nbs/nets/05_classifiers.ipynb, 07_espnets.ipynb and 08_edgenets.ipynb."""
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from noisyseg.data.files import data_root
 from noisyseg.measure.metrics import ConfusionMeter, iou_from_matrix
 from noisyseg.nets.classifiers import read_resnet_cifar
 from noisyseg.nets.edgenets import read_dicenet, read_espnetv2
-from noisyseg.nets.espnet import Regrouped, camvid_in_cityscapes, espnet_stats, read_espnet
+from noisyseg.nets.espnets import Regrouped, camvid_in_cityscapes, espnet_stats, read_espnet
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
 

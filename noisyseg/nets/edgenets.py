@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classifiers import read_state
-from .espnet import check_counts, check_images, conv_norm_act, halved, norm_act, renamed
+from .espnets import check_counts, check_images, conv_norm_act, halved, norm_act, renamed
 from .unet3plus import factory
 
 # %% ../../nbs/nets/08_edgenets.ipynb #c8b05ff2
