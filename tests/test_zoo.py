@@ -2,11 +2,14 @@
 
 The files are no part of the project; where they are not on this machine, these tests are skipped. What needs no file is
 tested in nbs/nets/05_classifiers.ipynb, 07_espnets.ipynb and 08_edgenets.ipynb."""
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import root
 from PIL import Image
 from torchvision.transforms.functional import normalize, to_tensor
 
@@ -159,3 +162,34 @@ def test_small_pictures():
         net = read(f'resnet_cifar10/{name}.th')
         with torch.no_grad(): accuracy = (net(x).argmax(1) == y).float().mean()
         assert net.recipe['args']['depth'] == int(name[6:8]) and 0.77 < accuracy < 0.9, (name, accuracy)
+
+
+# --- the study ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def study():
+    sys.path.insert(0, str(root/'nbs'/'studies'))
+    try: import networks_of_others
+    finally: sys.path.pop(0)
+    return networks_of_others
+
+
+def test_where_half_is_lost(study):
+    "By hand: between the levels that it lies between; from nothing; with bits, which are mild when many; never"
+    assert study.half_lost([1, 2, 4], [0.8, 0.5, 0.1], 0.8) == pytest.approx(2.5)
+    assert study.half_lost([1, 2], [0.2, 0.1], 0.8) == pytest.approx(2 / 3)
+    assert study.half_lost([8, 6, 4], [0.8, 0.6, 0.2], 0.8) == pytest.approx(5)
+    assert study.half_lost([1, 2], [0.8, 0.7], 0.8) == math.inf
+
+
+def test_what_goes_with_it(study):
+    "Six files in the same order: 2 of 720 permutations are as far from chance"
+    rho, p = study.permutation([1, 2, 3, 4, 5, 6], [10, 11, 15, 20, 21, 99])
+    assert rho == pytest.approx(1) and 0.001 < p < 0.006
+
+
+def test_every_file_is_asked(study):
+    folder = there('pretrained')
+    found = [f for s in study.SETS.values() for f in folder.glob(s.files)]
+    assert len(found) == len(set(found)) == 22
+    assert sorted(sum(study.seven_of_voc(), [])) == list(range(21))

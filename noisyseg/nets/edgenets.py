@@ -50,7 +50,7 @@ class EESP(nn.Module):
 
 # %% ../../nbs/nets/08_edgenets.ipynb #af0c5a66
 class Halving(nn.Module):
-    "Half the resolution: means, a strided EESP, and the image once more (arXiv 1811.11431, figure 3)."
+    "Half the resolution: means, a strided EESP, and the image once more (arXiv 1811.11431, figure 2)."
     def __init__(self,
         in_channels: int,  # channels that come in
         out_channels: int,  # channels that go out: more
