@@ -1,4 +1,4 @@
-"""What stands beside a parameter in the source stands in `help()`, too.
+"""Comments beside parameters in the source appear in `help()`, too.
 
 Docs: https://noisyseg.github.io/noisyseg/docments.html.md"""
 

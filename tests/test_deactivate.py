@@ -411,7 +411,8 @@ def test_dropping_from_other_encoders():
         assert set(d.unique().tolist()) == {0., 1.25} and (d == d[..., :1, :1]).all()   # whole channels
         assert abs((d > 0).float().mean() - 0.8) < 0.05
     for p in (1, -0.1, True, '0.5'):
-        with pytest.raises((ValueError, TypeError), match='p: expected a number from 0 to 0.999'): feature_dropout(given, p=p)
+        with pytest.raises((ValueError, TypeError), match='p: expected a number from 0 to 0.999'):
+            feature_dropout(given, p=p)
     with pytest.raises(ValueError, match=r'tensor of shape \(2, 10\): pass the encoder'), feature_dropout(
             net := resnet20()):
         net(X)

@@ -1,4 +1,4 @@
-"""Getting a data set from the network and out of its archive: the file that was meant, whole or not at all.
+"""Download a data set and unpack it: the right file, complete, or nothing at all.
 
 Docs: https://noisyseg.github.io/noisyseg/data/archives.html.md"""
 

@@ -1,4 +1,4 @@
-"""Several processes: each takes its piece of every batch, and together they see what one process sees.
+"""Several processes: each takes its part of every batch, and together they see what one process would see.
 
 Docs: https://noisyseg.github.io/noisyseg/data/distributed.html.md"""
 

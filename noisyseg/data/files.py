@@ -385,7 +385,7 @@ def denormalize(
     x:Tensor, # images, (batch, channels, height, width) or (channels, height, width), normalised
     stats:tuple # (mean, std) per channel that normalised them: `dls.stats`
 ) -> Tensor: # images in [0,1], of the same shape
-    "Undo the normalisation, for the eye"
+    "Undo the normalisation, to look at images"
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; expected a tensor (batch, channels, height, width)")
     mean, std = (torch.as_tensor(s, dtype=torch.float32, device=x.device).view(-1,1,1) for s in stats)
@@ -401,7 +401,7 @@ def to_rgb(
     x:Tensor,
     stats:tuple=None # (mean, std) per channel that normalised them: `dls.stats`
 ) -> np.ndarray: # uint8 (batch, height, width, 3)
-    "Images as bytes, for the eye"
+    "Images as bytes, to look at"
     x = x.detach().cpu().as_subclass(Tensor).float()
     if stats is not None and len(stats[0]) in (1, x.shape[1]): x = denormalize(x, stats)
     elif len(x) and (x.min() < 0 or x.max() > 1):

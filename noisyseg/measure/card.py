@@ -38,7 +38,7 @@ def standard_disturbances(
     corruptions=STANDARD_15,  # names
     stats: tuple = None,  # (mean, std) that images are normalised with; None: as the batches say, else none
 ) -> dict:  # label -> a disturbance, or a list of them
-    "What a card shows unless told otherwise."
+    "What a card shows by default."
     table = 'cifar' if size is not None and max(size) <= 64 else 'imagenet'
     weights = [MaxGaussian(), RelativeGaussian(), AbsoluteGaussian(), Quantize()]
     return {**{d.label: d for d in weights}, Corruption.label: [Corruption(c, table=table, stats=stats)

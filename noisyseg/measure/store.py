@@ -1,4 +1,4 @@
-"""Rows of a sweep on disk, as they come: whole at every moment, resumed by the next call, never mixed up.
+"""The rows of a sweep on disk, as they come: always a complete file, continued by the next call, never mixed up.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/store.html.md"""
 

@@ -32,7 +32,7 @@ def kind_of(
 def main_metric(
     df: pd.DataFrame,  # rows of a sweep
 ) -> str:
-    "The score that tables and figures show unless told otherwise."
+    "The score that tables and figures show by default."
     there = df['metric'].unique()
     return next((m for m in (df.attrs.get('metric'), 'accuracy', 'mIoU') if m in there), there[-1])
 

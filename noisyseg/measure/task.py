@@ -19,7 +19,7 @@ from ..nets.adapter import class_count, class_names, logits_of, run_model
 # %% ../../nbs/measure/02_task.ipynb #90dedc45
 class Task:
     "What a batch is, what a network says to it, and how good that is. Subclass it for a task of your own."
-    metric: ClassVar[str] = 'score'  # the main score: what tables and figures show unless told otherwise
+    metric: ClassVar[str] = 'score'  # the main score: what tables and figures show by default
 
     def batch(self,
         batch,  # what a loader yields

@@ -1,4 +1,4 @@
-"""Clone the weights, inject noise, recover them bit for bit: the three steps that everything else here stands on.
+"""Clone the weights, inject noise, recover them bit for bit: the three steps that everything else here is built on.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/clone.html.md"""
 

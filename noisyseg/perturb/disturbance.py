@@ -1,4 +1,4 @@
-"""What hurts a network, as one small object that tells everybody else what they need to know of it.
+"""What hurts a network, as one small object that says all that others need to know about it.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/disturbance.html.md"""
 
@@ -42,7 +42,7 @@ class Disturbance:
     share: ClassVar[bool] = False  # is a level a share of something, so that 0.05 is 5 %?
     top: ClassVar[float] = 1.  # where sliders end; nothing else depends on it
     step: ClassVar[float] = None  # of sliders; None: any level will do
-    where: ClassVar[Selector] = None  # the weights that it acts on unless told otherwise; None: on no weights
+    where: ClassVar[Selector] = None  # the weights that it acts on by default; None: on no weights
     level_field: ClassVar[str] = ''  # the dataclass field that is the level; '': the first
     name = KindName()  # which one of its kind, without the level: 'MaxGaussian(n, alpha=2, per=kernel, clip=clamp)'
 

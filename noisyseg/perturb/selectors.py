@@ -1,4 +1,4 @@
-"""Which weights meet the noise: sets of weights by kind, by name, by depth.
+"""Which weights get noise: sets of weights by kind, by name, by depth.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/selectors.html.md"""
 
@@ -148,7 +148,7 @@ def _is_kernel(name, module, weight):
     return isinstance(module, (_ConvNd, nn.Linear, nn.Bilinear)) and _attr(name) == 'weight'
 
 def _is_scale(name, module, weight):
-    # Models outside torch.nn (timm, language models) bring norm layers of their own: they are told by their name.
+    # Models outside torch.nn (timm, language models) bring norm layers of their own: they are recognised by their name.
     norm = isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)) or 'norm' in type(module).__name__.lower()
     return norm and _attr(name) == 'weight' and weight.ndim == 1
 

@@ -89,7 +89,7 @@ def train_grid(
     on='local',  # where: 'local', 'ray', a Ray address, or an `OnRay`; the weights are the same
     num_gpus: float = None,  # on Ray, for each run; None: 1 where the cluster has GPUs, else none
     progress: bool = True,  # show a progress bar with the remaining time
-) -> pd.DataFrame:  # a line for each method and seed: model, train_seed, path, seconds, and what `train` told
+) -> pd.DataFrame:  # a line for each method and seed: model, train_seed, path, seconds, and what `train` returned
     "Train each method with each seed."
     if not callable(train):
         raise TypeError(f"train: expected a function (method, seed) -> Learner or module, got {train!r}")

@@ -21,7 +21,7 @@ from torch import Tensor
 # %% ../../../nbs/train/methods/07_mlpmatch.ipynb #8dc7021b
 from ..losses import DeepSupervisionLoss, FocalLoss
 from .match_loss import NAMES
-from .match_step import MATCH_LEVELS, MatchStep, step_cost  # noqa: F401  one import serves
+from .match_step import MATCH_LEVELS, MatchStep, step_cost  # noqa: F401  to be had from here, too
 from ..learner import segmentation_learner
 from ..method import Method, common_seed
 from ...nets.unet3plus import unet3plus_slim
