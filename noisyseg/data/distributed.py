@@ -96,8 +96,7 @@ def new(self:ShardDL, *args, **kwargs): return ShardDL(self.dl.new(*args, **kwar
 # %% ../../nbs/data/11_distributed.ipynb #f91614d8
 @patch
 def to_detach(self:ShardDL, b, cpu=True, gather=True):
-    ("For fastai, which gathers predictions in this way: those of all processes in the loader's own order, without "
-     "repeats")
+    "For fastai, which gathers predictions so: those of all processes in the loader's order, without repeats."
     b = gathered(b, cpu, gather)
     last = gather and num_distrib()>1 and self.i>self.n_whole*self.bs
     return apply(lambda t: t[:self.n_left] if t.ndim else t, b) if last else b

@@ -55,8 +55,7 @@ def _with_inside(read, item):
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #a41fde00
 class ViewDataset(MaskDataset):
-    ("Images without masks: item `i` of pass `epoch` is (weak, strong 1, strong 2, inside), and depends on (seed, "
-     "epoch, i) alone")
+    "Images without masks: item `i` of pass `epoch` is (weak, strong 1, strong 2, inside), fixed by (seed, epoch, i)."
     def __init__(self,
         items, # whatever `read` takes, one entry per image
         read=read_image, # item -> image (height, width, 3), an array of bytes

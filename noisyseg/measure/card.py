@@ -55,8 +55,7 @@ class Untouched(Disturbance):
 
 # %% ../../nbs/measure/12_card.ipynb #ee57f6d2
 def _card_levels(disturbances, given, metric):
-    ("The levels of each disturbance: those that were given, else the defaults, without the one at which nothing "
-     "happens.")
+    "The levels of each disturbance: those given, else the defaults, without the one that means nothing."
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not set(given) <= set(disturbances):
         raise ValueError(f"levels: expected a dict with some of {', '.join(map(repr, disturbances))}, such as "

@@ -112,8 +112,7 @@ def _told(x):
 
 # %% ../../nbs/measure/04_inference.ipynb #81ffe62b
 def _known(model, data=None):
-    ("The module, and what is known of the data: stats, size, classes and ignore_index, from a dataset, a Learner's "
-     "data or a model's card.")
+    "The module, and what is known of its data: stats, size, classes and ignore_index."
     if isinstance(model, Learner): model, data = model.model, model.dls.valid if data is None else data
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a network (nn.Module) or a Learner, got {type(model).__name__}")
@@ -133,8 +132,7 @@ def _known(model, data=None):
 
 # %% ../../nbs/measure/04_inference.ipynb #83cbe7f2
 def _bytes(image):
-    ("An image from a file, PIL or an array as a tensor (3, height, width); bytes. A float tensor is normalised, and "
-     "left alone.")
+    "An image (a file, PIL, an array) as a tensor of bytes (3, height, width); a float tensor is left alone."
     if isinstance(image, Tensor) and image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8):
         return image.as_subclass(Tensor)
     if isinstance(image, (str, Path)): image = read_image(image)

@@ -24,8 +24,7 @@ from ..perturb.selectors import Selector, as_selector, conv_and_linear, conv_and
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #90b5d8b1
 def _split(names, depth, limit):
-    ("Groups of weight names by the first `depth` parts of their module's path; deeper where a group has more than "
-     "`limit`.")
+    "Groups of weight names by the first `depth` parts of their path; deeper where one has more than `limit`."
     groups = {}
     for n in names: groups.setdefault('.'.join(n.split('.')[:-1][:depth]), []).append(n)
     for label, group in groups.items():

@@ -28,8 +28,7 @@ from ..perturb.disturbance import Disturbance
 def find_encoder(
     model: nn.Module,  # a network, wrapped or not
 ) -> nn.Module:  # its encoder, or itself if it has none
-    ("The part that turns images into maps: inside a wrapper (`.module`, a compiled model) and inside a segmentation "
-     "network.")
+    "The part that turns images into maps: inside wrappers, and inside a segmentation network."
     if not isinstance(model, nn.Module): raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a traced or scripted network can't be changed: pass the one that it was made from")
@@ -126,8 +125,7 @@ class _Context:
         finally: self.hold.release()
 
     def _do(self, module, change):
-        ("Change a module's class by `change(class) -> class`; each call needs a `change` of its own, by which it is "
-         "taken away again.")
+        "Change a module's class by `change(class) -> class`; the same `change` takes it away again."
         if 'forward' in vars(module):
             raise ValueError(f"forward of this {type(module).__name__} was replaced on the instance, which hides the "
                              f"class's: take that away first")
@@ -159,8 +157,7 @@ def _without_branch(cls): return type(cls.__name__, (cls,), {'forward': _shortcu
 
 # %% ../../nbs/nets/06_blocks.ipynb #e7743322
 class deactivated(_Context):
-    ("Inside, some residual blocks output the activation of their shortcut, without their branch (MLPMatch's network "
-     "perturbation, arXiv 2411.05307).")
+    "Inside, some residual blocks are reduced to their shortcut (MLPMatch's network perturbation, arXiv 2411.05307)."
     def __init__(self,
         encoder: nn.Module,  # the whole network, so that batch_norm= holds for its decoder too
         block=None,  # a name, an index, a list of them, or None to draw with `draw_blocks`

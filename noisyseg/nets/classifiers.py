@@ -19,8 +19,7 @@ from .unet3plus import FACTORIES, factory  # noqa: F401
 
 # %% ../../nbs/nets/05_classifiers.ipynb #b3b10114
 class PadShortcut(nn.Module):
-    ("Every `stride`-th pixel, and channels of zeros on both sides: a shortcut without weights (arXiv 1512.03385, "
-     "section 3.3, option A).")
+    "Every `stride`-th pixel, and channels of zeros: a shortcut without weights (arXiv 1512.03385, 3.3, option A)."
     def __init__(self,
         in_channels: int,  # channels that come in
         out_channels: int,  # channels that go out, as many or more
@@ -117,8 +116,7 @@ def resnet18_small(
     shortcut: str = 'B',  # 'B' is a 1×1 convolution (as in ImageNet's ResNet-18), 'A' has no weights
     width: int = 64,  # channels of the first stage; 64 as published
 ) -> SmallResNet:
-    ("ResNet-18 (arXiv 1512.03385, table 1) with a 3×3 stem of stride 1 and no pooling, for images of 32 pixels: 11.2 "
-     "million weights.")
+    "ResNet-18 (arXiv 1512.03385, table 1) for images of 32 pixels, with a 3×3 stem: 11.2 million weights."
     return SmallResNet(n_classes, in_channels, (2, 2, 2, 2), width, shortcut)
 
 # %% ../../nbs/nets/05_classifiers.ipynb #6f893373

@@ -30,8 +30,7 @@ def may_fuse(
     x: Tensor,  # what comes into the blocks
     blocks: list,  # `ConvBlock`s
 ) -> bool:
-    ("May these blocks' layers be computed without being called? On a CPU, when they are what they were made as and "
-     "nobody watches.")
+    "May these blocks' layers be computed without being called? On a CPU, if unchanged and unobserved."
     ordinary = all(type(b.conv).forward is nn.Conv2d.forward and type(b.relu) is nn.ReLU for b in blocks)
     return (not watched(*(m for b in blocks for m in b)) and x.device.type == 'cpu'
             and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')

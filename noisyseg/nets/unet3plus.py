@@ -92,8 +92,7 @@ class _Branches(torch.autograd.Function):
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #0121aa32
 class Level(nn.Module):
-    ("One decoder level: every source to this level's size and to `width` channels, concatenated and fused (arXiv "
-     "2004.08790, eq. 1).")
+    "One decoder level: all sources at its size with `width` channels each, fused (arXiv 2004.08790, eq. 1)."
     def __init__(self,
         sources: list[int],  # channels of each source, finest first
         index: int,  # which of the sources has this level's size
@@ -160,8 +159,7 @@ def gate(
     logits: Tensor,  # class logits, (batch, classes, height, width)
     presence: Tensor,  # presence logits, (batch, classes)
 ) -> Tensor:  # gated logits, same shape as logits
-    ("Multiply each class's probability by the probability that the class is present at all (the classification-guided "
-     "module, for any number of classes).")
+    "Multiply each class's probability by that of its presence (the classification-guided module, for any classes)."
     log_there = F.logsigmoid(presence)[..., None, None]
     if logits.shape[1] > 1: return logits + log_there
     log_p = F.logsigmoid(logits) + log_there   # one class: the logit of a product of two probabilities
@@ -169,8 +167,7 @@ def gate(
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #d8b80807
 class UNet3Plus(nn.Module):
-    ("UNet 3+ (arXiv 2004.08790) on any encoder: logits in evaluation mode, a list of logits (finest first) in "
-     "training mode with deep supervision.")
+    "UNet 3+ (arXiv 2004.08790) on any encoder: logits; with deep supervision in training a list, finest first."
     def __init__(self,
         encoder: nn.Module,  # images -> list of feature maps, finest first
         n_classes: int,  # number of classes, background included; 1 for a binary mask
@@ -361,8 +358,7 @@ def unet3plus_seed(n_classes: int, in_channels: int = 3, width: int = 64, pretra
 @factory
 def unet3plus_small(n_classes: int, in_channels: int = 3, width: int = 16, filters: tuple = (16, 32, 48, 64, 96),
                     **kwargs) -> UNet3Plus:
-    ("Half a million weights, five levels from half the resolution down: trains on a CPU in minutes. `kwargs` go to "
-     "`UNet3Plus`.")
+    "Half a million weights, five levels: trains on a CPU in minutes. `kwargs` go to `UNet3Plus`."
     return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width,
                      in_channels=in_channels, **kwargs)
 
@@ -370,8 +366,7 @@ def unet3plus_small(n_classes: int, in_channels: int = 3, width: int = 16, filte
 @factory
 def unet3plus_tiny(n_classes: int, in_channels: int = 3, width: int = 8, filters: tuple = (16, 24, 32, 48),
                    **kwargs) -> UNet3Plus:
-    ("A hundred thousand weights, four levels from half the resolution down: trains on a laptop while you watch. "
-     "`kwargs` go to `UNet3Plus`.")
+    "A hundred thousand weights, four levels: trains on a laptop while you watch. `kwargs` go to `UNet3Plus`."
     return UNet3Plus(PlainEncoder(in_channels, tuple(filters), stem_stride=2), n_classes, width,
                      in_channels=in_channels, **kwargs)
 
@@ -379,8 +374,7 @@ def unet3plus_tiny(n_classes: int, in_channels: int = 3, width: int = 8, filters
 @factory
 def unet3plus_slim(n_classes: int, in_channels: int = 3, width: int = 8, encoder_width: int = 16,
                    layers: tuple = (2, 2, 2, 2), **kwargs) -> UNet3Plus:
-    ("On a ResNet18 with a quarter of its channels: 0.8 million weights, residual blocks, trains on a laptop. `kwargs` "
-     "go to `UNet3Plus`.")
+    "On a ResNet18 with a quarter of its channels: 0.8 million weights. `kwargs` go to `UNet3Plus`."
     return UNet3Plus(slim_resnet_encoder(encoder_width, tuple(layers), in_channels), n_classes, width,
                      in_channels=in_channels, **kwargs)
 

@@ -26,8 +26,7 @@ from .selectors import Site, conv_and_norm, overlap, select, span, weight_sites
 
 # %% ../../nbs/perturb/02_clone.ipynb #96eeb9d8
 class WeightClone:
-    ("A clone of some weights of a model, and what may be done with it: `inject`, `rescale`, `recover`. Make one with "
-     "`clone_weights`.")
+    "A clone of some of a model's weights: `inject`, `rescale`, `recover`. Make one with `clone_weights`."
     def __init__(self,
         model: nn.Module,  # any module, on any device, in any floating-point dtype
         where=conv_and_norm,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
@@ -120,8 +119,7 @@ def _blocks(size, *tensors):
 @patch
 @_changes_weights
 def store(self:WeightClone):
-    ("Take the clone anew from the current weights, in the same buffers. `inject` does so by itself whenever no noise "
-     "is in.")
+    "Clone the current weights anew, in the same buffers. `inject` does so whenever no noise is in."
     if self.injected: raise RuntimeError("the weights hold noise now: recover() before taking the clone anew")
     n = len(self._params)
     if all(p.device.type == 'cpu' for p in self._params):
@@ -206,8 +204,7 @@ def _table(device): return torch.empty(TABLE).normal_(generator=torch.Generator(
 
 # %% ../../nbs/perturb/02_clone.ipynb #f9481d9a
 def _from_table(like, generator):
-    ("For each tensor a stretch of the table, from a random place: views, so they cost nothing. Larger tensors take "
-     "several.")
+    "For each tensor a stretch of the table, from a random offset, as a view. Larger tensors take several."
     pieces = [-(-w.numel() // TABLE) for w in like]
     device = 'cpu' if generator is None else generator.device
     places = iter(torch.randint(2**31, (sum(pieces),), generator=generator, device=device).tolist())
@@ -224,8 +221,7 @@ def _from_table(like, generator):
 @patch
 @contextmanager
 def _drawing(self:WeightClone, generator, redraw):
-    ("The draws, one tensor after another; on a CPU, for large models, a thread begins at once and runs ahead of the "
-     "law.")
+    "The draws, tensor by tensor; for large models on a CPU a thread runs ahead of the law."
     if not redraw and self._z is not None: yield iter(self._z); return
     if self.rng == 'table':
         self._z = _from_table(self._clean, generator)
@@ -248,8 +244,7 @@ _active = []  # weak references to the clones that hold noise now, oldest first
 _claiming = threading.RLock()  # held while a clone enters that list
 
 class _Shift(nn.Module):
-    ("Adds a fixed tensor: the last step of a parametrization while noise is in. Not a buffer, so that state dicts do "
-     "not see it.")
+    "Adds a fixed tensor: a parametrization's last step while noise is in. No buffer: state dicts do not see it."
     def __init__(self, shift): super().__init__(); self.shift = (shift,)
     def forward(self, w): return w + self.shift[0].to(w)
 

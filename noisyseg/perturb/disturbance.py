@@ -221,8 +221,7 @@ class Law(Disturbance):
     def rowwise(self,
         weight: Tensor,  # clean weight
     ) -> bool:  # may it be given a few rows (along dimension 0) at a time, with the same result?
-        ("A promise that makes large weights faster: in pieces they stay in the processor's cache. A law that must see "
-         "all of a weight says no.")
+        "May it act in pieces, which stay in the processor's cache? A law that must see all of a weight says no."
         return False
 
     def describe(self) -> str:

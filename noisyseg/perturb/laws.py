@@ -51,8 +51,7 @@ def clip_normal(
 # %% ../../nbs/perturb/04_laws.ipynb #c3e0df60
 @dataclass(frozen=True)
 class MaxGaussian(AdditiveLaw):
-    ("Gaussian noise with sigma = n · max |W| at a grain, clipped at ±alpha · sigma, with the defaults published for "
-     "UNet3+ under weight perturbation.")
+    "Gaussian noise with sigma = n · max |W| at a grain, clipped at ±alpha · sigma; defaults as published for UNet3+."
     n: float = 0.02  # sigma as a share of max |W|: 0.02 is 2 %
     alpha: float = 2.  # clipping bound in sigmas; inf for none
     per: Literal['kernel', 'channel', 'tensor'] = 'kernel'  # grain of the maximum

@@ -32,8 +32,7 @@ class Site(NamedTuple):
     def parametrized(self) -> bool: return parametrize.is_parametrized(self.module, self.attr)
 
     def value(self) -> Tensor:
-        ("The weight as the forward pass sees it; a parametrized one is computed without moving any state (spectral "
-         "norm's vectors, say).")
+        "The weight as the forward pass sees it; a parametrized one is computed without moving any state."
         if not self.parametrized: return getattr(self.module, self.attr)
         plist = self.module.parametrizations[self.attr]
         modes = [(m, m.training) for m in plist.modules()]
@@ -60,8 +59,7 @@ def weight_sites(
 
 # %% ../../nbs/perturb/01_selectors.ipynb #c3b493c7
 class Selector:
-    ("A set of weights: those for which `test(name, module, weight)` is true. Combine with `|`, `&`, `~`; cut by depth "
-     "with `first`, `last`.")
+    "A set of weights, by `test(name, module, weight)`. Combine with `|`, `&`, `~`; cut by depth with `first`, `last`."
     def __init__(self,
         test: Callable[[str, nn.Module, Tensor], bool],  # is this weight one of them?
         label: str = None,  # how error messages and tables call it
@@ -93,8 +91,7 @@ class Selector:
 
 # %% ../../nbs/perturb/01_selectors.ipynb #9294c427
 class _Cut(Selector):
-    ("The first or last layers among those that another selector picks: it needs the whole list, so it picks from "
-     "sites, not one by one.")
+    "The first or last layers that another selector picks; it needs the whole list of sites."
     def __init__(self, base, k, last):
         self.base = base
         self.k = check_whole('k', k, 1)
@@ -162,8 +159,7 @@ kernels_and_scales = Selector(lambda *a: _is_kernel(*a) or _is_scale(*a), 'kerne
 
 # %% ../../nbs/perturb/01_selectors.ipynb #e73157e5
 def _computed_by_hooks(model):
-    ("The weights that torch's hook-based pruning, weight norm and spectral norm recompute before each forward pass: "
-     "plain tensors, no parameters.")
+    "The weights that hook-based pruning, weight norm and spectral norm recompute before each forward pass."
     model = unwrapped(model)
     for mname, m in model.named_modules():
         mname = plain_name(model, mname)
@@ -265,8 +261,7 @@ def select(
     model: nn.Module,  # any module
     where=conv_and_norm,  # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
 ) -> list[Site]:  # at least one, each weight once
-    ("The weights of `model` that `where` picks, each once even when modules share it; ValueError when there are none "
-     "or one can't be perturbed.")
+    "The weights of `model` that `where` picks, each once; ValueError for none, or one that can't be perturbed."
     everything = weight_sites(model)
     where = as_selector(where)
     sites = []

@@ -53,8 +53,7 @@ def _models(models):
 
 # %% ../../nbs/show/06_explorer.ipynb #e4f5cbc1
 def _samples(data, n):
-    ("The first `n` images and masks (or None) of data in any of the forms that NoiseExplorer takes, and what is known "
-     "of them.")
+    "The first `n` images and masks (or None) of data in any form that NoiseExplorer takes, and facts about them."
     check_whole('samples', n, 1)
     if data is None: data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
     if isinstance(data, torch.Tensor): return _checked(data[:n], None), {}
@@ -471,8 +470,7 @@ def to_site(self:NoiseExplorer,
     seeds: list = (0, 1, 2),  # draws
     layers: list = None,  # for the histogram; None: the one that is chosen
 ) -> int:  # bytes written
-    ("Write a page that shows the explorer without a kernel: index.html, explorer.js, manifest.json, a file for each "
-     "sample.")
+    "Write a page with the explorer, without a kernel: index.html, explorer.js, manifest.json, a file a sample."
     folder = Path(folder)
     levels = _grid(levels, self._top())
     samples = list(samples)

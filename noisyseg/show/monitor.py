@@ -53,8 +53,7 @@ def _held_out(dl, i):
 # %% ../../nbs/show/07_monitor.ipynb #624d7133
 @torch.no_grad()
 def _masks(model, x, y, law, where, seed):
-    ("The predicted masks of one sample by name, (height, width) each: with clean weights and, if there is a law, with "
-     "noisy ones.")
+    "The predicted masks of one sample by name, (height, width): with clean weights, and with noisy ones under a law."
     predict = lambda: to_classes(logits_of(model, x, y.shape[1:]))[0].cpu().numpy()
     with untouched([model]):
         masks = {'clean weights': predict()}

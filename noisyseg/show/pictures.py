@@ -96,8 +96,7 @@ def _line_color(rgb):
 
 # %% ../../nbs/show/01_pictures.ipynb #36aee5b8
 def _picture(image, stats):
-    ("An image tensor or array as uint8 (height, width, 3): of many channels the first three, of one or two the first, "
-     "grey.")
+    "An image as uint8 (height, width, 3): of many channels the first three, of one or two the first, grey."
     a = image.detach().cpu().as_subclass(torch.Tensor) if isinstance(image, torch.Tensor) else torch.as_tensor(
         np.asarray(image))
     if a.ndim == 2: a = a[None]
@@ -192,8 +191,7 @@ def _titles(masks, ignore_index):
 
 # %% ../../nbs/show/01_pictures.ipynb #a2a9d81d
 def _teller(masks, name):
-    ("A function of a mask and a pixel, for the pointer: what it is said to be, and what it is if that is something "
-     "else.")
+    "A function of a mask and a pixel, for the pointer: the predicted class, and the true one if it differs."
     truth = masks.get('truth')
 
     def tell(m, r, c):

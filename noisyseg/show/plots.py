@@ -135,8 +135,7 @@ def plot_protocols(
 
 # %% ../../nbs/show/02_plots.ipynb #48c6fc28
 def _spread(values, gap, low=-math.inf, high=math.inf):
-    ("Positions as near to `values` as can be, in the same order, at least `gap` apart and if possible between `low` "
-     "and `high`.")
+    "Positions near `values`, in their order, at least `gap` apart and if possible between `low` and `high`."
     if not len(values): return []
     order, steps = np.argsort(values, kind='stable'), gap * np.arange(len(values))
     free = isotonic_regression(np.asarray(values, float)[order] - steps).x

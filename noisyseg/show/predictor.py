@@ -27,8 +27,7 @@ from ..perturb.selectors import as_selector, weight_sites
 
 # %% ../../nbs/show/05_predictor.ipynb #6a677316
 class NoisyPredictor:
-    ("What models predict for single images while something disturbs them: class and confidence of each pixel, "
-     "remembered.")
+    "What models predict for single images under a disturbance: class and confidence of each pixel, remembered."
     def __init__(self,
         models: dict,  # name -> model
         images,  # (samples, channels, height, width), as the models take them

@@ -62,8 +62,7 @@ def _scale(threshold):
 
 # %% ../../nbs/show/08_pseudo_label_panel.ipynb #ccdd3aa1
 class PseudoLabelPanel:
-    ("For `TrainingMonitor(panels=…)`: pseudo-labels and confidence of some unlabelled images, and curves of how many "
-     "are confident and right.")
+    "For `TrainingMonitor(panels=…)`: pseudo-labels of some unlabelled images, and curves of how many are right."
     axis = 'share of pixels'
     curves = {'pseudo-labels, confident': 'confident, these images', 'confident': 'confident, training batches',
               'pseudo-labels, right': 'right, of the confident'}

@@ -153,8 +153,7 @@ def _window(side, like):
     return w/w.sum()
 
 def _blur(x, w):
-    ("Means under the window, where it fits. One filter a channel: on a CPU 20 times as fast as maps stacked along the "
-     "batch")
+    "Means under the window, where it fits, one filter a channel: on a CPU 20 times as fast as stacked maps"
     c, k = x.shape[1], len(w)
     x = F.conv2d(x, w.view(1, 1, k, 1).expand(c, 1, k, 1), groups=c)
     return F.conv2d(x, w.view(1, 1, 1, k).expand(c, 1, 1, k), groups=c)
@@ -170,8 +169,7 @@ def _similarity(p, g, w, brightness):
     return s.mean((2, 3))
 
 def _log(s, low=0.02):
-    ("log s; below `low` the log of low²/(2 low - s), which meets it there in value and slope, and has a slope at 0 "
-     "and below too")
+    "log s; below `low` the log of low²/(2 low - s), which has the same value and slope at `low`"
     return torch.where(s > low, s.clamp(min=low).log(), 2*math.log(low) - (2*low - s.clamp(max=low)).log())
 
 # %% ../../nbs/train/01_losses.ipynb #c43c3d62
@@ -199,8 +197,7 @@ def ms_ssim(
 
 # %% ../../nbs/train/01_losses.ipynb #cf3cdc47
 class MSSSIMLoss(SegmentationLoss):
-    ("1 - MS-SSIM between class probabilities and 0/1 truth (UNet3+, arXiv 2004.08790), mean over classes. Void pixels "
-     "are equal in both.")
+    "1 - MS-SSIM between class probabilities and 0/1 truth (UNet3+, arXiv 2004.08790), mean over classes."
     def per_image(self, x, y, ok): return (1 - ms_ssim(*_maps(x, y, ok))).mean(1)
 
 # %% ../../nbs/train/01_losses.ipynb #370c60ac
@@ -252,8 +249,7 @@ def presence_loss(
     ignore_index: int = None,  # label of void pixels; an image with nothing else costs 0: nobody knows what it holds
     reduction: str = 'mean',  # 'mean', or 'none': one number for each image
 ) -> Tensor:
-    ("Binary cross-entropy on which classes are present: the loss of the classification-guided module, for any number "
-     "of classes.")
+    "Binary cross-entropy on which classes are present: the loss of the classification-guided module."
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(y):
         raise ValueError(f"expected presence logits ({len(y)}, n_classes), got {tuple(getattr(logits, 'shape', ()))}")
     logits, seen = logits.as_subclass(Tensor).float(), class_presence(y, logits.shape[1], ignore_index)

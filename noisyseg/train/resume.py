@@ -97,8 +97,7 @@ def _set_recorder_state(r, s):
 
 # %% ../../nbs/train/07_resume.ipynb #b7a9b836
 def _cb_state(cb):
-    ("The state of a callback; None where it has none. Asked of the class: an instance would pass the question on to "
-     "the model.")
+    "The state of a callback, None without one. Asked of the class: an instance would ask the model."
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     if isinstance(cb, Recorder): return _recorder_state(cb)
     if isinstance(cb, MixedPrecision): return {'scaler': cb.learn.scaler.state_dict(), 'scales': list(cb.scales)}
@@ -206,8 +205,7 @@ def _state_file(path):
 
 # %% ../../nbs/train/07_resume.ipynb #55d624f0
 class Resumable(LoopCallback):
-    ("Save the whole state of a fit, and go on from it: a fit that was killed and called again ends with the same "
-     "numbers, bit for bit.")
+    "Save the whole state of a fit, so that a fit that was killed goes on to the same numbers, bit for bit."
     order, watches = 1000, True
     def __init__(self,
         path,  # the file, named *.safetensors; a learner's second fit has its own, with -2 in its name

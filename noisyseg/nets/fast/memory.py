@@ -14,8 +14,7 @@ import ctypes, sys
 def keep_pages(
     on: bool = True,  # False: freed memory goes back to the system again, what lies unused now included
 ) -> bool:  # was it possible? Elsewhere than on Linux with GNU's C library, nothing is done
-    ("Keep freed memory in this process for the next pass. The process then holds on to as much as it ever needed at a "
-     "time.")
+    "Keep freed memory in this process for the next pass: as much as it ever needed at a time."
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if not hasattr(libc, 'mallopt'): return False
     # from what size a piece gets pages of its own, and how much unused memory is given back; without being told, the

@@ -23,8 +23,7 @@ def taps(
     k: int = 3,  # taps of the convolution, odd
     align_corners: bool = False,  # of the interpolation
 ) -> Tensor:  # (n_out, k, n_in), float64: what each tap of each output pixel takes from each input pixel
-    ("The matrices A_k of one dimension: linear interpolation, its rows shifted, zero beyond the edge. Kept for each "
-     "size: do not write into it.")
+    "The matrices A_k of one dimension: linear interpolation, rows shifted, zero beyond the edge. Cached: read only."
     up = F.interpolate(torch.eye(n_in, dtype=torch.float64)[:, None], size=n_out, mode='linear',
                        align_corners=align_corners)[:, 0].T
     up = F.pad(up, (0, 0, k // 2, k // 2))
@@ -35,8 +34,7 @@ BLOCK = 32  # output pixels to a product: fewer waste calls, more multiply zeros
 
 @lru_cache(512)
 def _blocks(n_in, n_out, k, align_corners, dtype, device):
-    ("For each block of output pixels: where it begins, the range of inputs that it uses, and its matrix (block, "
-     "inputs · k).")
+    "For each block of output pixels: its start, the range of inputs it uses, and its matrix (block, inputs · k)."
     A, out = taps(n_in, n_out, k, align_corners), []
     for start in range(0, n_out, BLOCK):
         rows = A[start:start + BLOCK]
@@ -143,8 +141,7 @@ def conv_of_upsampled(
     relu: bool = False,  # ReLU of the result
     out: Tensor = None,  # where to write, without autograd: (batch, out, *size), channels last in memory
 ) -> Tensor:  # (batch, out, *size)
-    ("`conv2d(interpolate(x, size, mode='bilinear'), weight, bias, padding=k//2)`, to within rounding, without making "
-     "the large map.")
+    "`conv2d(interpolate(x, size, mode='bilinear'), weight, bias, padding=k//2)`, without making the large map."
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[
             3] or weight.shape[2] % 2 == 0:
         raise ValueError("expected x (batch, channels, height, width) and weight (out, channels, k, k) with k odd, "

@@ -104,8 +104,7 @@ def _steps(groups, names, picked):
 
 # %% ../../../nbs/train/methods/02_ascent.ipynb #65a1cf46
 class Ascent:
-    ("The way up and back: weights `climb` along their gradients and `recover` by copy. What `SAM` and `SAMCallback` "
-     "have in common.")
+    "The way up and back, for `SAM` and `SAMCallback`: `climb` along the gradients, `recover` by copy."
     def __init__(self,
         model: nn.Module,  # the module whose forward pass the gradients come from; may be wrapped for a distributed run
         where=None,  # which weights climb: a Selector, a name pattern or a function; None for all
@@ -247,8 +246,7 @@ def gradients(self:Ascent,
     up: bool = True,  # False: the plain gradient of `descend`
     onto: bool = False,  # add to the gradients that are there, instead of replacing them
 ) -> list:  # what the jobs' first passes returned
-    ("The mean over jobs of the gradient at each job's own top, left in .grad (SAM, algorithm 1; m-sharpness, section "
-     "4.1).")
+    "The mean over jobs of the gradient at each job's own top, in .grad (SAM, algorithm 1; section 4.1)."
     params, results = [p for g in groups for p in g['params']], []
     weights = [1] * len(jobs) if weights is None else weights
     if len(weights) != len(jobs) or not sum(weights) > 0:

@@ -75,8 +75,7 @@ class _Known(torch.autograd.Function):
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #84cbaf7d
 class _OneUpdate:
-    ("Within the block every sub-batch moves batch norm's running statistics from the same start; their mean is kept, "
-     "or the start if something fails.")
+    "Within, all sub-batches move batch norm's statistics from the same start; their mean is kept."
     def __init__(self, model):
         norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.running_mean is not None]
         self.stats = [b for m in norms for b in (m.running_mean, m.running_var)]
@@ -265,8 +264,7 @@ def _joined(parts):
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #ccef88da
 class DAMP(Method):
-    ("Train under multiplicative weight perturbations, a draw for each part of the batch (DAMP, arXiv 2406.16540, "
-     "Algorithm 1).")
+    "Multiplicative weight noise, a draw for each part of the batch (DAMP, arXiv 2406.16540, Algorithm 1)."
     run_valid = False
     depth = 50
     objective = True

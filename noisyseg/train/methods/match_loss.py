@@ -58,8 +58,7 @@ def mix(self:PseudoLabels,
 
 # %% ../../../nbs/train/methods/05_match_loss.ipynb #56e50f1c
 def _levels(out):
-    ("The logits in an output: of every head, where there are several; the presence logits of UNet3+'s "
-     "classification-guided module are left out.")
+    "The logits in an output, of every head; not the classification-guided module's presence logits."
     if isinstance(out, (list, tuple)) and len(out) == 2 and getattr(out[1], 'ndim', 0) == 2: out = out[0]
     return list(out) if isinstance(out, (list, tuple)) else [as_logits(out)]
 
@@ -69,8 +68,7 @@ def consistency(
     pseudo: PseudoLabels,  # what it should have said
     threshold: float = 0.95,  # τ in [0, 1]: pixels with less confidence don't count
 ) -> Tensor:  # one number, in float32; 0 where no pixel counts
-    ("Cross-entropy with confident pseudo-labels, summed and divided by the number of pixels inside (UniMatch, arXiv "
-     "2208.09910).")
+    "Cross-entropy with confident pseudo-labels, divided by the pixels inside (UniMatch, arXiv 2208.09910)."
     counts = (pseudo.confidence >= threshold) & pseudo.inside
     def one(logits):
         if len(logits) != len(counts):

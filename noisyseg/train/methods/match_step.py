@@ -169,8 +169,7 @@ def _compared(self:MatchStep, s, name, out, pseudo):
 # %% ../../../nbs/train/methods/06_match_step.ipynb #c07bf89e
 @contextmanager
 def _buffers_once(model):
-    ("Let a distributed model send its buffers before the first forward pass only: gives the function to call after a "
-     "pass.")
+    "A distributed model sends its buffers before the first pass only: gives the function to call after a pass."
     was = getattr(model, 'broadcast_buffers', None)
     def sent():
         if was: model.broadcast_buffers = False

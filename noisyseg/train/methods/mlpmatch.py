@@ -40,8 +40,7 @@ class _Column(Metric):
 
 # %% ../../../nbs/train/methods/07_mlpmatch.ipynb #d33a1efc
 class MLPMatch(Method):
-    ("Semi-supervised training with MLPMatch (arXiv 2411.05307), UniMatch (arXiv 2208.09910) or FixMatch, on batches "
-     "of `semi_dataloaders`.")
+    "MLPMatch (arXiv 2411.05307), UniMatch (arXiv 2208.09910) or FixMatch, on batches of `semi_dataloaders`."
     run_valid = False
     depth = 50
     objective = True
