@@ -67,7 +67,8 @@ from noisyseg.perturb.quantization import Quantize
 
 SIZES = {'small': dict(every=15, draws=2), 'full': dict(every=1, draws=10)}
 LEVELS = {'MaxGaussian': (0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1), 'RelativeGaussian': (0.02, 0.05, 0.1, 0.2, 0.5),
-          'AbsoluteGaussian': (0.002, 0.005, 0.01, 0.02, 0.05, 0.1), 'MultiplicativeGaussian': (0.02, 0.05, 0.1, 0.2, 0.5),
+          'AbsoluteGaussian': (0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+          'MultiplicativeGaussian': (0.02, 0.05, 0.1, 0.2, 0.5),
           'Quantize': (8, 7, 6, 5, 4, 3, 2), 'gaussian_noise': (1, 2, 3, 4, 5)}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEVEN = 'background cat cow dog horse person sheep'.split()
