@@ -2,9 +2,11 @@
 import gc
 import hashlib
 import pickle
+import re
 import subprocess
 import sys
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,10 @@ from noisyseg.data.doctor import check_dataset, class_weights
 from noisyseg.data.own import custom_masks
 from noisyseg.data.files import (MissingData, check_sizes, colorize, data_root, denormalize, label_table, pair_files,
                                  read_colour_mask, read_image, read_mask)
+from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes
+from noisyseg.train.learner import segmentation_learner
+from noisyseg.train.losses import HybridLoss
 
 def write(file, pixels, **kwargs):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -444,3 +449,22 @@ def test_without_progress_nothing_is_printed(set8, capsys):
 def test_weights_favour_rare_classes(set8):
     w = class_weights(check_dataset(load(set8), progress=False, verbose=False))
     assert len(w) == 7 and w[0] == min(w) and abs(np.mean(w) - 1) < 1e-9
+
+def test_the_line_of_the_finding_weighs_a_rare_class(capsys):
+    "The line of code that check_dataset offers, as it stands; a class without a pixel takes nothing from the others"
+    rare = np.zeros((32, 32), np.uint8)
+    rare[:2, :3] = 1
+    dls = mask_dataloaders([(scene(i, 32)[0], rare) for i in range(4)], [(scene(9, 32)[0], rare)], lambda o: o,
+                           ['ground', 'mole', 'never'], voc_palette[:3], 255, size=32, bs=2)
+    with pytest.raises(ValueError, match='never'): check_dataset(dls, progress=False)
+    dls = mask_dataloaders(dls.train_ds.items, dls.valid_ds.items, lambda o: o, ['ground', 'mole'], voc_palette[:2],
+                           255, size=32, bs=2)
+    table = check_dataset(dls, progress=False)
+    line = re.search("'mole' has 0.59 %.*`(.*)`", capsys.readouterr().out)[1]
+    learn = eval(line, dict(segmentation_learner=segmentation_learner, HybridLoss=HybridLoss, dls=dls, table=table,
+                            class_weights=class_weights))
+    assert learn.loss_func.normalize
+    assert learn.loss_func.base.focal.alpha.tolist() == pytest.approx(class_weights(table))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    more = pd.concat([table, pd.DataFrame([dict(set='train', label=2, name='never', pixels=0, share=0., images=0)])])
+    assert class_weights(more) == [*class_weights(table), 0]

@@ -200,8 +200,8 @@ def findings(
     share = pixels.sum(0)[:len(classes)]/max(pixels.sum(0)[:len(classes)].sum(), 1)
     if name=='train' and 0<(least := share[share>0].min(initial=1))<0.01:
         said.append(f"train: {classes[int(np.argmin(np.where(share>0, share, 2)))]!r} has {100*least:.2g} % of the "
-                    "pixels. Weigh classes: HybridLoss(ignore_index=dls.ignore_index, alpha=class_weights(table)), in "
-                    "DeepSupervisionLoss(..., normalize=True), as segmentation_learner(dls, loss_func=...)")
+                    "pixels. Let rare classes count for more: `segmentation_learner(dls, loss_func=HybridLoss("
+                    "ignore_index=dls.ignore_index, alpha=class_weights(table)))`")
     if name!='train' and (gone := [c for c,s in zip(classes, share) if not s]):
         said.append(f"{name}: no pixel of {', '.join(map(repr, gone))}, so no score says how well they are found. Hold "
                     "other images out: valid=[names], or another valid_seed=")
@@ -276,8 +276,8 @@ def frequencies(
 def class_weights(
     table:pd.DataFrame, # from `check_dataset`
     power:float=0.5 # 0: all alike; 1: in inverse proportion to the frequency
-) -> list: # one for each class, 1 on average
+) -> list: # one for each class; of those that occur in training 1 on average, of others 0
     "Weights that let rare classes count for more"
-    first = table[table['set']==table['set'].iloc[0]]
-    w = first['share'].clip(lower=1e-6).to_numpy()**-power
-    return (w/w.mean()).tolist()
+    share = table[table['set']==table['set'].iloc[0]]['share'].to_numpy()
+    w = np.where(share>0, np.maximum(share, 1e-6)**-power, 0)
+    return (w/w[share>0].mean()).tolist()
