@@ -378,6 +378,29 @@ def test_codes_and_masks_of_a_paint_tool(tmp_path):
     with pytest.raises(ValueError, match='codes has 255'): set_of(tmp_path, save_mask=paint, codes={255: 'roof'})
     with pytest.raises(ValueError, match='pass one of them'): set_of(tmp_path, codes={0: 0}, colours={(0, 0, 0): 0})
 
+@pytest.mark.parametrize('rename, mend', [
+    (lambda n: f'{n}_mask', "suffix='_mask'"), (lambda n: f'{n}.jpg', "suffix='.jpg'"),
+    (lambda n: f'label_{n}', r"such as 'label_0'.*\[\(image, mask\), ...\], None, classes")])
+def test_masks_of_other_names_say_how_to_pair_them(set8, rename, mend):
+    for f in (set8/'masks').iterdir(): f.rename(f.with_name(rename(f.stem) + '.png'))
+    with pytest.raises(MissingData, match=f'0.jpg: this image has no mask.*{mend}'): load(set8)
+    if 'suffix' not in mend: return
+    assert len(load(set8, suffix=mend.split("'")[1]).train_ds) == 6
+
+def test_a_few_classes_of_many(set8):
+    "All values are told at once, and the line that is offered works"
+    with pytest.raises(ValueError, match=r'(?s)8 faulty of 8.*hold the values 0 \(in 8\).* 6 \(in') as e:
+        load(set8, classes=['ground', 'box'])
+    line = re.search(r'codes=(.*)$', str(e.value))[1].replace('...', "2: 'box'")
+    y = next(iter(load(set8, classes=['ground', 'box'], codes=eval(line), augment=False).valid))[1]
+    assert set(y.unique().tolist()) == {0, 1, 255}
+
+def test_a_single_class_is_no_task(set8):
+    "With 255 for what does not count, all foreground would be lost, and every score perfect"
+    for f in (set8/'masks').iterdir(): write(f, 255*(np.array(Image.open(f)) > 0).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"classes=\['background', 'thing'\].*codes={0: 0, 255: 1}"):
+        load(set8, classes=['thing'])
+
 def test_names_are_compared_as_they_look(tmp_path):
     from unicodedata import normalize
     def named(form, save): return lambda p, x: Image.fromarray(x).save(p.with_name(normalize(form,

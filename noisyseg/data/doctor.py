@@ -112,11 +112,14 @@ def errors(
 ) -> list: # sentences
     "What makes training pointless"
     n = len(classes)
+    if n==1:
+        return [f"{classes[0]!r} is the only class, so that every pixel would be one. Name what is around it, too: "
+                f"classes=['background', {classes[0]!r}], and for masks of 0 and 255 codes={{0: 0, 255: 1}}"]
     pixels = found.pixels.sum(0)
     absent = [c for i,c in enumerate(classes) if not pixels[i]]
     if not len(found.items) or not absent: return []
     present = [i for i in range(256) if pixels[i]]
-    if ignore_index is not None and n>1 and set(present)<={0, ignore_index} and pixels[ignore_index]:
+    if ignore_index is not None and set(present)<={0, ignore_index} and pixels[ignore_index]:
         return [f"the masks hold the values {present} only, and {ignore_index} is ignored: nothing but {classes[0]!r} "
                 f"would be learned. If {ignore_index} marks {classes[1]!r}, pass codes={{0: 0, {ignore_index}: 1}}"]
     values = ', '.join(map(str, present))
@@ -252,10 +255,13 @@ def check_dataset(
 # %% ../../nbs/data/06_doctor.ipynb #f4cada6a
 def raise_faults(
     faults:list, # sentences about files that can't be read
-    n:int # files that were tried
+    n:int, # files that were tried
+    more:str='' # a sentence for the end
 ):
     "One error that says each kind of fault once"
-    if faults: raise ValueError('\n'.join([f"{len(faults)} faulty of {n} pairs:", *grouped(faults)[:20]]))
+    if not faults: return
+    lines = [f"{len(faults)} faulty of {n} pairs:", *grouped(faults)[:20], more]
+    raise ValueError('\n'.join(line for line in lines if line))
 
 # %% ../../nbs/data/06_doctor.ipynb #71fdfdf4
 def frequencies(

@@ -147,6 +147,8 @@ def companion(
     return path.with_name(path.name + '.grid.json')
 
 # %% ../../nbs/measure/06_store.ipynb #46093324
+def _sealed(grid): return {**grid, 'seal': digest(json.dumps(grid))}
+
 def _whole(grid):
     "Is this what was written? Older files bear no seal."
     seal = grid.pop('seal', None)
@@ -289,8 +291,7 @@ class Store:
         "Write everything down: first what will be in the file, then the file."
         begun = time.monotonic()
         if self.path is not None:
-            grid = {**self.grid, 'cells': list(self.written.values())}
-            grid['seal'] = digest(json.dumps(grid))
+            grid = _sealed({**self.grid, 'cells': list(self.written.values())})
             write_atomic(companion(self.path), json.dumps(grid, indent=1, ensure_ascii=False) + '\n')
             write_atomic(self.path, as_bytes(self.frame(), self.path.suffix))
         self.saved = time.monotonic()
