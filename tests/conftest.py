@@ -75,6 +75,17 @@ def sh():
     return run
 
 
+@pytest.fixture(scope='module')
+def in_jupyterlab(tmp_path_factory):
+    "For the tests of one file, JupyterLab on a copy of the project, and a browser: (project, page, url, token)"
+    from test_lab import browser_page, browser_path, jupyterlab
+    browser_path()
+    home = tmp_path_factory.mktemp('lab')
+    project = copy_project(home/'project')
+    with jupyterlab(project, home) as (url, token), browser_page(home/'profile') as page:
+        yield project, page, url, token
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     "Fixtures can see in `request.node.failed` whether their test failed"
@@ -104,7 +115,7 @@ SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|\btab\b', ray=r"\bray\b|on='r
              kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn',
              slow=r'copy_project\(tmp_path_factory')   # what many tests use: the site, the wheel, an environment
 DURATIONS = root/'tests'/'durations.json'     # seconds of tests that took over one; NOISYSEG_RECORD=1 writes it
-SLOW = 2.
+SLOW = 1.
 
 
 def known_durations(): return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
