@@ -154,7 +154,8 @@ def pytest_collection_modifyitems(items):
         if not alone: item.add_marker(pytest.mark.xdist_group(group))
         item.group = group
         total[group] = total.get(group, 0) + durations.get(local_id(item.nodeid), .1)
-    items.sort(key=lambda item: -total[item.group])   # stable: the order within a file stays
+    for item in items: item.group_seconds = total[item.group]   # also of those that -k will leave out
+    items.sort(key=lambda item: -item.group_seconds)   # stable: the order within a file stays
 
 
 def pytest_terminal_summary(terminalreporter):
