@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..basics import (expect_module, offline, plain_name, remove_parts, state_digest, unwrapped, versions,
                              write_atomic)
-from ..nets import classifiers, deeplab  # noqa: F401  so that a card can name their factories
+from ..nets import classifiers, deeplab, edgenets  # noqa: F401  so that a card can name their factories
 from ..nets.unet3plus import FACTORIES
+from ..perturb.clone import expect_clean
 from .noise import WeightNoise
 from .serialization import pack, tensor_file, unpack
 
@@ -135,6 +136,7 @@ def save_model(
     "Save weights and card, atomically; in a run of several processes the first one does it for all."
     model = unwrapped(_network(learn))
     path, beside = _paths(path)
+    expect_clean(model)
     # without waiting, so that `if rank_distrib() == 0: save_model(...)` can't hang
     if num_distrib() > 1 and rank_distrib(): return path
     if not path.parent.is_dir():
