@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import noisyseg as ns
+from noisyseg.data.semi_supervised import semi_folder
 from noisyseg.measure.sweeps import sweep
+from noisyseg.train.noise import AccumulatingNoise
 
 # what mends it: code in backticks, a call, or an argument by its name
 MEND = re.compile(r'`[^`]+`|\b[\w.]+\([^)]*\)|\b\w+=')
@@ -84,7 +86,7 @@ NONSENSE = {
     'semi: more than there are': lambda: ns.semi(dls(), n=1000),
     'semi: no loaders': lambda: ns.semi(net(), n=2),
     'semi_scenes: negative': lambda: ns.semi_scenes(n_labelled=-1),
-    'semi_folder: no such folder': lambda: ns.semi_folder('nowhere', 'nowhere', ['a', 'b']),
+    'semi_folder: no such folder': lambda: semi_folder('nowhere', 'nowhere', ['a', 'b']),
     'UNet3Plus: a word for an encoder': lambda: ns.UNet3Plus('resnet34', 3),
     'unet3plus_tiny: no classes': lambda: ns.unet3plus_tiny(0),
     'unet3plus_tiny: names for a number': lambda: ns.unet3plus_tiny(['cat', 'dog']),
@@ -117,7 +119,7 @@ NONSENSE = {
     'segmentation_learner: a number for a law': lambda: ns.segmentation_learner(dls(), law=0.1),
     'segmentation_learner: the class of a network': lambda: ns.segmentation_learner(dls(), arch=nn.Conv2d),
     'WeightNoise: a number': lambda: ns.WeightNoise(0.1),
-    'AccumulatingNoise: a number': lambda: ns.AccumulatingNoise(0.1),
+    'AccumulatingNoise: a number': lambda: AccumulatingNoise(0.1),
     'check_dataset: a folder': lambda: ns.check_dataset('nowhere'),
     'check_dataset: None': lambda: ns.check_dataset(None),
     'WeightNoise: when is a number': lambda: ns.WeightNoise(law, when=1),
