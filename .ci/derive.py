@@ -17,7 +17,7 @@ settings = ConfigParser()
 settings.read(root/'settings.ini')
 settings = settings['DEFAULT']
 # subpackages import in this direction only: from those before them
-LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
+LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'mend', 'show']
 SECTIONS = [*LAYERS[1:], 'tutorials', 'studies']           # each has a sidebar of its own on the site
 # where the navigation bar leads: the notebook of each subpackage that a newcomer reads
 STORY = dict(perturb='clone', data='datasets', nets='unet3plus', measure='sweeps', train='learner', show='explorer')

@@ -2,7 +2,7 @@
 
 The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
 All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
-`train`, `show`."""
+`train`, `mend`, `show`."""
 import os
 from importlib import import_module
 
