@@ -355,7 +355,8 @@ class Pool(Workers):
         worker, _, jobs = self.at.pop(ref)
         try: answer = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as e: raise e.cause if isinstance(e.cause, Exception) else e from None
-        except self.ray.exceptions.RayError as e: raise RuntimeError(_died(jobs, self.name, self.place.retries, e)) from None
+        except self.ray.exceptions.RayError as e:
+            raise RuntimeError(_died(jobs, self.name, self.place.retries, e)) from None
         self.send(worker)
         if jobs is None: self.tell(_of_another_kind(answer))
         else: yield from self.unpacked(jobs, *answer)

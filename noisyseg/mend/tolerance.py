@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/tolerance.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'misses_allowed', 'Tolerance', 'tolerance', 'plot_tolerance']
 
-# %% ../../nbs/mend/01_tolerance.ipynb #2d5df86b
+# %% ../../nbs/mend/01_tolerance.ipynb #fffd67b3
 import math
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from ..measure.summary import main_metric
 from ..measure.sweeps import sweep
 from ..perturb.disturbance import Disturbance
 
-# %% ../../nbs/mend/01_tolerance.ipynb #1feb964f
+# %% ../../nbs/mend/01_tolerance.ipynb #c35be708
 def misses_allowed(
     n: int,  # chips that are tried
     share: float = 0.9,  # of all chips that are to be good, above 0 and below 1
@@ -34,7 +34,7 @@ def misses_allowed(
     k = np.arange(check_whole('n', n, 1))
     return int(np.sum(stats.binom.cdf(k, n, 1 - share) <= 1 - confidence + 1e-12)) - 1
 
-# %% ../../nbs/mend/01_tolerance.ipynb #0033e011
+# %% ../../nbs/mend/01_tolerance.ipynb #d36a192c
 STEPS = (0.5, 0.7, 0.85, 0.93, 1.0, 1.08, 1.17, 1.3, 1.5, 1.8, 2.2)  # of the pilot's guess
 
 def _rounded(v): return float(f'{v:.2g}')
@@ -45,7 +45,7 @@ def _sequence(disturbance, guess):
         return [l for l in disturbance.ordered(disturbance.levels) if l != disturbance.nothing]
     return sorted({_rounded(guess * s) for s in STEPS})
 
-# %% ../../nbs/mend/01_tolerance.ipynb #c6234abf
+# %% ../../nbs/mend/01_tolerance.ipynb #5a5892be
 def _losses(df, clean):
     "What each draw loses at each level, in points of the main score: levels in rows, draws in columns."
     d = df[df['metric'] == main_metric(df)]
@@ -59,7 +59,7 @@ def _guess(losses, drop, share):
     if loss[-1] <= drop: return float(levels[-1])
     return float(np.exp(np.interp(drop, loss, np.log(levels))))
 
-# %% ../../nbs/mend/01_tolerance.ipynb #a31e115d
+# %% ../../nbs/mend/01_tolerance.ipynb #52e9d01e
 @dataclass(frozen=True)
 class Tolerance:
     "What `tolerance` found: the sentence is its text."
@@ -79,7 +79,7 @@ class Tolerance:
 
     def __repr__(self): return f'Tolerance: {self}'
 
-# %% ../../nbs/mend/01_tolerance.ipynb #f2ac958e
+# %% ../../nbs/mend/01_tolerance.ipynb #0ca27dc0
 def tolerance(
     model,  # any network; it comes out as it went in
     dl,  # batches, as for `sweep`
@@ -115,7 +115,7 @@ def tolerance(
     at = disturbance.at(level) if len(good) else disturbance
     return Tolerance(level, at, clean, drop, share, confidence, trials)
 
-# %% ../../nbs/mend/01_tolerance.ipynb #c52d558e
+# %% ../../nbs/mend/01_tolerance.ipynb #f2c08217
 def _prepared(run, disturbance, levels, drop, share, pilot, seed):
     "The clean score, and the sequence of levels."
     given, nothing = levels, disturbance.nothing
@@ -138,7 +138,7 @@ def _tried(run, disturbance, levels, clean, drop, chips, allowed, seed):
         if misses > allowed: break
     return pd.DataFrame(rows)
 
-# %% ../../nbs/mend/01_tolerance.ipynb #5ba7dca6
+# %% ../../nbs/mend/01_tolerance.ipynb #bcc92b4c
 def plot_tolerance(
     *found: Tolerance,  # one or more
     names=None,  # of each; None: what disturbed it
