@@ -33,7 +33,7 @@ class Seen:
     def data(self, key): return self.root.get_attribute(f'data-{key}')
     def js(self, code, *args): return self.root.evaluate(code, *args)
 
-    def wait(self, f, seconds=15):
+    def wait(self, f, seconds=60):
         for _ in range(int(seconds * 50)):
             if f(): return
             self.page.wait_for_timeout(20)
@@ -106,7 +106,7 @@ def use(seen):
     root.locator('.only').first.click()
     root.locator('.only').first.click()
     seen.wait(lambda: seen.pixels() == shown)
-    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') >= 13)   # the curve fills by itself
+    seen.wait(lambda: seen.js('el => el.querySelector("svg.curve polyline").points.length') >= 13)   # fills by itself
     root.locator('canvas').nth(1).scroll_into_view_if_needed()
     page.mouse.move(*[v + 40 for v in map(root.locator('canvas').nth(1).bounding_box().get, 'xy')])
     seen.wait(lambda: '% sure' in root.locator('.hover').inner_text())
@@ -192,7 +192,7 @@ def quantize(seen):
     assert root.locator('.level .unit').inner_text() == 'not quantized'
     clean = seen.pixels()
     # 1 to 12 bits; 0 is a line of its own
-    seen.wait(lambda: seen.js('el => el.querySelector("polyline").points.length') == 12)
+    seen.wait(lambda: seen.js('el => el.querySelector("svg.curve polyline").points.length') == 12)
     root.get_by_label('corruption of the picture').select_option('snow')            # a corruption is drawn
     seen.wait(lambda: new.is_visible())
     snow = seen.pixels()[0]
@@ -219,7 +219,7 @@ def live(tmp_path, sources):
             raise
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_explorer_in_jupyterlab(tmp_path):
     with live(tmp_path, cells) as page:
         seen = Seen(page)
@@ -249,7 +249,7 @@ def test_explorer_in_jupyterlab(tmp_path):
         assert not ours(page.complaints)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_explorer_without_a_kernel(tmp_path):
     "The gallery of the site: alive from a file server, with its state in the address"
     browser_path()

@@ -7,7 +7,7 @@ from test_lab import browser_page, browser_path, cells_of, jupyterlab, ours, sta
 
 FIT = '''
 from noisyseg import *
-from noisyseg.show.monitor import TrainingMonitor
+from noisyseg.train.losses import DeepSupervisionLoss, HybridLoss
 dls = scenes(n_train=48, n_valid=16, size=64, seed=0)
 monitor = TrainingMonitor(interval=0.1)
 learn = segmentation_learner(dls, unet3plus_tiny, MaxGaussian(0.1),
@@ -63,10 +63,8 @@ def test_stop_in_jupyterlab(tmp_path):
 
 PSEUDO = '''
 from noisyseg import *
-from noisyseg.train.methods.mlpmatch import semi_learner
-from noisyseg.show.monitor import TrainingMonitor
+from noisyseg.data.procedural import scene
 from noisyseg.show.pseudo_label_panel import PseudoLabelPanel
-from noisyseg.data.semi_supervised import semi_scenes
 import numpy as np
 dls = semi_scenes(n_labelled=4, n_unlabelled=8, n_valid=4, size=32, bs=4, seed=0)
 dls.train.dataset.labelled.vocab[:] = ['<img src=x onerror="window.broken=1">', *dls.vocab[1:]]

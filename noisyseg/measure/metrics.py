@@ -103,7 +103,8 @@ class ConfusionMeter:
     @property
     def matrix(self) -> Tensor:
         "Pixel counts (n_classes, n_classes), int64, rows = truth, columns = prediction."
-        return (self._counts.compute() if self.sync else self._counts.confmat).clone()
+        several = self.sync and torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (self._counts.compute() if several else self._counts.confmat).clone()
 
     def reset(self):
         "Forget all counts. Returns the meter."

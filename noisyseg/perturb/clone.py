@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/clone.html.md"""
 
 # %% auto #0
 __all__ = ['TABLE', 'CHECKPOINTING', 'LATE', 'WeightClone', 'clone_weights', 'as_generator', 'fill_normal', 'forget_casts',
-           'holding', 'HoldInterrupts', 'perturbed']
+           'holding', 'expect_clean', 'HoldInterrupts', 'perturbed']
 
 # %% ../../nbs/perturb/02_clone.ipynb #ac56dafa
 import signal, sys, threading, warnings, weakref
@@ -537,6 +537,17 @@ def holding(
     params, modules = set(model.parameters()), set(model.modules())
     return [c for c in clones if not params.isdisjoint(c._params) or any(s.module in modules for s in c._computed)]
 
+# %% ../../nbs/perturb/02_clone.ipynb #5ef89a78
+def expect_clean(
+    model: nn.Module,  # any module
+    save: str = 'save_model(model, path)',  # the call that saves it, for the message
+):
+    "RuntimeError where a model's weights hold noise now."
+    if not (clones := holding(model)): return
+    raise RuntimeError(f"{clones[-1].n_weights:,} weights hold noise now ({clones[-1].law}), which a file would keep "
+                       f"for good. Save the clean ones after the block, `{save}`; for a model with this noise take a "
+                       f"copy, `noisy = copy.deepcopy(model)`, and save that")
+
 # %% ../../nbs/perturb/02_clone.ipynb #8f1103ae
 class HoldInterrupts:
     ("While installed, signals with a handler in Python (Ctrl-C, an alarm) wait for functions marked with "
@@ -617,9 +628,9 @@ def release(self:HoldInterrupts):
 
 # %% ../../nbs/perturb/02_clone.ipynb #a2cc0f8c
 LATE = ("the block ends, and no gradient has arrived at its weights, though the model is in training mode and its "
-        "output waits for one: call backward() inside the block, where the noise is (in Lightning, open the block "
-        "around the "
-        "optimizer's closure), or pass gradient='recovered'. If you want no gradient, use torch.no_grad()")
+        "output waits for one: call backward() inside the block, where the noise is (in Lightning, by the callback "
+        "NoisyTraining of the tutorial \"From plain PyTorch\"), or pass gradient='recovered'. If you want no gradient, "
+        "use torch.no_grad()")
 
 # %% ../../nbs/perturb/02_clone.ipynb #0f824a8c
 def _in_a_graph(p):

@@ -244,7 +244,8 @@ def controls(
     more_is_mild = len(levels) > 1 and levels[0] > levels[-1]
     return dict(facts, id=name or kind.__name__, doc=' '.join((kind.__doc__ or '').partition('\n\n')[0].split()),
                 field=disturbance.unit,
-                axis=disturbance.axis_title(), top=max(facts['top'], disturbance.level, *levels), where=disturbance.where is not None,
+                axis=disturbance.axis_title(), top=max(facts['top'], disturbance.level, *levels),
+                where=disturbance.where is not None,
                 apart=more_is_mild and disturbance.nothing < min(levels),   # is nothing not beside the mildest level?
                 fields=[field(k, v) for k, v in _settings(disturbance).items()])
 

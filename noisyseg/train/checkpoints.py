@@ -13,7 +13,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-import numpy as np, safetensors, safetensors.torch, torch
+import numpy as np, safetensors, torch
 from fastai.torch_core import num_distrib, rank_distrib
 from torch import Tensor, nn
 
@@ -21,8 +21,9 @@ from ..basics import (expect_module, offline, plain_name, remove_parts, state_di
                              write_atomic)
 from ..nets import classifiers, deeplab  # noqa: F401  so that a card can name their factories
 from ..nets.unet3plus import FACTORIES
+from ..perturb.clone import expect_clean
 from .noise import WeightNoise
-from .serialization import pack, unpack
+from .serialization import pack, tensor_file, unpack
 
 # %% ../../nbs/train/06_checkpoints.ipynb #8d13c00c
 def _paths(path):
@@ -135,6 +136,7 @@ def save_model(
     "Save weights and card, atomically; in a run of several processes the first one does it for all."
     model = unwrapped(_network(learn))
     path, beside = _paths(path)
+    expect_clean(model)
     # without waiting, so that `if rank_distrib() == 0: save_model(...)` can't hang
     if num_distrib() > 1 and rank_distrib(): return path
     if not path.parent.is_dir():
@@ -146,7 +148,7 @@ def save_model(
     try: text = json.dumps(make_card(learn, **info) | {'weights': weights}, indent=1)
     except (TypeError, ValueError) as e:
         raise TypeError(f"a card holds plain data (numbers, text, lists, dicts): {e}. Pass `str(...)` of it") from None
-    data = safetensors.torch.save(tensors, metadata={'card': text, 'seal': sha256(text.encode()).hexdigest()})
+    data = tensor_file(tensors, card=text, seal=sha256(text.encode()).hexdigest())
     for p in (path, beside): remove_parts(p)
     # never a new file beside an old card, and both as they were while the new one can't be written
     write_atomic(path, data, before=lambda: beside.unlink(missing_ok=True))

@@ -52,6 +52,7 @@ def _maps(x, y, ok):
 # %% ../../nbs/train/01_losses.ipynb #c70cb97e
 class SegmentationLoss(nn.Module):
     "Base of the losses: subclasses define `per_image(x, y, ok)`. Works as a fastai `loss_func`."
+    y_int = True  # for fastai's MixUp: labels cannot be mixed, so the losses are
     def __init__(self,
         ignore_index: int = None,  # label of void pixels, any value; None: every pixel counts
         reduction: str = 'mean',  # 'mean': one number; 'none': one for each image, (B,)
