@@ -1,4 +1,4 @@
-"""One call: fine-tune a trained network under noise for as many minutes as you have, and see what it stands before and after.
+"""One call: fine-tune under noise for as many minutes as you have, and see what it stands before and after.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/finetuning.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/finetuning.html.md"""
 # %% auto #0
 __all__ = ['ByTheClock', 'Hardened', 'harden']
 
-# %% ../../nbs/mend/05_finetuning.ipynb #a02087ca
+# %% ../../nbs/mend/05_finetuning.ipynb #e8871e93
 import copy, time
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from .tolerances import Tolerance, tolerance
 from ..perturb.disturbance import Disturbance, Law
 from ..train.learner import segmentation_learner
 
-# %% ../../nbs/mend/05_finetuning.ipynb #bed87a7b
+# %% ../../nbs/mend/05_finetuning.ipynb #b4c124a5
 class ByTheClock(Callback):
     "Learning rate by elapsed time: up in the first tenth, down to 1 % at the end, and then the fit is over."
     run_valid = False
@@ -48,7 +48,7 @@ class ByTheClock(Callback):
 
     def after_batch(self): self.steps += self.training
 
-# %% ../../nbs/mend/05_finetuning.ipynb #3e16b02e
+# %% ../../nbs/mend/05_finetuning.ipynb #705c6270
 @dataclass(frozen=True)
 class Hardened:
     "What `harden` made of a network."
@@ -63,7 +63,7 @@ class Hardened:
                 f'after\n'
                 f'  before: {self.before}\n  after:  {self.after}')
 
-# %% ../../nbs/mend/05_finetuning.ipynb #f098f9ed
+# %% ../../nbs/mend/05_finetuning.ipynb #96a13752
 def harden(
     model: nn.Module,  # a trained network that segments; it stays as it is, a copy is trained
     dls,  # DataLoaders to train on and, their valid part, to measure on

@@ -1,4 +1,4 @@
-"""Which weights are worth keeping exact? What each layer and channel costs, measured and predicted, and the few that bring most of it back.
+"""Which weights are worth keeping exact? What layers and channels cost, and the few that bring most of it back.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/protection.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/protection.html.md"""
 # %% auto #0
 __all__ = ['SHARES', 'measured_costs', 'predicted_costs', 'Protection', 'protect', 'plot_protection']
 
-# %% ../../nbs/mend/02_protection.ipynb #adea6de2
+# %% ../../nbs/mend/02_protection.ipynb #38f126a2
 from dataclasses import dataclass
 
 import pandas as pd
@@ -24,7 +24,13 @@ from ..measure.sweeps import sweep
 from ..perturb.disturbance import Disturbance, Law
 from ..perturb.selectors import Selector, Spared, as_selector, select
 
-# %% ../../nbs/mend/02_protection.ipynb #f7e1e204
+# %% ../../nbs/mend/02_protection.ipynb #30a57fa5
+def _weights_of(disturbance, where):
+    "The selector of what may be disturbed, or an error."
+    if not isinstance(disturbance, Disturbance) or disturbance.where is where is None:
+        raise TypeError(f"disturbance: expected one that acts on weights, such as MaxGaussian(0.05), got {disturbance}")
+    return as_selector(disturbance.where if where is None else where)
+
 def _one(name): return Selector(lambda n, module, weight: n == name, name)
 
 def measured_costs(
@@ -37,13 +43,13 @@ def measured_costs(
     **kwargs,  # of `layer_sensitivity`: seed, task, ignore_index, class_names, progress, cache_mb, on, store
 ) -> pd.Series:  # name of a weight -> mean loss of the main score with noise in this one alone
     "What each weight tensor costs, measured."
-    where = as_selector(disturbance.where if where is None else where)
+    where = _weights_of(disturbance, where)
     groups = {s.name: _one(s.name) for s in select(model, where)}
     df = layer_sensitivity(model, dl, disturbance, groups=groups, draws=draws, where=where, **kwargs)
     score = df[df['metric'] == main_metric(df)].groupby('group', sort=False)['value'].mean()
     return (score['none'] - score.drop('none')).reindex(list(groups)).rename('measured')
 
-# %% ../../nbs/mend/02_protection.ipynb #c0827afd
+# %% ../../nbs/mend/02_protection.ipynb #c14a140f
 def _drawn_loss(logits, generator):
     "Cross-entropy, summed over pixels, to labels drawn from the network's own answer."
     if logits.shape[1] == 1:
@@ -53,7 +59,7 @@ def _drawn_loss(logits, generator):
     drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
     return cross_entropy(rows, drawn, reduction='sum')
 
-# %% ../../nbs/mend/02_protection.ipynb #4219c81a
+# %% ../../nbs/mend/02_protection.ipynb #76785c35
 def _fisher(model, batches, sites, passes, generator):
     "The diagonal of the Fisher information, a tensor for each weight, for the mean over pixels (or images)."
     total, n = [torch.zeros_like(s.value()) for s in sites], 0
@@ -73,7 +79,7 @@ def _variance(law, weight, draws, generator):
     z = (torch.empty(weight.shape).normal_(generator=generator).to(weight) for _ in range(draws))
     return torch.stack([(law(weight.clone(), o) - weight).square() for o in z]).mean(0)
 
-# %% ../../nbs/mend/02_protection.ipynb #827e6d1d
+# %% ../../nbs/mend/02_protection.ipynb #abbc7ce2
 def predicted_costs(
     model: nn.Module,  # the model; it comes out as it went in, without gradients
     dl,  # batches, as for `sweep`; a few are enough
@@ -104,7 +110,7 @@ def predicted_costs(
         costs = {s.name: 0.5 * f * _variance(law, s.value(), 8, generator) for s, f in zip(sites, fisher)}
     return {name: c.flatten(1).sum(1) if c.ndim > 1 else c for name, c in costs.items()}
 
-# %% ../../nbs/mend/02_protection.ipynb #99e800e8
+# %% ../../nbs/mend/02_protection.ipynb #79fa5f9e
 @dataclass(frozen=True)
 class Protection:
     "What `protect` found. `where` picks the weights that stay noisy: hand it to whatever takes `where=`."
@@ -119,7 +125,7 @@ class Protection:
         whole = ', '.join(list(self.rows)[:3]) + (', …' if len(self.rows) > 3 else '')
         return f'Protection: {self.share:.2%} of the weights ({whole}) bring back {self.regained:.0%} of the loss'
 
-# %% ../../nbs/mend/02_protection.ipynb #0cd4f3cf
+# %% ../../nbs/mend/02_protection.ipynb #d3d3a8f5
 def _units(model, where, costs, parts, by):
     "A line for each layer or channel: weight, channel (-1: all), numbers in it, cost; the dearest for its size first."
     lines = []
@@ -138,7 +144,7 @@ def _rows_within(units, n, sizes):
         rows.setdefault(u.weight, []).extend(range(sizes[u.weight]) if u.channel < 0 else [u.channel])
     return rows
 
-# %% ../../nbs/mend/02_protection.ipynb #9a1979ab
+# %% ../../nbs/mend/02_protection.ipynb #8e9ccfd3
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the weights: points of the curve
 
 def _orders(units, model, where, compare, seed):
@@ -151,7 +157,7 @@ def _orders(units, model, where, compare, seed):
     orders['first and last layers'] = units.loc[outer.sort_values(kind='stable').index].reset_index(drop=True)
     return orders
 
-# %% ../../nbs/mend/02_protection.ipynb #9d40c8dc
+# %% ../../nbs/mend/02_protection.ipynb #f551ad8d
 def protect(
     model: nn.Module,  # any network; it comes out as it went in
     dl,  # batches on which costs are measured, as for `sweep`
@@ -169,10 +175,10 @@ def protect(
     **kwargs,  # of `sweep`: task, ignore_index, class_names, cache_mb, on
 ) -> Protection:
     "The smallest part of the weights which, kept exact, brings back most of what the disturbance costs."
-    if by not in ('layer', 'channel'): raise ValueError(f"by: expected 'layer' or 'channel', got {by!r}")
+    if by not in ('layer', 'channel'): raise ValueError(f"by='layer' or by='channel', got {by!r}")
     if budget is not None: check_share('budget', budget)
     check_share('target', target)
-    where = as_selector(disturbance.where if where is None else where)
+    where = _weights_of(disturbance, where)
     costs = measured_costs(model, dl, disturbance, draws=draws, where=where, seed=seed, progress=progress, **kwargs)
     parts = None
     if by == 'channel': parts = predicted_costs(model, dl, disturbance, where=where, seed=seed, task=kwargs.get('task'))
@@ -181,7 +187,7 @@ def protect(
                          seed + 1, progress, kwargs)
     return _chosen(curve, rows, where, costs, target, budget)
 
-# %% ../../nbs/mend/02_protection.ipynb #f5383d87
+# %% ../../nbs/mend/02_protection.ipynb #34e3d049
 def _curve(model, dl, disturbance, where, units, budget, draws, compare, seed, progress, kwargs):
     "The score with each share protected, in each order; and what was protected, by worth."
     sizes, total = {s.name: len(s.value()) for s in select(model, where)}, int(units['n'].sum())
@@ -205,7 +211,7 @@ def _chosen(curve, rows, where, costs, target, budget):
     share = budget if budget is not None else enough.index[0] if len(enough) else own.index[-1]
     return Protection(Spared(where, rows[share]), rows[share], float(share), float(own[share]), curve, costs)
 
-# %% ../../nbs/mend/02_protection.ipynb #1442ec09
+# %% ../../nbs/mend/02_protection.ipynb #a3e9318a
 def plot_protection(
     found: Protection,  # of `protect`
 ):  # a plotly figure

@@ -1,4 +1,4 @@
-"""No labels, no training: bring a disturbed network's activations back to what the clean one's were, channel by channel.
+"""No labels, no training: bring a disturbed network's activations back to the clean one's, channel by channel.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/recalibration.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/recalibration.html.md"""
 # %% auto #0
 __all__ = ['norm_layers', 'channel_moments', 'Rescue', 'rescue', 'Rescued', 'rescued']
 
-# %% ../../nbs/mend/03_recalibration.ipynb #d031a44e
+# %% ../../nbs/mend/03_recalibration.ipynb #42e16b5f
 import copy
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..perturb.clone import holding
 from ..perturb.disturbance import Composed, Disturbance
 from ..perturb.selectors import as_selector
 
-# %% ../../nbs/mend/03_recalibration.ipynb #495812c5
+# %% ../../nbs/mend/03_recalibration.ipynb #ee257bd8
 def norm_layers(
     model: nn.Module,  # any module
 ) -> dict:  # name -> module, in module order
@@ -37,7 +37,7 @@ def _channels_of(layer, out):
     n = getattr(layer, 'num_features', None) or (len(weight) if weight is not None else out.shape[1])
     return 1 if out.ndim > 2 and out.shape[1] == n and not isinstance(layer, nn.LayerNorm) else out.ndim - 1
 
-# %% ../../nbs/mend/03_recalibration.ipynb #a67345c9
+# %% ../../nbs/mend/03_recalibration.ipynb #caec47de
 def _moments(layer, out):
     "Mean and standard deviation of each channel, shaped to broadcast."
     dims = [d for d in range(out.ndim) if d != _channels_of(layer, out)]
@@ -52,7 +52,7 @@ def _hooked(layers, hook):
             stack.callback(seen.remove)
         yield
 
-# %% ../../nbs/mend/03_recalibration.ipynb #ca21df6a
+# %% ../../nbs/mend/03_recalibration.ipynb #452b6760
 @torch.no_grad()
 def channel_moments(
     model: nn.Module,  # the clean network
@@ -65,7 +65,7 @@ def channel_moments(
     with evaluating(model), _hooked(layers, note): run_model(model, images)
     return found
 
-# %% ../../nbs/mend/03_recalibration.ipynb #7b8cf6b5
+# %% ../../nbs/mend/03_recalibration.ipynb #c707d9cc
 class Rescue:
     "Corrections at work in a network: `before` and `after` say how far it agrees with the clean one. See `rescue`."
     def __init__(self,
@@ -102,7 +102,7 @@ class Rescue:
         there = f'{n:,} channels corrected' if self.helped else 'corrections of no use, taken back'
         return f'Rescue({there}; agrees with the clean network in {self.before:.1%} before, {self.after:.1%} after)'
 
-# %% ../../nbs/mend/03_recalibration.ipynb #57071cca
+# %% ../../nbs/mend/03_recalibration.ipynb #e6f9ecd7
 def _clean_copy(model):
     "A copy with the weights as they were before any block, and the clones that hold the noise."
     clones = holding(model)
@@ -117,7 +117,7 @@ def _clean_copy(model):
                 sites[name].value().copy_(weight)
     return twin, clones
 
-# %% ../../nbs/mend/03_recalibration.ipynb #745aecc4
+# %% ../../nbs/mend/03_recalibration.ipynb #8241bc8a
 def _agreement(model, images, classes):
     return (to_classes(run_model(model, images)) == classes).float().mean().item()
 
@@ -136,7 +136,7 @@ def _match(model, images, moments):
     with _hooked(layers, match): run_model(model, images)
     return found
 
-# %% ../../nbs/mend/03_recalibration.ipynb #e5c7f11a
+# %% ../../nbs/mend/03_recalibration.ipynb #534613e6
 @torch.no_grad()
 def rescue(
     model: nn.Module,  # the disturbed network, inside a block of `perturbed`, or with `clean=` anywhere
@@ -166,7 +166,7 @@ def rescue(
     if not found.after > before: found.undo()
     return found
 
-# %% ../../nbs/mend/03_recalibration.ipynb #45355963
+# %% ../../nbs/mend/03_recalibration.ipynb #a20dd9d8
 @dataclass(frozen=True)
 class Rescued(Composed):
     "A disturbance of the weights, and the network rescued from it by `rescue`."
@@ -191,7 +191,7 @@ class Rescued(Composed):
     drawn = Disturbance.drawn
     def batches(self, batches, seed=0): return batches
 
-# %% ../../nbs/mend/03_recalibration.ipynb #6717f5d4
+# %% ../../nbs/mend/03_recalibration.ipynb #23fd91e4
 def rescued(
     disturbance: Disturbance,  # of the weights
     images: Tensor,  # (n, channels, height, width), unlabelled

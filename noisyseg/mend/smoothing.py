@@ -1,4 +1,4 @@
-"""A mask with a guarantee: for each pixel the class that no disturbance of the weights within a radius can change, or "abstain".
+"""A mask with a guarantee: classes that no change of the weights within a radius can alter, or "abstain".
 
 Docs: https://noisyseg.github.io/noisyseg/mend/smoothing.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/smoothing.html.md"""
 # %% auto #0
 __all__ = ['Certified', 'holm', 'certified_mask']
 
-# %% ../../nbs/mend/04_smoothing.ipynb #7fe5ccc4
+# %% ../../nbs/mend/04_smoothing.ipynb #d917aa14
 import math
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from ..perturb.clone import clone_weights
 from ..perturb.laws import AbsoluteGaussian, RelativeGaussian
 from ..perturb.selectors import conv_and_norm
 
-# %% ../../nbs/mend/04_smoothing.ipynb #b19d8bf1
+# %% ../../nbs/mend/04_smoothing.ipynb #4c309dba
 @dataclass(frozen=True)
 class Certified:
     "What `certified_mask` proves, of one batch of images."
@@ -37,7 +37,7 @@ class Certified:
     def __repr__(self):
         return f'Certified: {self.share:.1%} of the pixels, for changes of the weights up to ℓ2 = {self.radius:.3g}'
 
-# %% ../../nbs/mend/04_smoothing.ipynb #6d361ccc
+# %% ../../nbs/mend/04_smoothing.ipynb #e3b8d018
 def holm(
     p: np.ndarray,  # p-values of one family, any shape
     alpha: float,  # probability of any error in the family
@@ -50,7 +50,7 @@ def holm(
     out[order] = passed
     return out.reshape(p.shape)
 
-# %% ../../nbs/mend/04_smoothing.ipynb #da459cf5
+# %% ../../nbs/mend/04_smoothing.ipynb #ad3b23c5
 @torch.no_grad()
 def _votes(model, x, clone, law, seed, draws, n):
     "How many draws say each class, (classes, batch, ...) int32."
@@ -65,7 +65,7 @@ def _votes(model, x, clone, law, seed, draws, n):
     finally: clone.recover()
     return votes
 
-# %% ../../nbs/mend/04_smoothing.ipynb #1bd35816
+# %% ../../nbs/mend/04_smoothing.ipynb #2f061071
 def certified_mask(
     model: nn.Module,  # any network; it comes out as it went in
     x: Tensor,  # images (batch, channels, height, width)
@@ -80,8 +80,10 @@ def certified_mask(
     seed: int = 0,  # fixes the noise
 ) -> Certified:
     "For each pixel the class of the network smoothed over its weights, or -1, with a radius in weight space."
-    for name, v, low, high in (('alpha', alpha, 0, 1), ('tau', tau, 0.5, 1), ('sigma', sigma, 0, math.inf)):
-        if not low < v < high: raise ValueError(f"{name}: expected a number between {low} and {high}, got {v!r}")
+    for name, v, low, high, ok in (('alpha', alpha, 0, 1, 0.001), ('tau', tau, 0.5, 1, 0.75),
+                                   ('sigma', sigma, 0, math.inf, 0.01)):
+        if not low < v < high:
+            raise ValueError(f"{name}: expected a number between {low} and {high}, such as {name}={ok}, got {v!r}")
     check_whole('draws', draws, 1)
     law, clone = (RelativeGaussian if relative else AbsoluteGaussian)(sigma), clone_weights(model, where)
     with evaluating(model):

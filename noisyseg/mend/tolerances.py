@@ -1,4 +1,4 @@
-"""How much does a network stand? The largest level at which, surely, most chips lose little: exact, whatever the distribution.
+"""How much does it stand? The largest level at which, surely, most chips lose little; exact for any distribution.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/tolerances.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/tolerances.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'misses_allowed', 'Tolerance', 'tolerance', 'plot_tolerance']
 
-# %% ../../nbs/mend/01_tolerances.ipynb #a3ad3a2c
+# %% ../../nbs/mend/01_tolerances.ipynb #1cfda018
 import math
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from ..measure.summary import main_metric
 from ..measure.sweeps import sweep
 from ..perturb.disturbance import Disturbance
 
-# %% ../../nbs/mend/01_tolerances.ipynb #989ff349
+# %% ../../nbs/mend/01_tolerances.ipynb #9b8ffcc1
 def misses_allowed(
     n: int,  # chips that are tried
     share: float = 0.9,  # of all chips that are to be good, above 0 and below 1
@@ -30,11 +30,11 @@ def misses_allowed(
 ) -> int:  # -1: so few chips prove nothing
     "How many of `n` chips may be bad while the others still prove that at least `share` of all chips are good."
     for name, v in dict(share=share, confidence=confidence).items():
-        if not 0 < v < 1: raise ValueError(f"{name}: expected a number between 0 and 1, such as 0.95, got {v!r}")
+        if not 0 < v < 1: raise ValueError(f"{name}: expected a number between 0 and 1, got {v!r}; {name}=0.9 is 90 %")
     k = np.arange(check_whole('n', n, 1))
     return int(np.sum(stats.binom.cdf(k, n, 1 - share) <= 1 - confidence + 1e-12)) - 1
 
-# %% ../../nbs/mend/01_tolerances.ipynb #07d65658
+# %% ../../nbs/mend/01_tolerances.ipynb #c0b80db5
 STEPS = (0.5, 0.7, 0.85, 0.93, 1.0, 1.08, 1.17, 1.3, 1.5, 1.8, 2.2)  # of the pilot's guess
 
 def _rounded(v): return float(f'{v:.2g}')
@@ -45,7 +45,7 @@ def _sequence(disturbance, guess):
         return [l for l in disturbance.ordered(disturbance.levels) if l != disturbance.nothing]
     return sorted({_rounded(guess * s) for s in STEPS})
 
-# %% ../../nbs/mend/01_tolerances.ipynb #6909cb83
+# %% ../../nbs/mend/01_tolerances.ipynb #a836f416
 def _losses(df, clean):
     "What each draw loses at each level, in points of the main score: levels in rows, draws in columns."
     d = df[df['metric'] == main_metric(df)]
@@ -59,7 +59,7 @@ def _guess(losses, drop, share):
     if loss[-1] <= drop: return float(levels[-1])
     return float(np.exp(np.interp(drop, loss, np.log(levels))))
 
-# %% ../../nbs/mend/01_tolerances.ipynb #acd1fb85
+# %% ../../nbs/mend/01_tolerances.ipynb #68e393ea
 @dataclass(frozen=True)
 class Tolerance:
     "What `tolerance` found: the sentence is its text."
@@ -80,7 +80,7 @@ class Tolerance:
 
     def __repr__(self): return f'Tolerance: {self}'
 
-# %% ../../nbs/mend/01_tolerances.ipynb #50305af7
+# %% ../../nbs/mend/01_tolerances.ipynb #5cdddfa5
 def tolerance(
     model,  # any network; it comes out as it went in
     dl,  # batches, as for `sweep`
@@ -116,7 +116,7 @@ def tolerance(
     at = disturbance.at(level) if len(good) else disturbance
     return Tolerance(level, at, clean, drop, share, confidence, trials)
 
-# %% ../../nbs/mend/01_tolerances.ipynb #49e08c1c
+# %% ../../nbs/mend/01_tolerances.ipynb #dd0faedb
 def _prepared(run, disturbance, levels, drop, share, pilot, seed):
     "The clean score, and the sequence of levels."
     given, nothing = levels, disturbance.nothing
@@ -139,7 +139,7 @@ def _tried(run, disturbance, levels, clean, drop, chips, allowed, seed):
         if misses > allowed: break
     return pd.DataFrame(rows)
 
-# %% ../../nbs/mend/01_tolerances.ipynb #fbaa88f8
+# %% ../../nbs/mend/01_tolerances.ipynb #0cc09117
 def plot_tolerance(
     *found: Tolerance,  # one or more
     names=None,  # of each; None: what disturbed it
