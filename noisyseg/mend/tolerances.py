@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/mend/tolerances.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'misses_allowed', 'Tolerance', 'tolerance', 'plot_tolerance']
 
-# %% ../../nbs/mend/01_tolerances.ipynb #1cfda018
+# %% ../../nbs/mend/01_tolerances.ipynb #dd17476c
 import math
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from ..measure.summary import main_metric
 from ..measure.sweeps import sweep
 from ..perturb.disturbance import Disturbance
 
-# %% ../../nbs/mend/01_tolerances.ipynb #9b8ffcc1
+# %% ../../nbs/mend/01_tolerances.ipynb #86ecb831
 def misses_allowed(
     n: int,  # chips that are tried
     share: float = 0.9,  # of all chips that are to be good, above 0 and below 1
@@ -34,7 +34,7 @@ def misses_allowed(
     k = np.arange(check_whole('n', n, 1))
     return int(np.sum(stats.binom.cdf(k, n, 1 - share) <= 1 - confidence + 1e-12)) - 1
 
-# %% ../../nbs/mend/01_tolerances.ipynb #c0b80db5
+# %% ../../nbs/mend/01_tolerances.ipynb #62037f80
 STEPS = (0.5, 0.7, 0.85, 0.93, 1.0, 1.08, 1.17, 1.3, 1.5, 1.8, 2.2)  # of the pilot's guess
 
 def _rounded(v): return float(f'{v:.2g}')
@@ -45,7 +45,7 @@ def _sequence(disturbance, guess):
         return [l for l in disturbance.ordered(disturbance.levels) if l != disturbance.nothing]
     return sorted({_rounded(guess * s) for s in STEPS})
 
-# %% ../../nbs/mend/01_tolerances.ipynb #a836f416
+# %% ../../nbs/mend/01_tolerances.ipynb #f5172daf
 def _losses(df, clean):
     "What each draw loses at each level, in points of the main score: levels in rows, draws in columns."
     d = df[df['metric'] == main_metric(df)]
@@ -53,13 +53,25 @@ def _losses(df, clean):
 
 def _guess(losses, drop, share):
     "Where the line through the pilot's losses crosses `drop`, for as many chips as are to be good."
-    at = losses.drop(index=0., errors='ignore').quantile(share, axis=1)
-    levels, loss = at.index.to_numpy(float), np.maximum.accumulate(at.to_numpy())
-    if loss[0] > drop: return float(levels[0] * max(drop, 1e-3) / max(loss[0], 1e-9)) ** 0.5 * levels[0] ** 0.5
-    if loss[-1] <= drop: return float(levels[-1])
-    return float(np.exp(np.interp(drop, loss, np.log(levels))))
+    at = losses.fillna(math.inf).quantile(share, axis=1)
+    levels, loss = np.log(at.index.to_numpy(float)), np.maximum.accumulate(at.to_numpy())
+    last = int(np.sum(loss <= drop)) - 1
+    if last < 0 or last == len(loss) - 1: return math.nan   # the crossing lies outside
+    part = (drop - loss[last]) / (loss[last + 1] - loss[last])
+    return float(np.exp(levels[last] + part * (levels[last + 1] - levels[last])))
 
-# %% ../../nbs/mend/01_tolerances.ipynb #68e393ea
+def _pilot(run, disturbance, clean, drop, share, draws, seed):
+    "A guess of the level: the disturbance's own levels are tried, then half and double as far as need be."
+    losses = _losses(run(list(disturbance.levels), draws, seed), clean)
+    for _ in range(12):
+        guess = _guess(losses, drop, share)
+        if not math.isnan(guess): return guess
+        beyond = losses.iloc[-1].quantile(share) <= drop
+        level = losses.index[-1] * 2 if beyond else losses.index[0] / 2
+        losses = pd.concat([losses, _losses(run([level], draws, seed), clean)]).sort_index()
+    return float(losses.index[-1] if beyond else losses.index[0])
+
+# %% ../../nbs/mend/01_tolerances.ipynb #a73ae3f2
 @dataclass(frozen=True)
 class Tolerance:
     "What `tolerance` found: the sentence is its text."
@@ -80,7 +92,7 @@ class Tolerance:
 
     def __repr__(self): return f'Tolerance: {self}'
 
-# %% ../../nbs/mend/01_tolerances.ipynb #5cdddfa5
+# %% ../../nbs/mend/01_tolerances.ipynb #39a69371
 def tolerance(
     model,  # any network; it comes out as it went in
     dl,  # batches, as for `sweep`
@@ -116,15 +128,15 @@ def tolerance(
     at = disturbance.at(level) if len(good) else disturbance
     return Tolerance(level, at, clean, drop, share, confidence, trials)
 
-# %% ../../nbs/mend/01_tolerances.ipynb #dd0faedb
+# %% ../../nbs/mend/01_tolerances.ipynb #4ee7060e
 def _prepared(run, disturbance, levels, drop, share, pilot, seed):
     "The clean score, and the sequence of levels."
     given, nothing = levels, disturbance.nothing
     if given is not None: return _clean(run([nothing], 1, seed)), disturbance.ordered(np.atleast_1d(given).tolist())
-    df = run([nothing, *disturbance.levels], pilot, seed + 1_000_003)   # other chips than those of the trial
-    clean = _clean(df[df['level'] == nothing])
-    guess = _guess(_losses(df[df['level'] != nothing], clean), drop, share) if disturbance.random else math.nan
-    return clean, _sequence(disturbance, guess)
+    clean = _clean(run([nothing], 1, seed))
+    if disturbance.step or not disturbance.random: return clean, _sequence(disturbance, math.nan)
+    other_chips = seed + 1_000_003
+    return clean, _sequence(disturbance, _pilot(run, disturbance, clean, drop, share, pilot, other_chips))
 
 def _clean(df): return float(df.loc[df['metric'] == main_metric(df), 'value'].iloc[0])
 
@@ -139,7 +151,7 @@ def _tried(run, disturbance, levels, clean, drop, chips, allowed, seed):
         if misses > allowed: break
     return pd.DataFrame(rows)
 
-# %% ../../nbs/mend/01_tolerances.ipynb #0cc09117
+# %% ../../nbs/mend/01_tolerances.ipynb #51fa3c19
 def plot_tolerance(
     *found: Tolerance,  # one or more
     names=None,  # of each; None: what disturbed it
