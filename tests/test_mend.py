@@ -37,7 +37,7 @@ def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 @pytest.mark.parametrize('share, confidence, chips', [(0.9, 0.95, 29), (0.9, 0.95, 61), (0.8, 0.9, 40)])
 def test_tolerance_holds_its_confidence(monkeypatch, share, confidence, chips):
-    """Of 200 searches, each with a pilot of its own, at most what the confidence allows claim too much, and they
+    """Of 100 searches, each with a pilot of its own, at most what the confidence allows claim too much, and they
     find most of the truth: chips lose all when a normal number times the level leaves 0.2"""
     def simulated(model, dl, disturbance, *, levels, draws, seed, **kwargs):
         z = np.random.default_rng(seed).standard_normal(draws)        # one draw at all levels, as in a sweep
@@ -48,8 +48,8 @@ def test_tolerance_holds_its_confidence(monkeypatch, share, confidence, chips):
     truth = 0.2 / stats.norm.ppf((1 + share) / 2)
     data = [(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64))]
     found = np.array([tolerance(None, data, AbsoluteGaussian(), share=share, confidence=confidence, chips=chips,
-                                seed=s).level for s in range(200)])
-    assert (found > truth).sum() <= stats.binom.ppf(0.999, 200, 1 - confidence)
+                                seed=s).level for s in range(100)])
+    assert (found > truth).sum() <= stats.binom.ppf(0.999, 100, 1 - confidence)
     assert np.nanmedian(found) > 0.5 * truth and np.isnan(found).mean() < 0.05
 
 def test_misses_allowed_are_exact():

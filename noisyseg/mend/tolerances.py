@@ -35,7 +35,7 @@ def misses_allowed(
     return int(np.sum(stats.binom.cdf(k, n, 1 - share) <= 1 - confidence + 1e-12)) - 1
 
 # %% ../../nbs/mend/01_tolerances.ipynb #62037f80
-STEPS = (0.5, 0.7, 0.85, 0.93, 1.0, 1.08, 1.17, 1.3, 1.5, 1.8, 2.2)  # of the pilot's guess
+STEPS = (0.3, 0.5, 0.7, 0.85, 0.93, 1.0, 1.08, 1.17, 1.3, 1.5, 1.8, 2.2)  # of the pilot's guess
 
 def _rounded(v): return float(f'{v:.2g}')
 
