@@ -109,7 +109,7 @@ def test_protect_finds_the_layer_that_breaks_it(net, scenes):
     same_shape = [n for n, p in net.named_parameters() if p.shape == shape]
     found = protect(net, scenes[:1], Lopsided(0.05), by='layer', target=0.9, draws=1, compare=False, progress=False)
     assert found.costs.idxmax() in same_shape and found.regained > 0.9
-    assert next(iter(found.rows)) in same_shape
+    assert set(found.rows) & set(same_shape)
 
 def test_predicted_costs_are_the_hessian_of_a_linear_network():
     "For logits linear in the weights Fisher information is the Hessian of the cross-entropy: worked out by autograd"
@@ -120,7 +120,7 @@ def test_predicted_costs_are_the_hessian_of_a_linear_network():
     found = predicted_costs(net, [(x, y)], law, passes=300, where=kernels_and_scales)['weight']
     def loss(w): return nn.functional.cross_entropy(nn.functional.conv2d(x, w.view(3, 2, 1, 1)), y)
     hessian = torch.autograd.functional.hessian(loss, net.weight.detach().flatten()).diagonal().view(3, 2).sum(1)
-    torch.testing.assert_close(found, 0.5 * 0.1**2 * hessian, rtol=0.35, atol=0)   # 8 draws of the law's variance
+    torch.testing.assert_close(found, 0.5 * 0.1**2 * hessian, rtol=0.1, atol=0)
 
 def test_costs_are_of_the_weights_that_are_asked_for(net, scenes):
     costs = measured_costs(net, scenes[:1], MaxGaussian(0.1), draws=1, where='heads.*', progress=False)
