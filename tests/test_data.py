@@ -2,9 +2,11 @@
 import gc
 import hashlib
 import pickle
+import re
 import subprocess
 import sys
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,10 @@ from noisyseg.data.doctor import check_dataset, class_weights
 from noisyseg.data.own import custom_masks
 from noisyseg.data.files import (MissingData, check_sizes, colorize, data_root, denormalize, label_table, pair_files,
                                  read_colour_mask, read_image, read_mask)
+from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes
+from noisyseg.train.learner import segmentation_learner
+from noisyseg.train.losses import HybridLoss
 
 def write(file, pixels, **kwargs):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -373,6 +378,29 @@ def test_codes_and_masks_of_a_paint_tool(tmp_path):
     with pytest.raises(ValueError, match='codes has 255'): set_of(tmp_path, save_mask=paint, codes={255: 'roof'})
     with pytest.raises(ValueError, match='pass one of them'): set_of(tmp_path, codes={0: 0}, colours={(0, 0, 0): 0})
 
+@pytest.mark.parametrize('rename, mend', [
+    (lambda n: f'{n}_mask', "suffix='_mask'"), (lambda n: f'{n}.jpg', "suffix='.jpg'"),
+    (lambda n: f'label_{n}', r"such as 'label_0'.*\[\(image, mask\), ...\], None, classes")])
+def test_masks_of_other_names_say_how_to_pair_them(set8, rename, mend):
+    for f in (set8/'masks').iterdir(): f.rename(f.with_name(rename(f.stem) + '.png'))
+    with pytest.raises(MissingData, match=f'0.jpg: this image has no mask.*{mend}'): load(set8)
+    if 'suffix' not in mend: return
+    assert len(load(set8, suffix=mend.split("'")[1]).train_ds) == 6
+
+def test_a_few_classes_of_many(set8):
+    "All values are told at once, and the line that is offered works"
+    with pytest.raises(ValueError, match=r'(?s)8 faulty of 8.*hold the values 0 \(in 8\).* 6 \(in') as e:
+        load(set8, classes=['ground', 'box'])
+    line = re.search(r'codes=(.*)$', str(e.value))[1].replace('...', "2: 'box'")
+    y = next(iter(load(set8, classes=['ground', 'box'], codes=eval(line), augment=False).valid))[1]
+    assert set(y.unique().tolist()) == {0, 1, 255}
+
+def test_a_single_class_is_no_task(set8):
+    "With 255 for what does not count, all foreground would be lost, and every score perfect"
+    for f in (set8/'masks').iterdir(): write(f, 255*(np.array(Image.open(f)) > 0).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"classes=\['background', 'thing'\].*codes={0: 0, 255: 1}"):
+        load(set8, classes=['thing'])
+
 def test_names_are_compared_as_they_look(tmp_path):
     from unicodedata import normalize
     def named(form, save): return lambda p, x: Image.fromarray(x).save(p.with_name(normalize(form,
@@ -444,3 +472,22 @@ def test_without_progress_nothing_is_printed(set8, capsys):
 def test_weights_favour_rare_classes(set8):
     w = class_weights(check_dataset(load(set8), progress=False, verbose=False))
     assert len(w) == 7 and w[0] == min(w) and abs(np.mean(w) - 1) < 1e-9
+
+def test_the_line_of_the_finding_weighs_a_rare_class(capsys):
+    "The line of code that check_dataset offers, as it stands; a class without a pixel takes nothing from the others"
+    rare = np.zeros((32, 32), np.uint8)
+    rare[:2, :3] = 1
+    dls = mask_dataloaders([(scene(i, 32)[0], rare) for i in range(4)], [(scene(9, 32)[0], rare)], lambda o: o,
+                           ['ground', 'mole', 'never'], voc_palette[:3], 255, size=32, bs=2)
+    with pytest.raises(ValueError, match='never'): check_dataset(dls, progress=False)
+    dls = mask_dataloaders(dls.train_ds.items, dls.valid_ds.items, lambda o: o, ['ground', 'mole'], voc_palette[:2],
+                           255, size=32, bs=2)
+    table = check_dataset(dls, progress=False)
+    line = re.search("'mole' has 0.59 %.*`(.*)`", capsys.readouterr().out)[1]
+    learn = eval(line, dict(segmentation_learner=segmentation_learner, HybridLoss=HybridLoss, dls=dls, table=table,
+                            class_weights=class_weights))
+    assert learn.loss_func.normalize
+    assert learn.loss_func.base.focal.alpha.tolist() == pytest.approx(class_weights(table))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    more = pd.concat([table, pd.DataFrame([dict(set='train', label=2, name='never', pixels=0, share=0., images=0)])])
+    assert class_weights(more) == [*class_weights(table), 0]

@@ -112,11 +112,14 @@ def errors(
 ) -> list: # sentences
     "What makes training pointless"
     n = len(classes)
+    if n==1:
+        return [f"{classes[0]!r} is the only class, so that every pixel would be one. Name what is around it, too: "
+                f"classes=['background', {classes[0]!r}], and for masks of 0 and 255 codes={{0: 0, 255: 1}}"]
     pixels = found.pixels.sum(0)
     absent = [c for i,c in enumerate(classes) if not pixels[i]]
     if not len(found.items) or not absent: return []
     present = [i for i in range(256) if pixels[i]]
-    if ignore_index is not None and n>1 and set(present)<={0, ignore_index} and pixels[ignore_index]:
+    if ignore_index is not None and set(present)<={0, ignore_index} and pixels[ignore_index]:
         return [f"the masks hold the values {present} only, and {ignore_index} is ignored: nothing but {classes[0]!r} "
                 f"would be learned. If {ignore_index} marks {classes[1]!r}, pass codes={{0: 0, {ignore_index}: 1}}"]
     values = ', '.join(map(str, present))
@@ -200,8 +203,8 @@ def findings(
     share = pixels.sum(0)[:len(classes)]/max(pixels.sum(0)[:len(classes)].sum(), 1)
     if name=='train' and 0<(least := share[share>0].min(initial=1))<0.01:
         said.append(f"train: {classes[int(np.argmin(np.where(share>0, share, 2)))]!r} has {100*least:.2g} % of the "
-                    "pixels. Weigh classes: HybridLoss(ignore_index=dls.ignore_index, alpha=class_weights(table)), in "
-                    "DeepSupervisionLoss(..., normalize=True), as segmentation_learner(dls, loss_func=...)")
+                    "pixels. Let rare classes count for more: `segmentation_learner(dls, loss_func=HybridLoss("
+                    "ignore_index=dls.ignore_index, alpha=class_weights(table)))`")
     if name!='train' and (gone := [c for c,s in zip(classes, share) if not s]):
         said.append(f"{name}: no pixel of {', '.join(map(repr, gone))}, so no score says how well they are found. Hold "
                     "other images out: valid=[names], or another valid_seed=")
@@ -252,10 +255,13 @@ def check_dataset(
 # %% ../../nbs/data/06_doctor.ipynb #f4cada6a
 def raise_faults(
     faults:list, # sentences about files that can't be read
-    n:int # files that were tried
+    n:int, # files that were tried
+    more:str='' # a sentence for the end
 ):
     "One error that says each kind of fault once"
-    if faults: raise ValueError('\n'.join([f"{len(faults)} faulty of {n} pairs:", *grouped(faults)[:20]]))
+    if not faults: return
+    lines = [f"{len(faults)} faulty of {n} pairs:", *grouped(faults)[:20], more]
+    raise ValueError('\n'.join(line for line in lines if line))
 
 # %% ../../nbs/data/06_doctor.ipynb #71fdfdf4
 def frequencies(
@@ -276,8 +282,8 @@ def frequencies(
 def class_weights(
     table:pd.DataFrame, # from `check_dataset`
     power:float=0.5 # 0: all alike; 1: in inverse proportion to the frequency
-) -> list: # one for each class, 1 on average
+) -> list: # one for each class; of those that occur in training 1 on average, of others 0
     "Weights that let rare classes count for more"
-    first = table[table['set']==table['set'].iloc[0]]
-    w = first['share'].clip(lower=1e-6).to_numpy()**-power
-    return (w/w.mean()).tolist()
+    share = table[table['set']==table['set'].iloc[0]]['share'].to_numpy()
+    w = np.where(share>0, np.maximum(share, 1e-6)**-power, 0)
+    return (w/w[share>0].mean()).tolist()

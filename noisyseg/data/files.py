@@ -229,8 +229,10 @@ def read_mask(
     y = np.append(table, -1)[np.where((raw<0) | (raw>255), 256, raw)]
     if (y<0).any():
         bad = raw[y<0]
+        allowed = np.flatnonzero(table>=0)
+        void = f'ignore_index={bad[0]}' if (table[allowed]==allowed).all() else f'codes={{..., {bad[0]}: 255}}'
         mend = ("Is it a mask of another set, or one that was resized with interpolation? If the value is right, say "
-                f"what it means: codes={{{bad[0]}: class, ...}}")
+                f"what it means: codes={{..., {bad[0]}: class}}, or {void} where it does not count")
         if set(np.unique(raw))<={0, 255}: mend = "Is this a mask of a paint tool? Pass codes={0: 0, 255: 1}"
         raise ValueError(f"{path}: label {bad[0]} on {(raw==bad[0]).sum()} pixels is out of range; allowed are "
                          f"{_ranges(np.flatnonzero(table>=0))}. {mend}")
@@ -336,6 +338,14 @@ def files_by_name(
         found[name] = f
     return found
 
+# %% ../../nbs/data/02_files.ipynb #673a6026
+def _other_names(xs, ys):
+    "How to pair images with masks of other names"
+    ends = [m[len(x):] for x in xs for m in ys if m.startswith(x)]
+    if ends and ends.count(ends[0])==len(xs)<=len(ys): return f"Pass suffix={ends[0]!r}: so the masks' names end"
+    return (f"Masks have names such as {next(iter(ys))!r}. If they follow another rule, pass pairs: "
+            "custom_masks([(image, mask), ...], None, classes)")
+
 # %% ../../nbs/data/02_files.ipynb #1df899a4
 def pair_files(
     images, # a folder of images, or a list of files
@@ -346,7 +356,8 @@ def pair_files(
     xs, ys, suffix = files_by_name(images), files_by_name(masks, 'mask'), normalize('NFC', suffix)
     for name,f in xs.items():
         if name+suffix not in ys:
-            raise MissingData(f"{f}: this image has no mask; expected {name+suffix}.png among the masks")
+            raise MissingData(f"{f}: this image has no mask; expected {name+suffix}.png among the masks. "
+                              f"{_other_names(xs, ys)}")
     wanted = {name+suffix for name in xs}
     for name,f in ys.items():
         if name not in wanted:

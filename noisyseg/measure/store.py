@@ -121,7 +121,8 @@ def read_rows(
     "The rows of a file; what is no row is left out."
     header, lines = _parquet_lines(path) if path.suffix == '.parquet' else _csv_lines(path)
     if lacks := [c for c in COLUMNS if c not in header and c != 'disturbance']:
-        raise ValueError(f"{path} is not a sweep store: there is no column {', '.join(lacks)}")
+        raise ValueError(f"{path} is not a sweep store: there is no column {', '.join(lacks)}. If it was one, delete "
+                         f"it together with {companion(path).name} to measure again")
     found = []
     for line in lines:
         line.setdefault('disturbance', label_of_law(line['law']))   # older files have no such column
@@ -145,6 +146,19 @@ def companion(
     "The file beside it that says what it holds."
     return path.with_name(path.name + '.grid.json')
 
+# %% ../../nbs/measure/06_store.ipynb #46093324
+def _sealed(grid): return {**grid, 'seal': digest(json.dumps(grid))}
+
+def _whole(grid):
+    "Is this what was written? Older files bear no seal."
+    seal = grid.pop('seal', None)
+    if seal is not None: return seal == digest(json.dumps(grid))
+    kinds = {'models': dict, 'disturbances': dict, 'machine': dict, 'cells': list}
+    if not grid.get('models') or any(not isinstance(grid[k], kind) for k, kind in kinds.items() if k in grid):
+        return False
+    return all(isinstance(m, dict) for m in grid['models'].values()) and all(isinstance(c, str)
+                                                                             for c in grid.get('cells', []))
+
 # %% ../../nbs/measure/06_store.ipynb #25b1fe27
 def read_grid(
     path: Path,  # a store's file
@@ -155,10 +169,10 @@ def read_grid(
         if not path.exists() or path.stat().st_size == 0: return None
         raise ValueError(f"store: {path} exists, but {side.name}, which says what it holds, does not. Use another path")
     try: old = json.loads(side.read_text(encoding='utf-8'))
-    except ValueError: old = None
-    models = old.get('models') if isinstance(old, dict) else None
-    if isinstance(models, dict) and models and all(isinstance(m, dict) for m in models.values()): return old
-    raise ValueError(f"store: {side} is damaged. Delete it together with {path.name} to measure again")
+    except (ValueError, RecursionError): old = None
+    if isinstance(old, dict) and _whole(old): return old
+    raise ValueError(f"store: {side} is damaged, or was changed by hand. Delete it together with {path.name} to "
+                     f"measure again")
 
 # %% ../../nbs/measure/06_store.ipynb #be86aaf6
 def how_made() -> dict:
@@ -277,7 +291,7 @@ class Store:
         "Write everything down: first what will be in the file, then the file."
         begun = time.monotonic()
         if self.path is not None:
-            grid = {**self.grid, 'cells': list(self.written.values())}
+            grid = _sealed({**self.grid, 'cells': list(self.written.values())})
             write_atomic(companion(self.path), json.dumps(grid, indent=1, ensure_ascii=False) + '\n')
             write_atomic(self.path, as_bytes(self.frame(), self.path.suffix))
         self.saved = time.monotonic()

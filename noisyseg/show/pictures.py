@@ -21,6 +21,7 @@ from PIL import Image
 from plotly.subplots import make_subplots
 
 from ..data.files import colorize, denormalize, distinct_palette
+from ..nets.adapter import to_classes
 
 # %% ../../nbs/show/01_pictures.ipynb #2571d8a2
 OKABE_ITO = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#8C8C8C', '#BFAE00')
@@ -117,7 +118,7 @@ def _picture(image, stats):
 def _mask(mask, shape, name):
     "A mask, or logits, as an int array of `shape`."
     m = mask.detach().cpu() if isinstance(mask, torch.Tensor) else torch.as_tensor(np.asarray(mask))
-    if m.ndim == 3 and m.is_floating_point(): m = m.argmax(0)
+    if m.ndim == 3 and m.is_floating_point(): m = to_classes(m[None])[0]
     if m.shape != torch.Size(shape) or m.is_floating_point():
         raise ValueError(f"{name}: expected class numbers {tuple(shape)} or logits (classes, {shape[0]}, {shape[1]}), "
                          f"got {tuple(mask.shape)} {m.dtype}; `noisyseg.nets.adapter.as_logits(out, "

@@ -23,7 +23,7 @@ from ..measure.metrics import MeanIoU
 from ..nets.adapter import as_logits
 from ..nets.unet3plus import unet3plus_tiny
 from ..perturb.clone import expect_clean
-from .losses import DeepSupervisionLoss, HybridLoss
+from .losses import DeepSupervisionLoss, HybridLoss, SegmentationLoss
 from .noise import WeightNoise
 
 # %% ../../nbs/train/04_learner.ipynb #98cc8b87
@@ -56,8 +56,9 @@ class ReadOutput(Callback):
 
 # %% ../../nbs/train/04_learner.ipynb #4a1929ac
 def _takes_logits(loss_func):
-    "Is this one of PyTorch's losses (or fastai's, or of a library that builds on them), which take tensors only?"
-    return isinstance(loss_func, (nn.modules.loss._Loss, BaseLoss)) and not isinstance(loss_func, DeepSupervisionLoss)
+    "Is this one of our losses, PyTorch's or fastai's (or of a library that builds on them), which take tensors only?"
+    kinds = SegmentationLoss, nn.modules.loss._Loss, BaseLoss
+    return isinstance(loss_func, kinds) and not isinstance(loss_func, DeepSupervisionLoss)
 
 # %% ../../nbs/train/04_learner.ipynb #f79d1dea
 class _View(Callback):
@@ -137,7 +138,8 @@ def segmentation_learner(
     cbs = [*_as_list(cbs), *_as_list(methods)]
     if law is not None: cbs.append(WeightNoise(law, **(noise_args or {})))
     if loss_func is None: loss_func = DeepSupervisionLoss(HybridLoss(ignore_index=void), normalize=True)
-    elif _takes_logits(loss_func): loss_func = DeepSupervisionLoss(loss_func)
+    elif _takes_logits(loss_func):
+        loss_func = DeepSupervisionLoss(loss_func, normalize=isinstance(loss_func, SegmentationLoss))
     cbs += [ReadOutput(), ShardedLoaders()]
     metrics = [MeanIoU(max(n_classes, 2), void)] if metrics is None else metrics
     return SegmentationLearner(dls, model, loss_func, metrics=metrics, cbs=cbs, **({'opt_func': Adam} | kwargs))

@@ -287,7 +287,7 @@ def _begin(self:Resumable):
                else 'its training loader cannot begin in mid-epoch')
         warnings.warn(f"every={self.every!r}: this fit can only be resumed from the ends of epochs, because "
                       f"{why}; it is saved there, when it is time", stacklevel=2)
-    if path.exists(): self._go_on(load_state(path))
+    if path.exists(): self._begin_from(load_state(path))
     else: self._save(0, 0, first=True)
     self._begun = True
     self._batches = 0
@@ -299,7 +299,8 @@ def _begin(self:Resumable):
 def _go_on(self:Resumable, s):
     "Put the state back, or say why not."
     learn, name = self.learn, self.path
-    if not isinstance(s, dict) or 'run' not in s: raise ValueError(f"{name} holds a state, but not that of a fit")
+    if not isinstance(s, dict) or 'run' not in s:
+        raise ValueError(f"{name} holds a state, but not that of a fit: give this run a path of its own, or delete it")
     if wrong := _differences(s['run'], self._run):
         raise ValueError(f"{name} holds another run. {'; '.join(wrong)}. Give this run a path of its own, or delete "
                          f"the file to train anew")
@@ -318,6 +319,16 @@ def _go_on(self:Resumable, s):
                    + (f' after {self._from[1]} of {s["run"]["batches"]} batches' if self._from[1] else ''))
     for row in self._rows: learn.logger(row)
     self._finished = self._from[0] == learn.n_epoch
+
+# %% ../../nbs/train/07_resume.ipynb #79880c6f
+@patch
+def _begin_from(self:Resumable, s):
+    "Go on from what a file holds, whoever wrote it."
+    try: self._go_on(s)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{self.path} holds no state that this fit can go on from ({type(e).__name__}: {e}), and the "
+                         f"learner may hold a part of it: make the learner anew, and delete the file, "
+                         f"`Path({str(self.path)!r}).unlink()`") from e
 
 # %% ../../nbs/train/07_resume.ipynb #53beb4e9
 @patch

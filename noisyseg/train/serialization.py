@@ -144,15 +144,17 @@ def load_state(
         with safetensors.safe_open(path, 'pt') as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e:
-        raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e})") from None
+        raise ValueError(f"{path} is no readable safetensors file; it is truncated or something else ({e}). Copy it "
+                         f"again, or delete it to begin anew") from None
     if meta.get('format') != 'noisyseg state 1' or 'state' not in meta:
         raise ValueError(f"{path} is a safetensors file, but holds no state of a fit; is it a model's checkpoint? That "
                          f"is for load_model")
     if _seal(meta['state'], tensors) != meta.get('seal'):
-        raise ValueError(f"{path} is damaged: its content is not what was saved (the digest differs)")
+        raise ValueError(f"{path} is damaged: its content is not what was saved (the digest differs). Copy it again, "
+                         f"or delete it to begin anew")
     try: return unpack(json.loads(meta['state']), tensors)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} holds no state that was saved here: {e}") from None
+        raise ValueError(f"{path} holds no state that was saved here: {e}. Delete it to begin anew") from None
 
 # %% ../../nbs/train/05_serialization.ipynb #80ea3d30
 def random_state() -> dict:  # plain data and tensors
