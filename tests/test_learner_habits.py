@@ -11,6 +11,7 @@ from conftest import root
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.interpret import Interpretation
 from fastai.learner import Learner, load_learner
+from fastcore.basics import noop
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
@@ -18,11 +19,13 @@ from torchvision.models import segmentation as tv
 
 from noisyseg.data.datasets import scenes
 from noisyseg.data.own import custom_masks
-from noisyseg.data.procedural import scene
-from noisyseg.measure.inference import evaluate
+from noisyseg.data.loaders import mask_dataloaders
+from noisyseg.data.procedural import scene, scene_classes, scene_palette
+from noisyseg.measure.inference import evaluate, predict_mask
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.train.checkpoints import load_model, save_model
 from noisyseg.train.learner import segmentation_learner
 
@@ -155,6 +158,34 @@ def test_mixup_mixes_losses_and_cutmix_is_refused(learn):
         learn.fit(1, 1e-3, cbs=MixUp())
         with pytest.raises(TypeError, match='MixUp'): learn.fit(1, cbs=CutMix())
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, CutMix)])
+
+
+def test_images_of_other_channels(tmp_path):
+    "Five channels, or grey: predicted, drawn, exported and explored as others are"
+    for channels in (1, 5):
+        pairs = [scene(np.random.default_rng(i), 32) for i in range(5)]
+        items = [(np.dstack([x]*2)[..., :channels], y) for x, y in pairs]
+        dls = mask_dataloaders(items[:3], items[3:], noop, scene_classes, scene_palette, 255, size=32, bs=2, seed=0)
+        learn = segmentation_learner(dls, arch_args=dict(in_channels=channels), path=tmp_path)
+        learn.remove_cb(learn.progress)
+        with learn.no_logging(): learn.fit(1, 1e-3)
+        found = learn.predict(items[0][0])
+        assert found[2].shape == (7, 32, 32)
+        if channels == 5:
+            with pytest.raises(ValueError, match='image of 4 channels'): learn.predict(items[0][0][..., :4])
+        assert (predict_mask(learn, items[0][0]) == found[1].numpy()).all() and len(evaluate(learn)) == 9
+        learn.show_results()
+        dls.test_dl([items[0][0]]).show_batch()
+        Interpretation.from_learner(learn).plot_top_losses(2)
+        learn.export('e.pkl')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            assert torch.equal(load_learner(tmp_path/'e.pkl').predict(items[0][0])[2], found[2])
+        look = NoiseExplorer(learn.model, dls)
+        shown = look.frame(dict(level=0.))['preds']['model']
+        assert (np.asarray(shown)[0] == learn.predict(items[3][0])[1].numpy()).all()
+        look.close()
+    plt.close('all')
 
 
 def test_noisy_weights_are_not_saved(tmp_path):

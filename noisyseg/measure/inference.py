@@ -133,27 +133,28 @@ def _known(model, data=None):
     return model, data, known
 
 # %% ../../nbs/measure/04_inference.ipynb #83cbe7f2
-def _bytes(image):
-    ("An image from a file, PIL or an array as a tensor (3, height, width); bytes. A float tensor is normalised, and "
-     "left alone.")
+def _bytes(image, channels=3):
+    ("An image from a file, PIL or an array as a tensor (channels, height, width); bytes. A float tensor is "
+     "normalised, and left alone.")
     if isinstance(image, Tensor) and image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8):
         return image.as_subclass(Tensor)
     if isinstance(image, (str, Path)): image = read_image(image)
     elif isinstance(image, Image.Image):
         if image.mode[0] in 'IF':
             raise ValueError(f"an image of mode {image.mode!r}: convert it to 8 bits a channel first")
-        image = np.array(image.convert('RGB'))
+        image = np.array(image.convert('L' if channels == 1 else 'RGB'))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        if image.ndim == 2: image = image[..., None].repeat(3, -1)
-        if image.ndim == 3 and image.shape[2] == 3 and image.size:
+        if image.ndim == 2: image = image[..., None]
+        if image.shape[2:] == (1,): image = image.repeat(channels, -1)
+        if image.ndim == 3 and image.shape[2] == channels and image.size:
             return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
-    raise TypeError(f"expected an image: a file, a PIL image, bytes (height, width, 3), or a normalised tensor "
-                    f"(channels, height, width); got {_told(image)}")
+    raise TypeError(f"expected an image: a file, a PIL image, bytes (height, width, {channels}), or a normalised "
+                    f"tensor (channels, height, width); got {_told(image)}")
 
 # %% ../../nbs/measure/04_inference.ipynb #a77b14ca
 def _own_size_logits(model, image, size, window, stride, stats, **kwargs):
     "Logits of the image's own height and width."
-    x = _bytes(image)
+    x = _bytes(image, len(stats[0]))
     if x.is_floating_point(): return image_logits(model, x, window, stride, **kwargs)
     (h, w), rows, cols = x.shape[1:], slice(None), slice(None)
     if size is not None:
