@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import noisyseg as ns
-<<<<<<< HEAD
 from noisyseg.data.semi_supervised import semi_folder, semi_scenes
 from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import sweep
@@ -19,10 +18,6 @@ from noisyseg.mend.smoothing import certified_mask
 from noisyseg.mend.tolerances import misses_allowed
 from noisyseg.nets.unet3plus import unet3plus_slim
 from noisyseg.perturb.quantization import quantized
-=======
-from noisyseg.data.semi_supervised import semi_folder
-from noisyseg.measure.sweeps import sweep
->>>>>>> main
 from noisyseg.train.noise import AccumulatingNoise
 
 # what mends it: code in backticks, a call, or an argument by its name
@@ -96,11 +91,7 @@ NONSENSE = {
     'custom_masks: None': lambda: ns.custom_masks(None, None, ['a', 'b']),
     'semi: more than there are': lambda: ns.semi(dls(), n=1000),
     'semi: no loaders': lambda: ns.semi(net(), n=2),
-<<<<<<< HEAD
     'semi_scenes: negative': lambda: semi_scenes(n_labelled=-1),
-=======
-    'semi_scenes: negative': lambda: ns.semi_scenes(n_labelled=-1),
->>>>>>> main
     'semi_folder: no such folder': lambda: semi_folder('nowhere', 'nowhere', ['a', 'b']),
     'UNet3Plus: a word for an encoder': lambda: ns.UNet3Plus('resnet34', 3),
     'unet3plus_tiny: no classes': lambda: ns.unet3plus_tiny(0),
