@@ -8,8 +8,6 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-import nbformat
-from nbconvert import MarkdownExporter
 from nbdev.config import nbpath2html
 
 root = Path(__file__).resolve().parents[1]
@@ -62,6 +60,8 @@ def _site_only(cell):
 
 def readme(nb_path=root/'nbs'/'index.ipynb'):
     "The text of README.md"
+    import nbformat  # here, since it takes seconds to import, and most of the tests only want to know the order
+    from nbconvert import MarkdownExporter
     nb = nbformat.read(nb_path, as_version=4)
     cells = []
     for c in nb.cells:

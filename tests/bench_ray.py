@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from bench import commit, hardware
-from bench_timing import row
 from pandas.testing import assert_frame_equal
 from torch import nn
 
@@ -107,20 +105,6 @@ def scaling(a):
         print(f"{n:3} workers, {p['cells']:4} cells: {p['seconds'] - p['empty_s']:6.2f} s, at best {p['ideal_s']:6.2f} "
               f"s")
         yield p
-
-
-def ray_sweep(plan):
-    "For `make bench`: a cell on one Ray worker beside the same cell in this process."
-    sizes = dict(cells=200, seconds=0.02)
-    with connected(OnRay(workers=1, threads=1)):
-        measured(20, 0.001, 1)
-        ways = {'ours': lambda: measured(**sizes, workers=1), 'other': lambda: here(**sizes)}
-        assert_frame_equal(ways['ours']()[0], ways['other']()[0], check_exact=True)
-        times = {k: [t / sizes['cells'] for t in v] for k, v in plan.in_turns(ways, warm_up=0).items()}
-    more = statistics.median(times['ours']) - statistics.median(times['other'])
-    yield row('a cell on a Ray worker', '200 cells of 20 ms', times['ours'], 'in this process', times['other'],
-              note=f'{more:.2f} ms more, with sending the models: {more / 200:.2%} of a cell of 200 ms; the same rows '
-                   f'bit for bit')
 
 
 def main(a):

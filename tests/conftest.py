@@ -1,4 +1,5 @@
 "Shared by the tests: where the project is, its notebooks in reading order, and a copy of it to break things in."
+import functools
 import inspect
 import json
 import math
@@ -11,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
+from fastcore.nbio import read_nb  # noqa: F401  not nbformat's: to import that takes seconds
 
 from real_data import prepare
 
@@ -33,9 +34,6 @@ def notebooks():
 
 
 def nb_id(path): return str(path.relative_to(root/'nbs'))
-
-
-def read_nb(path): return nbformat.read(path, as_version=4)
 
 
 def project_files():
@@ -77,6 +75,17 @@ def sh():
     return run
 
 
+@pytest.fixture(scope='module')
+def in_jupyterlab(tmp_path_factory):
+    "For the tests of one file, JupyterLab on a copy of the project, and a browser: (project, page, url, token)"
+    from test_lab import browser_page, browser_path, jupyterlab
+    browser_path()
+    home = tmp_path_factory.mktemp('lab')
+    project = copy_project(home/'project')
+    with jupyterlab(project, home) as (url, token), browser_page(home/'profile') as page:
+        yield project, page, url, token
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     "Fixtures can see in `request.node.failed` whether their test failed"
@@ -103,9 +112,10 @@ def pytest_runtest_call(item):
 
 # what `make check` leaves out, by what a test or a fixture that it uses speaks of
 SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|\btab\b', ray=r"\bray\b|on='ray'",
-             kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn')
+             kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn',
+             slow=r'copy_project\(tmp_path_factory')   # what many tests use: the site, the wheel, an environment
 DURATIONS = root/'tests'/'durations.json'     # seconds of tests that took over one; NOISYSEG_RECORD=1 writes it
-SLOW = 2.
+SLOW = 1.
 
 
 def known_durations(): return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
@@ -114,13 +124,19 @@ def known_durations(): return json.loads(DURATIONS.read_text()) if DURATIONS.exi
 def local_id(nodeid): return nodeid.removeprefix('tests/')
 
 
+@functools.cache
+def signs_of(function):
+    "The names of `SIGNS` that a function of the tests speaks of"
+    if not (inspect.getsourcefile(function) or '').startswith(str(root/'tests')): return frozenset()
+    source = inspect.getsource(function)
+    return frozenset(name for name, sign in SIGNS.items() if re.search(sign, source))
+
+
 def marks_of(item, durations):
-    "The names of `SIGNS` that fit a test, and `slow`"
+    "The names of `SIGNS` that fit a test and the fixtures that it uses; and `slow`, by what it took"
     functions = [item.function, *(d.func for name in item.fixturenames
                                   for d in item._fixtureinfo.name2fixturedefs.get(name, ()))]
-    files = {p for f in functions if (p := inspect.getsourcefile(f)) and p.startswith(str(root/'tests'))}
-    source = '\n'.join(inspect.getsource(f) for f in functions if inspect.getsourcefile(f) in files)
-    found = {name for name, sign in SIGNS.items() if re.search(sign, source) or name in item.path.stem.split('_')}
+    found = set().union(*map(signs_of, functions)) | SIGNS.keys() & set(item.path.stem.split('_'))
     slow = durations.get(local_id(item.nodeid), 0) > SLOW or item.originalname == 'test_runs'
     return found | ({'slow'} if slow else set())
 
@@ -138,7 +154,8 @@ def pytest_collection_modifyitems(items):
         if not alone: item.add_marker(pytest.mark.xdist_group(group))
         item.group = group
         total[group] = total.get(group, 0) + durations.get(local_id(item.nodeid), .1)
-    items.sort(key=lambda item: -total[item.group])   # stable: the order within a file stays
+    for item in items: item.group_seconds = total[item.group]   # also of those that -k will leave out
+    items.sort(key=lambda item: -item.group_seconds)   # stable: the order within a file stays
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import copy_project, root
+from conftest import root
 
 tour = os.environ.get('NOISYSEG_TOUR', 'nbs/tutorials/tour.ipynb')
 patience = int(os.environ.get('NOISYSEG_TOUR_SECONDS', 840))
@@ -134,16 +134,15 @@ def ours(complaints):
 
 
 @pytest.fixture
-def lab(tmp_path, request):
-    "A page, and a function that runs a notebook of a fresh copy of the project in it"
-    browser_path()
-    project = copy_project(tmp_path/'project')
-    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
-        yield project, page, lambda path, seconds: run_notebook(page, url, token, path, seconds)
-        if request.node.failed:
-            folder = Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))
-            page.screenshot(path=folder/f'{request.node.name}.png')
-            print(f'The page as it was: {folder/request.node.name}.png')
+def lab(in_jupyterlab, request):
+    "A page, and a function that runs a notebook of a copy of the project in it"
+    project, page, url, token = in_jupyterlab
+    page.complaints.clear()
+    yield project, page, lambda path, seconds: run_notebook(page, url, token, path, seconds)
+    if request.node.failed:
+        folder = Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))
+        page.screenshot(path=folder/f'{request.node.name}.png')
+        print(f'The page as it was: {folder/request.node.name}.png')
 
 
 @contextmanager

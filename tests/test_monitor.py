@@ -2,8 +2,7 @@
 import json
 
 import pytest
-from conftest import copy_project
-from test_lab import browser_page, browser_path, cells_of, jupyterlab, ours, start_notebook, write_notebook
+from test_lab import cells_of, ours, start_notebook, write_notebook
 
 FIT = '''
 from noisyseg import *
@@ -25,41 +24,40 @@ print(json.dumps({**stopped, 'then': monitor.state, 'further': monitor._batch - 
 
 
 @pytest.mark.timeout(240)
-def test_stop_in_jupyterlab(tmp_path):
+def test_stop_in_jupyterlab(in_jupyterlab):
     ("Curves and masks appear and change while the fit runs; a click on Stop ends it; the learner goes on from clean "
      "weights")
-    browser_path()
-    project = copy_project(tmp_path/'project')
-    write_notebook(project/'nbs'/'fit.ipynb', FIT, AFTER)
-    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
-        page.set_viewport_size(dict(width=900, height=1000))
-        start_notebook(page, url, token, 'nbs/fit.ipynb')
-        stop = page.get_by_role('button', name='Stop', exact=True).first
-        stop.wait_for(timeout=60_000)
-        page.wait_for_function('''() => {
-            const lines = [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")]
-            return lines.length >= 3 && lines.every(p => p.getAttribute("d").length > 20)
-        }''', timeout=60_000)
-        picture = page.locator('img[alt^="Mask predicted with noisy weights"]').first
-        seen = picture.get_attribute('src')
-        page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src '
-                               '!== seen', arg=seen, timeout=30_000)
-        assert page.locator('progress[aria-label="Progress of the fit"]').first.evaluate('p => p.value') < 0.9
-        assert page.get_by_role('status').filter(has_text='training').count() == 1
-        size = page.locator('.js-plotly-plot').first.evaluate('p => [p._fullLayout.width, '
-                                                              'p.closest(".jp-OutputArea-output").clientWidth]')
-        assert size[0] <= size[1] + 1, f'curves {size[0]} pixels wide where there are {size[1]}'
-        assert page.evaluate('() => window.outcome') is None
-        stop.click()
-        page.wait_for_function('() => window.outcome !== null', timeout=60_000)
-        last = cells_of(page)[1]['outputs'][-1]
-        assert last['output_type'] == 'stream', last
-        told = json.loads(last['text'])
-        assert told['state'] == 'stopped' and told['batches'] < 1500 and not told['injected'], told
-        assert told['then'] == 'finished' and told['further'] == 3, told
-        page.get_by_role('status').filter(has_text='finished').first.wait_for(timeout=10_000)
-        assert stop.is_disabled()
-        assert not ours(page.complaints)
+    project, page, url, token = in_jupyterlab
+    write_notebook(project/'nbs'/'stop.ipynb', FIT, AFTER)
+    page.complaints.clear()
+    page.set_viewport_size(dict(width=900, height=1000))
+    start_notebook(page, url, token, 'nbs/stop.ipynb')
+    stop = page.get_by_role('button', name='Stop', exact=True).first
+    stop.wait_for(timeout=60_000)
+    page.wait_for_function('''() => {
+        const lines = [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")]
+        return lines.length >= 3 && lines.every(p => p.getAttribute("d").length > 20)
+    }''', timeout=60_000)
+    picture = page.locator('img[alt^="Mask predicted with noisy weights"]').first
+    seen = picture.get_attribute('src')
+    page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src '
+                           '!== seen', arg=seen, timeout=30_000)
+    assert page.locator('progress[aria-label="Progress of the fit"]').first.evaluate('p => p.value') < 0.9
+    assert page.get_by_role('status').filter(has_text='training').count() == 1
+    size = page.locator('.js-plotly-plot').first.evaluate('p => [p._fullLayout.width, '
+                                                          'p.closest(".jp-OutputArea-output").clientWidth]')
+    assert size[0] <= size[1] + 1, f'curves {size[0]} pixels wide where there are {size[1]}'
+    assert page.evaluate('() => window.outcome') is None
+    stop.click()
+    page.wait_for_function('() => window.outcome !== null', timeout=60_000)
+    last = cells_of(page)[1]['outputs'][-1]
+    assert last['output_type'] == 'stream', last
+    told = json.loads(last['text'])
+    assert told['state'] == 'stopped' and told['batches'] < 1500 and not told['injected'], told
+    assert told['then'] == 'finished' and told['further'] == 3, told
+    page.get_by_role('status').filter(has_text='finished').first.wait_for(timeout=10_000)
+    assert stop.is_disabled()
+    assert not ours(page.complaints)
 
 PSEUDO = '''
 from noisyseg import *
@@ -82,36 +80,35 @@ print(json.dumps(dict(state=monitor.state, metrics=sorted(set(shares.metric)),
 
 
 @pytest.mark.timeout(240)
-def test_pseudo_labels_in_jupyterlab(tmp_path):
+def test_pseudo_labels_in_jupyterlab(in_jupyterlab):
     ("Pseudo-labels, their confidence and their curves appear and change while MLPMatch trains, and a class's name is "
      "text, whatever is in it")
-    browser_path()
-    project = copy_project(tmp_path/'project')
-    write_notebook(project/'nbs'/'fit.ipynb', PSEUDO, SEEN)
-    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
-        page.set_viewport_size(dict(width=1000, height=1300))
-        start_notebook(page, url, token, 'nbs/fit.ipynb')
-        picture = page.locator('img[alt^="Pseudo-label of image 4"]').first
-        picture.wait_for(timeout=120_000)
-        seen = picture.get_attribute('src')
-        page.wait_for_function('seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen',
-                               arg=seen, timeout=60_000)
-        page.wait_for_function('() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length '
-                               '>= 5', timeout=60_000)
-        assert page.locator('img[alt^="Confidence in image"]').count() == page.locator(
-                'img[alt^="True mask of image"]').count() == 2
-        assert 'τ = 0.4' in page.locator('body').inner_text() and '<img src=x onerror=' in page.locator(
-                'body').inner_text()
-        assert page.evaluate('() => window.broken') is None
-        edges = ('l => l.map(i => [i.getBoundingClientRect().right, '
-                 'i.closest(".jp-OutputArea-output").getBoundingClientRect().right])')
-        wide = page.locator('img[alt^="Pseudo-label of image"]').evaluate_all(edges)
-        assert all(a <= b + 1 for a, b in wide), wide
-        page.get_by_role('button', name='Stop', exact=True).first.click()
-        page.wait_for_function('() => window.outcome !== null', timeout=60_000)
-        last = cells_of(page)[1]['outputs'][-1]
-        assert last['output_type'] == 'stream', last
-        told = json.loads(last['text'])
-        assert told == dict(state='stopped', metrics=['confident', 'pseudo-labels, confident', 'pseudo-labels, right'],
-                            inside=True), told
-        assert not ours(page.complaints)
+    project, page, url, token = in_jupyterlab
+    write_notebook(project/'nbs'/'pseudo_labels.ipynb', PSEUDO, SEEN)
+    page.complaints.clear()
+    page.set_viewport_size(dict(width=1000, height=1300))
+    start_notebook(page, url, token, 'nbs/pseudo_labels.ipynb')
+    picture = page.locator('img[alt^="Pseudo-label of image 4"]').first
+    picture.wait_for(timeout=120_000)
+    seen = picture.get_attribute('src')
+    page.wait_for_function('seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen',
+                           arg=seen, timeout=60_000)
+    page.wait_for_function('() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length '
+                           '>= 5', timeout=60_000)
+    assert page.locator('img[alt^="Confidence in image"]').count() == page.locator(
+            'img[alt^="True mask of image"]').count() == 2
+    assert 'τ = 0.4' in page.locator('body').inner_text() and '<img src=x onerror=' in page.locator(
+            'body').inner_text()
+    assert page.evaluate('() => window.broken') is None
+    edges = ('l => l.map(i => [i.getBoundingClientRect().right, '
+             'i.closest(".jp-OutputArea-output").getBoundingClientRect().right])')
+    wide = page.locator('img[alt^="Pseudo-label of image"]').evaluate_all(edges)
+    assert all(a <= b + 1 for a, b in wide), wide
+    page.get_by_role('button', name='Stop', exact=True).first.click()
+    page.wait_for_function('() => window.outcome !== null', timeout=60_000)
+    last = cells_of(page)[1]['outputs'][-1]
+    assert last['output_type'] == 'stream', last
+    told = json.loads(last['text'])
+    assert told == dict(state='stopped', metrics=['confident', 'pseudo-labels, confident', 'pseudo-labels, right'],
+                        inside=True), told
+    assert not ours(page.complaints)

@@ -1,6 +1,6 @@
 """Four things extend the workbook: a disturbance, a method, a data set (or a corruption of it), a task.
 
-Each takes one file; tests/plugs has one of each. In a copy of the project, one is put beside the package, and
+Each takes one file; tests/plugs has one of each. Beside a copy of the project lies one of them at a time, and
 everything runs with it: sweep, store, figures, card, explorer, the panel of pseudo-labels, a resumed fit."""
 import os
 import shutil
@@ -15,25 +15,45 @@ plugs = {'law': 'stuck_at', 'method': 'mean_teacher', 'dataset': 'membranes', 'c
 needs_cells = ('law', 'method', 'corruption')   # these need some data, and take the data set that is a plug itself
 
 
+# imports once, and forks for each plug: `python -c fork FOLDER PLUG FOLDER PLUG …`
+fork = """
+import os, runpy, sys, warnings
+warnings.simplefilter('ignore')
+from noisyseg import *
+import noisyseg.show.pseudo_label_panel
+for folder, plug in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.stdout.flush()
+    if not os.fork():
+        os.chdir(folder)
+        out = os.open('said', os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.path.insert(0, folder)
+        sys.argv = ['use.py', 'made', plug]
+        runpy.run_path('use.py', run_name='__main__')
+        sys.exit()
+    os.wait()
+"""
+
+
 @pytest.fixture(scope='module')
-def copy(tmp_path_factory): return copy_project(tmp_path_factory.mktemp('plugs')/'project')
-
-
-def using(copy, plug, folder):
+def said(tmp_path_factory):
     "What is said when everything runs with a plug, and nothing else is added"
-    folder.mkdir()
-    for name in {plugs[plug], 'use', *(['membranes'] if plug in needs_cells else [])}:
-        shutil.copy(copy/'tests'/'plugs'/f'{name}.py', folder)
+    top = tmp_path_factory.mktemp('plugs')
+    copy = copy_project(top/'project')
+    for plug, name in plugs.items():
+        (top/plug).mkdir()
+        for file in {name, 'use', *(['membranes'] if plug in needs_cells else [])}:
+            shutil.copy(copy/'tests'/'plugs'/f'{file}.py', top/plug)
     env = {**os.environ, 'PYTHONPATH': str(copy), 'OMP_NUM_THREADS': '1'}
-    r = subprocess.run([sys.executable, 'use.py', 'made', plug], cwd=folder, env=env, text=True, capture_output=True)
-    return r.stdout if not r.returncode else r.stdout + r.stderr
+    args = [o for plug in plugs for o in (str(top/plug), plug)]
+    subprocess.run([sys.executable, '-c', fork, *args], cwd=top, env=env)
+    return {plug: (top/plug/'said').read_text() for plug in plugs}
 
 
 @pytest.mark.parametrize('plug', plugs)
-def test_everything_knows_it(copy, plug, tmp_path):
+def test_everything_knows_it(said, plug):
     "Sweep, store, figures, card, explorer and training run with what one file adds"
-    said = using(copy, plug, tmp_path/'own')
-    assert said.splitlines()[-1:] == [f'done: {plug}'], said
+    assert said[plug].splitlines()[-1:] == [f'done: {plug}'], said[plug]
 
 
 def test_a_plug_is_one_small_file():

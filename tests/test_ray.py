@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,8 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 from torch import nn
+from ray_networks import (Net, Threads, batches, dies_once, dies_when_loud, lines, objects_strangely, objects_when_loud,
+                          train)
 from torch.utils.data import DataLoader, TensorDataset
 
 from noisyseg.data.corruptions import Corruption
@@ -30,40 +33,8 @@ from noisyseg.train.grid import train_grid
 from noisyseg.train.checkpoints import load_model
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
-ray = pytest.importorskip('ray')
-pytest.importorskip('pyarrow')
+if not find_spec('ray'): pytest.skip('pip install noisyseg[ray]', allow_module_level=True)
 law, levels, two = MaxGaussian(per='channel'), [0, 0.05, 0.1, 0.2], OnRay(workers=2, threads=1)
-
-
-class Net(nn.Sequential):
-    "A small network that notes each of its evaluations and each of its journeys in `log`, and meets with accidents"
-    def __init__(self, seed=0, log=None, pause=0., accident=None):
-        torch.manual_seed(seed)
-        super().__init__(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
-        self.log, self.pause, self.accident, self.home = log, pause, accident, os.getpid()
-        self.clean = self[0].weight.detach().clone()
-
-    def note(self, what):
-        if self.log:
-            with open(self.log, 'a') as f: f.write(f'{what} {os.getpid()}\n')
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.note('travelled')
-
-    def forward(self, x):
-        self.note('evaluated')
-        time.sleep(self.pause)
-        if self.accident and os.getpid() != self.home: self.accident(self)
-        return super().forward(x)
-
-    def noise(self): return (self[0].weight - self.clean).abs().max().item()
-
-
-def batches(n=2, size=12):
-    g = torch.Generator().manual_seed(1)
-    return [(torch.rand(4, 3, size, size, generator=g), torch.randint(0, 3, (4, size, size), generator=g))
-            for _ in range(n)]
 
 
 def sweep(net=None, on=two, draws=4, **kw):
@@ -76,10 +47,6 @@ def same(a, b):
     assert a['value'].to_numpy().tobytes() == b['value'].to_numpy().tobytes()
 
 
-def lines(log, what):
-    return [line for line in Path(log).read_text().splitlines() if line.startswith(what)] if Path(log).exists() else []
-
-
 @pytest.fixture(scope='module')
 def cluster():
     ("One Ray for the module, as `on='ray'` would start it; it is named by the path where its driver's test module is "
@@ -88,7 +55,7 @@ def cluster():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)   # workers find this module
-        with connected(two): yield ray.get_runtime_context().gcs_address
+        with connected(two): yield sys.modules['ray'].get_runtime_context().gcs_address
     torch.set_num_threads(threads)
 
 
@@ -137,25 +104,19 @@ def test_all_the_others(cluster, tmp_path):
     assert len(load_sweep(tmp_path/'card-True.parquet')) == len(load_sweep(tmp_path/'card-False.parquet')) > 0
 
 
-class Threads(Net):
-    "Says how many threads there are, by the class that it sees"
-    def forward(self, x):
-        out = super().forward(x) * 0
-        out[:, torch.get_num_threads() - 1] += 1
-        return out
-
-
 def test_workers_have_the_threads_of_the_driver(cluster, monkeypatch):
-    one, score = sweep(Threads(), on='ray', draws=1), lambda df: df[df['class'] == '1']['value'].tolist()
+    score = lambda df: df[(df['model'] == 'threads') & (df['class'] == '1')]['value'].tolist()
+    kw = dict(draws=1, dl=[(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))])
+    nets = {'threads': Threads(), 'UNet3+': unet3plus_tiny(3)}
+    one = sweep(nets, on='ray', **kw)
     try:
         torch.set_num_threads(2)
-        net, dl = unet3plus_tiny(3), [(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))]
-        same(sweep(Threads(), on='local', draws=1), sweep(Threads(), on='ray', draws=1))
-        same(sweep(net, on='local', draws=1, dl=dl), sweep(net, on='ray', draws=1, dl=dl))
-        same(one, sweep(Threads(), draws=1))   # threads=1 in `two`
-        assert score(sweep(Threads(), on='ray', draws=1)) != score(one)
+        here, there = sweep(nets, on='local', **kw), sweep(nets, on='ray', **kw)
+        same(here, there)
+        same(one, sweep(nets, **kw))   # threads=1 in `two`
+        assert score(there) != score(one)
     finally: torch.set_num_threads(1)
-    same(one, sweep(Threads(), on='local', draws=1))
+    same(one, sweep(nets, on='local', **kw))
 
 
 def test_settings_travel(cluster):
@@ -178,13 +139,6 @@ def test_warnings_travel(cluster):
 # --- accidents
 # --------------------------------------------------------------------------------------------------------------------
 
-def dies_once(net):
-    marker = Path(f'{net.log}.died')
-    if net.noise() > 0 and len(lines(net.log, 'evaluated')) > 10 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_worker_that_is_killed_costs_its_task(cluster, tmp_path, whole):
     log = tmp_path/'log'
     same(sweep(Net(log=log, accident=dies_once), on=OnRay(workers=2, threads=1)), whole)
@@ -192,10 +146,6 @@ def test_a_worker_that_is_killed_costs_its_task(cluster, tmp_path, whole):
     first_look, cells = 1, 1 + 4 * 3
     assert first_look + 2 * cells < len(lines(log, 'evaluated')) <= first_look + 2 * cells + 2   # two batches a cell
     assert len(lines(log, 'travelled')) <= 3
-
-
-def dies_when_loud(net):
-    if net.noise() > 0.05: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def loud(whole):
@@ -217,20 +167,7 @@ def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
         sweep(Net(accident=dies_when_loud), on=OnRay(workers=2, threads=1, retries=1), store=store)
     kept = load_sweep(store)
     assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
-    same(sweep(Net(), store=store), whole)
-
-
-class Objection(Exception):
-    "An error that cannot be unpickled by its arguments alone"
-    def __init__(self, a, b): super().__init__(f'{a} {b}')
-
-
-def objects_when_loud(net):
-    if net.noise() > 0.05: raise ZeroDivisionError('too loud')
-
-
-def objects_strangely(net):
-    if net.noise() > 0.05: raise Objection('too', 'loud')
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
 
 
 def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
@@ -242,7 +179,7 @@ def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
     kept = load_sweep(store)
     assert len(kept) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
     with pytest.raises(RuntimeError, match='Objection: too loud'): sweep(Net(accident=objects_strangely), store=store)
-    same(sweep(Net(), store=store), whole)
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
 
 
 def test_what_cannot_travel_is_told(cluster):
@@ -267,7 +204,7 @@ def test_ctrl_c_keeps_what_was_measured(cluster, tmp_path, whole):
     before = len(lines(log, 'evaluated'))
     time.sleep(0.3)
     assert len(lines(log, 'evaluated')) == before   # nobody goes on
-    same(sweep(Net(), store=store), whole)
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
 
 
 def test_two_drivers_on_one_store(tmp_path, whole):
@@ -321,16 +258,6 @@ def test_a_driver_that_is_killed(cluster, tmp_path, whole, own):
 
 # --- training grids
 # ---------------------------------------------------------------------------------------------------------------
-
-def train(noise, seed):
-    net, (x, y) = Net(seed), batches(1)[0]
-    opt = torch.optim.SGD(net.parameters(), 0.1)
-    for _ in range(3):
-        loss = nn.functional.cross_entropy(net(x + noise * torch.randn_like(x)), y)
-        loss.backward()
-        opt.step(), opt.zero_grad()
-    return net, {'loss': loss.item()}
-
 
 def test_train_grid(cluster, tmp_path):
     methods = {'clean': 0., 'noisy': 0.5}

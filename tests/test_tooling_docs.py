@@ -10,12 +10,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import derive
-import nbformat
 import pandas as pd
 import pytest
 import yaml
 from conftest import copy_project, nb_id, notebooks, project_files, read_nb, root
-from nbconvert import HTMLExporter
+from fastcore.nbio import mk_cell, write_nb
 from nbdev.config import nbpath2html
 from test_lab import browser_page
 
@@ -56,9 +55,8 @@ def test_landing_explorer_can_fail(tmp_path):
     nb, script = read_nb(root/'nbs'/'index.ipynb'), '<script type="module">go()</script>'
     nb.cells[1].source = f'Shown. Said.\n\n```html\n{script}\n```'
     nb.cells[2].source += f'\n\n```{{=html}}\n{script.replace("go", "secret")}\n```\n\nLast words.'
-    nb.cells[3:3] = [nbformat.v4.new_raw_cell('raw secret'), nbformat.v4.new_markdown_cell(script.replace('go',
-            'secret'))]
-    nbformat.write(nb, tmp_path/'index.ipynb')
+    nb.cells[3:3] = [mk_cell('raw secret', 'raw'), mk_cell(script.replace('go', 'secret'), 'markdown')]
+    write_nb(nb, tmp_path/'index.ipynb')
     text = derive.readme(tmp_path/'index.ipynb')
     assert 'secret' not in text and script in text and 'Last words.' in text
 
@@ -341,9 +339,18 @@ def processed(tmp_path_factory):
     return project/'_proc'
 
 
+@pytest.fixture(scope='module')
+def as_page():
+    "nbconvert's way from a notebook to HTML; it compiles its templates once"
+    from nbconvert import HTMLExporter  # here, since it takes seconds to import
+    exporter = HTMLExporter()
+    return lambda nb: exporter.from_notebook_node(nb)[0]
+
+
 @pytest.mark.parametrize('path', notebooks(), ids=nb_id)
-def test_page_converts(path, processed):
+def test_page_converts(path, processed, as_page):
     "Each processed notebook is there, and is a notebook that nbconvert can show, with no directive left in it"
+    import nbformat  # here, since it takes seconds to import
     page = processed/nb_id(path)
     error = page.with_suffix('.error')
     if error.exists(): pytest.fail(error.read_text(), pytrace=False)
@@ -352,8 +359,7 @@ def test_page_converts(path, processed):
     for c in nb['cells']: c.pop('has_sd', None), c['metadata'].pop('execution', None)
     nb = nbformat.reads(json.dumps(nb), as_version=4)
     nbformat.validate(nb)
-    body, _ = HTMLExporter().from_notebook_node(nb)
-    assert len(body) > 1000
+    assert len(as_page(nb)) > 1000
     exported = [c.source for c in nb.cells if re.search(r'^#\| *export', c.source, re.M)]
     assert not exported
 

@@ -11,9 +11,9 @@ import subprocess
 import sys
 
 import derive
-import nbformat
 import pytest
 from conftest import nb_id, notebooks, read_nb, root
+from fastcore.nbio import mk_cell, new_nb, write_nb
 
 order = {module: i for i, (_, module) in enumerate(derive.modules())}
 module_of = dict(derive.modules())
@@ -71,8 +71,7 @@ def test_notebooks_share_nothing(server, tmp_path):
     folder = tmp_path/'nbs'
     folder.mkdir()
     def status(name, *sources):
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in sources])
-        nbformat.write(nb, folder/f'{name}.ipynb')
+        write_nb(new_nb([mk_cell(o, 'code') for o in sources]), folder/f'{name}.ipynb')
         return server.run(folder/f'{name}.ipynb', tmp_path/name)
     import_some = 'import builtins, os, torch; builtins.left = 1; torch.manual_seed(3); os.environ["LEFT"] = "1"'
     assert status('first', import_some) == (0, 'Success.\n')

@@ -134,57 +134,71 @@ packages = {'fastai', 'fastcore', 'torch', 'torchvision', 'pandas', 'plotly', 'i
 '''
 
 
-def patched(code):
-    "The attributes of foreign classes that are others after this code than before"
-    return clean_process(watch + f'''
-before = foreign()
-{code}
-after = foreign()
-own = lambda f: 'noisyseg' in str(getattr(f, '__module__', '')) or 'noisyseg' in str(getattr(f, '__qualname__', ''))
-found = []
-for o, was in before.items():
-    now = after.get(o, {{}})
-    found += [f'{{o.__module__}}.{{o.__qualname__}}.{{k}}' for k, v in now.items()
-              if (k in was and v is not was[k] and callable(v)) or (k not in was and own(v))]
-print(json.dumps(sorted(found)))''')
-
-
-def test_nothing_is_patched_at_import():
-    "Importing every module leaves the classes of torch, fastai and others as they were"
-    names = [module_name(p) for p in modules]
-    assert patched(f'for o in {names!r}: importlib.import_module(o)') == []
-
-
-def test_nothing_is_patched_can_fail():
-    "A method put into a class of fastai, and one of ours added to a class of torch, are seen"
-    found = patched('''
+@pytest.fixture(scope='module')
+def patched():
+    "The attributes of foreign classes that are others after some code than before, by what the code does"
+    imports = '\n'.join(f'import {module_name(p)}' for p in modules)
+    patches = """
 def mine(self): pass
 mine.__module__ = 'noisyseg.train.learner'
 fastai.learner.Learner.fit = mine
-torch.nn.Module.noisy = mine''')
-    assert found == ['fastai.learner.Learner.fit', 'torch.nn.modules.module.Module.noisy']
+torch.nn.Module.noisy = mine"""
+    return clean_process(watch + f'''
+own = lambda f: 'noisyseg' in str(getattr(f, '__module__', '')) or 'noisyseg' in str(getattr(f, '__qualname__', ''))
+def changes(before, after):
+    for o, was in before.items():
+        for k, v in after.get(o, {{}}).items():
+            if (k in was and v is not was[k] and callable(v)) or (k not in was and own(v)):
+                yield f'{{o.__module__}}.{{o.__qualname__}}.{{k}}'
+
+seen = [foreign()]
+{imports}
+seen.append(foreign())
+{patches}
+seen.append(foreign())
+found = [sorted(changes(*o)) for o in zip(seen, seen[1:])]
+print(json.dumps(dict(zip(('our imports', 'a patch'), found))))''')
 
 
-def loaded(code):
-    "Which of the slow packages are there after this code"
-    slow = ['torch', 'fastai', 'pandas', 'matplotlib', 'plotly', 'ipywidgets', 'torchvision', 'ray']
-    code += f'\nimport json, sys\nprint(json.dumps([o for o in {slow} if o in sys.modules]))'
-    return set(clean_process(code))
+def test_nothing_is_patched_at_import(patched):
+    "Importing every module leaves the classes of torch, fastai and others as they were"
+    assert patched['our imports'] == []
 
 
-def test_importing_noisyseg_costs_next_to_nothing():
+def test_nothing_is_patched_can_fail(patched):
+    "A method put into a class of fastai, and one of ours added to a class of torch, are seen"
+    assert patched['a patch'] == ['fastai.learner.Learner.fit', 'torch.nn.modules.module.Module.noisy']
+
+
+@pytest.fixture(scope='module')
+def loaded():
+    "Which of the slow packages are there after some imports, one after the other in one process"
+    code = f"""
+import json, sys
+slow = ['torch', 'fastai', 'pandas', 'matplotlib', 'plotly', 'ipywidgets', 'torchvision', 'ray']
+there = dict()
+for line in {['import noisyseg', *HEART]!r}:
+    exec(line)
+    there[line] = [o for o in slow if o in sys.modules]
+print(json.dumps(there))"""
+    return clean_process(code)
+
+
+HEART = ['from noisyseg import perturbed, MaxGaussian',
+         'from noisyseg import perturbed, clone_weights, select, compose, conv_and_norm',
+         'from noisyseg import MaxGaussian, AbsoluteGaussian, MultiplicativeGaussian, RelativeGaussian, Quantize',
+         'from noisyseg import perturbed, MaxGaussian, SAM']
+
+
+def test_importing_noisyseg_costs_next_to_nothing(loaded):
     "It loads neither torch nor fastai, nor anything else that is slow"
-    assert loaded('import noisyseg') == set()
+    assert loaded['import noisyseg'] == []
 
 
-@pytest.mark.parametrize('names', [
-    'perturbed, MaxGaussian',
-    'perturbed, clone_weights, select, compose, conv_and_norm',
-    'MaxGaussian, AbsoluteGaussian, MultiplicativeGaussian, RelativeGaussian, Quantize',
-    'perturbed, MaxGaussian, SAM'])
-def test_the_heart_needs_torch_only(names):
+@pytest.mark.parametrize('line', HEART)
+def test_the_heart_needs_torch_only(loaded, line):
     "In a training loop of your own, weight noise and SAM bring torch, and neither fastai nor what draws figures"
-    assert loaded(f'from noisyseg import {names}') == {'torch'}
+    assert loaded[line] == ['torch']
 
 
 def test_readme_is_short():

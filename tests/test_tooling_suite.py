@@ -1,4 +1,5 @@
 "The suite itself: what stops it, what is run first, and what `make check` leaves out."
+import itertools
 import json
 import os
 import subprocess
@@ -47,12 +48,10 @@ def test_two_of_them_stop_it(pytest_in):
 
 def test_longest_first(request):
     "Files and notebooks that take long come first, and the tests of one file stay together"
-    from conftest import known_durations, local_id
-    durations, total = known_durations(), {}
-    for item in request.session.items:
-        total[item.group] = total.get(item.group, 0) + durations.get(local_id(item.nodeid), .1)
-    seen = list(dict.fromkeys(item.group for item in request.session.items))
-    assert [total[o] for o in seen] == sorted(total.values(), reverse=True)
+    runs = [(group, next(items).group_seconds) for group, items in
+            itertools.groupby(request.session.items, lambda item: item.group)]
+    assert len(dict(runs)) == len(runs)
+    assert [seconds for _, seconds in runs] == sorted((seconds for _, seconds in runs), reverse=True)
 
 
 def test_what_make_check_leaves_out(request):
