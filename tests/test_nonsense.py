@@ -18,6 +18,7 @@ from noisyseg.mend.smoothing import certified_mask
 from noisyseg.mend.tolerances import misses_allowed
 from noisyseg.nets.unet3plus import unet3plus_slim
 from noisyseg.perturb.quantization import quantized
+from noisyseg.perturb.selectors import select
 from noisyseg.train.noise import AccumulatingNoise
 
 # what mends it: code in backticks, a call, or an argument by its name
@@ -50,7 +51,7 @@ MODULES = {
     'a state dict': lambda f: f(net().state_dict()), 'no weights': lambda f: f(nn.ReLU())}
 TAKE_MODULES = {
     'perturbed': lambda m: ns.perturbed(m, law).__enter__(), 'clone_weights': lambda m: ns.clone_weights(m),
-    'select': lambda m: ns.select(m), 'quantized': lambda m: quantized(m),
+    'select': lambda m: select(m), 'quantized': lambda m: quantized(m),
     'layer_sensitivity': lambda m: ns.layer_sensitivity(m, dls().valid, law),
     'SAM': lambda m: ns.SAM(torch.optim.SGD(net().parameters(), 0.1), m)}
 
@@ -63,8 +64,8 @@ NONSENSE = {
     'perturbed: another gradient': lambda: ns.perturbed(net(), law, gradient='clean').__enter__(),
     'perturbed: a word for a seed': lambda: ns.perturbed(net(), law, generator='seed').__enter__(),
     'perturbed: another rng': lambda: ns.perturbed(net(), law, rng='fast').__enter__(),
-    'select: a list': lambda: ns.select(net(), ['a']),
-    'select: an empty pattern': lambda: ns.select(net(), ''),
+    'select: a list': lambda: select(net(), ['a']),
+    'select: an empty pattern': lambda: select(net(), ''),
     'MaxGaussian: negative': lambda: ns.MaxGaussian(-0.1),
     'MaxGaussian: nan': lambda: ns.MaxGaussian(nan),
     'MaxGaussian: a word': lambda: ns.MaxGaussian('5 %'),
