@@ -15,7 +15,7 @@ settings = ConfigParser()
 settings.read(root/'settings.ini')
 settings = settings['DEFAULT']
 # subpackages import in this direction only: from those before them
-LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'show']
+LAYERS = ['basics', 'perturb', 'data', 'nets', 'measure', 'train', 'mend', 'show']
 SECTIONS = [*LAYERS[1:], 'tutorials', 'studies']           # each has a sidebar of its own on the site
 # the sidebar of notebooks in no folder
 AT_THE_TOP = {'basics.ipynb': 'perturb', 'docments.ipynb': 'perturb', 'benchmarks.ipynb': 'studies'}

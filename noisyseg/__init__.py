@@ -2,7 +2,7 @@
 
 The names that people type are here. Each is loaded when it is first used, so `import noisyseg` costs next to nothing.
 All others are in the subpackages, which build on one another in this order: `perturb`, `data`, `nets`, `measure`,
-`train`, `show`."""
+`train`, `mend`, `show`."""
 import os
 from importlib import import_module
 
@@ -15,22 +15,21 @@ __version__ = "0.1.0"
 
 _names = {
     'perturb.clone': ['perturbed', 'clone_weights'],
-    'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.selectors': ['conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
     'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
-    'perturb.quantization': ['Quantize', 'quantized'],
+    'perturb.quantization': ['Quantize'],
     'data.datasets': ['scenes', 'camvid', 'voc'],
     'data.own': ['custom_masks'],
     'data.doctor': ['check_dataset'],
     'data.cifar': ['cifar10'],
-    'data.semi_supervised': ['semi', 'semi_scenes'],
+    'data.semi_supervised': ['semi'],
     'data.corruptions': ['Corruption'],
-    'nets.unet3plus': ['UNet3Plus', 'unet3plus_tiny', 'unet3plus_slim'],
+    'nets.unet3plus': ['UNet3Plus', 'unet3plus_tiny'],
     'nets.deeplab': ['deeplabv3plus'],
     'nets.classifiers': ['resnet20'],
     'measure.sweeps': ['sweep'],
     'measure.sensitivity': ['layer_sensitivity'],
-    'measure.store': ['load_sweep'],
     'measure.summary': ['summarise', 'paired_difference'],
     'train.noise': ['WeightNoise'],
     'train.learner': ['segmentation_learner'],
@@ -40,6 +39,10 @@ _names = {
     'train.methods.sam': ['SAM'],
     'train.methods.sam_callback': ['SAMCallback'],
     'train.methods.mlpmatch': ['MLPMatch', 'semi_learner'],
+    'mend.tolerances': ['tolerance'],
+    'mend.protection': ['protect'],
+    'mend.recalibration': ['rescue', 'rescued'],
+    'mend.finetuning': ['harden'],
     'show.plots': ['plot_sweep'],
     'show.pictures': ['plot_prediction'],
     'measure.card': ['robustness_card'],

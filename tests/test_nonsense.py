@@ -10,8 +10,15 @@ import torch
 from torch import nn
 
 import noisyseg as ns
-from noisyseg.data.semi_supervised import semi_folder
+from noisyseg.data.semi_supervised import semi_folder, semi_scenes
+from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import sweep
+from noisyseg.mend.protection import measured_costs, predicted_costs
+from noisyseg.mend.smoothing import certified_mask
+from noisyseg.mend.tolerances import misses_allowed
+from noisyseg.nets.unet3plus import unet3plus_slim
+from noisyseg.perturb.quantization import quantized
+from noisyseg.perturb.selectors import select
 from noisyseg.train.noise import AccumulatingNoise
 
 # what mends it: code in backticks, a call, or an argument by its name
@@ -44,7 +51,7 @@ MODULES = {
     'a state dict': lambda f: f(net().state_dict()), 'no weights': lambda f: f(nn.ReLU())}
 TAKE_MODULES = {
     'perturbed': lambda m: ns.perturbed(m, law).__enter__(), 'clone_weights': lambda m: ns.clone_weights(m),
-    'select': lambda m: ns.select(m), 'quantized': lambda m: ns.quantized(m),
+    'select': lambda m: select(m), 'quantized': lambda m: quantized(m),
     'layer_sensitivity': lambda m: ns.layer_sensitivity(m, dls().valid, law),
     'SAM': lambda m: ns.SAM(torch.optim.SGD(net().parameters(), 0.1), m)}
 
@@ -57,8 +64,8 @@ NONSENSE = {
     'perturbed: another gradient': lambda: ns.perturbed(net(), law, gradient='clean').__enter__(),
     'perturbed: a word for a seed': lambda: ns.perturbed(net(), law, generator='seed').__enter__(),
     'perturbed: another rng': lambda: ns.perturbed(net(), law, rng='fast').__enter__(),
-    'select: a list': lambda: ns.select(net(), ['a']),
-    'select: an empty pattern': lambda: ns.select(net(), ''),
+    'select: a list': lambda: select(net(), ['a']),
+    'select: an empty pattern': lambda: select(net(), ''),
     'MaxGaussian: negative': lambda: ns.MaxGaussian(-0.1),
     'MaxGaussian: nan': lambda: ns.MaxGaussian(nan),
     'MaxGaussian: a word': lambda: ns.MaxGaussian('5 %'),
@@ -71,7 +78,7 @@ NONSENSE = {
     'Quantize: 64 bits': lambda: ns.Quantize(64),
     'Quantize: negative': lambda: ns.Quantize(-4),
     'Quantize: a word': lambda: ns.Quantize('int8'),
-    'quantized: another law': lambda: ns.quantized(net(), law),
+    'quantized: another law': lambda: quantized(net(), law),
     'compose: nothing': lambda: ns.compose(),
     'compose: a number': lambda: ns.compose(law, 3),
     'Corruption: unknown': lambda: ns.Corruption('rain'),
@@ -85,14 +92,14 @@ NONSENSE = {
     'custom_masks: None': lambda: ns.custom_masks(None, None, ['a', 'b']),
     'semi: more than there are': lambda: ns.semi(dls(), n=1000),
     'semi: no loaders': lambda: ns.semi(net(), n=2),
-    'semi_scenes: negative': lambda: ns.semi_scenes(n_labelled=-1),
+    'semi_scenes: negative': lambda: semi_scenes(n_labelled=-1),
     'semi_folder: no such folder': lambda: semi_folder('nowhere', 'nowhere', ['a', 'b']),
     'UNet3Plus: a word for an encoder': lambda: ns.UNet3Plus('resnet34', 3),
     'unet3plus_tiny: no classes': lambda: ns.unet3plus_tiny(0),
     'unet3plus_tiny: names for a number': lambda: ns.unet3plus_tiny(['cat', 'dog']),
     'unet3plus_tiny: a grey image': lambda: net()(torch.rand(1, 1, 32, 32)),
     'unet3plus_tiny: one image without a batch': lambda: net()(torch.rand(3, 32, 32)),
-    'unet3plus_slim: negative': lambda: ns.unet3plus_slim(-2),
+    'unet3plus_slim: negative': lambda: unet3plus_slim(-2),
     'deeplabv3plus: an unknown encoder': lambda: ns.deeplabv3plus(3, encoder='resnet19'),
     'deeplabv3plus: stride 7': lambda: ns.deeplabv3plus(3, encoder='resnet18', output_stride=7),
     'resnet20: another shortcut': lambda: ns.resnet20(shortcut='C'),
@@ -106,8 +113,27 @@ NONSENSE = {
     'robustness_card: a word for a disturbance': lambda: ns.robustness_card({'a': net7()}, dls().valid, ['rain']),
     'robustness_card: levels of what is not asked': lambda: ns.robustness_card(
         {'a': net7()}, dls().valid, law, levels={'rain': 3}),
-    'load_sweep: no such file': lambda: ns.load_sweep('nowhere.csv'),
-    'load_sweep: None': lambda: ns.load_sweep(None),
+    'tolerance: too few chips': lambda: ns.tolerance(net7(), dls().valid, law, chips=10),
+    'tolerance: a loss of 2': lambda: ns.tolerance(net7(), dls().valid, law, drop=2),
+    'tolerance: data shuffled': lambda: ns.tolerance(net7(), dls().train, law),
+    'misses_allowed: 95 %': lambda: misses_allowed(29, confidence=95),
+    'protect: by weight': lambda: ns.protect(net7(), dls().valid, law, by='weight'),
+    'protect: a budget of 5': lambda: ns.protect(net7(), dls().valid, law, budget=5),
+    'protect: at level nothing': lambda: ns.protect(net7(), dls().valid, law.at(0.), progress=False),
+    'measured_costs: a number for a law': lambda: measured_costs(net7(), dls().valid, 0.1),
+    'predicted_costs: a corruption': lambda: predicted_costs(net7(), dls().valid, ns.Corruption('fog')),
+    'rescue: no noise': lambda: ns.rescue(net7(), torch.rand(4, 3, 32, 32)),
+    'rescue: one picture': lambda: ns.rescue(net7(), torch.rand(3, 32, 32)),
+    'rescue: no norms': lambda: ns.rescue(nn.Conv2d(3, 3, 1), torch.rand(4, 3, 32, 32)),
+    'rescued: a list': lambda: ns.rescued(law, [torch.rand(3, 32, 32)]),
+    'rescued: a number for a disturbance': lambda: ns.rescued(0.1, torch.rand(4, 3, 32, 32)),
+    'harden: at level nothing': lambda: ns.harden(net7(), dls(), law.at(0.)),
+    'harden: no minutes': lambda: ns.harden(net7(), dls(), law, minutes=0),
+    'harden: a corruption': lambda: ns.harden(net7(), dls(), ns.Corruption('fog')),
+    'certified_mask: few draws': lambda: certified_mask(net7(), torch.rand(1, 3, 32, 32), draws=3),
+    'certified_mask: half': lambda: certified_mask(net7(), torch.rand(1, 3, 32, 32), tau=0.5),
+    'load_sweep: no such file': lambda: load_sweep('nowhere.csv'),
+    'load_sweep: None': lambda: load_sweep(None),
     'summarise: a dict': lambda: ns.summarise({'a': 1}),
     'summarise: another metric': lambda: ns.summarise(frame(), metric='dice'),
     'summarise: 95 %': lambda: ns.summarise(frame(), confidence=95),

@@ -45,6 +45,7 @@ class WeightClone:
         self._computed = [s for s in sites if s.parametrized]
         self._watched = _may_be_recomputed(model, self._sites + self._computed) if gradient == 'recovered' else []
         self._hooks = []
+        self._spared = _rows_of(where, self._sites + self._computed)
         self._shifts = {}  # number of a computed weight -> the step that was added to its parametrizations
         with torch.inference_mode(False), torch.no_grad():
             self._clean = [torch.empty_like(p) for p in self._params]
@@ -74,6 +75,18 @@ def fits(self:WeightClone,
     weights = [own[n].value() if n in own else None for n in self.names]
     alike = all(w is not None and w.device == c.device and w.shape == c.shape for w, c in zip(weights, self._clean))
     return alike and all(w is p for w, p in zip(weights, self._params))
+
+# %% ../../nbs/perturb/02_clone.ipynb #45d413e8
+def _rows_of(where, sites):
+    "Number of a weight -> its channels that `where` spares, checked."
+    rows, sizes = getattr(where, 'rows', {}), {s.name: len(s.value()) for s in sites}
+    for name, some in rows.items():
+        if name not in sizes:
+            raise ValueError(f"where={where}: there is no weight {name!r} among those that it picks, "
+                             f"such as {next(iter(sizes))!r}")
+        if some[-1] >= sizes[name]:
+            raise ValueError(f"where={where}: {name!r} has channels 0 to {sizes[name] - 1}, and no number {some[-1]}")
+    return {i: rows[s.name] for i, s in enumerate(sites) if s.name in rows}
 
 # %% ../../nbs/perturb/02_clone.ipynb #1284cde8
 class _Alias(NamedTuple):
@@ -342,6 +355,14 @@ def _settle(self:WeightClone):
     forget_casts()
     self._versions = [p._version for p in self._params]
 
+# %% ../../nbs/perturb/02_clone.ipynb #f60b2821
+@patch
+def _spare(self:WeightClone):
+    "Clean values for the channels that `where` spares."
+    for i, rows in self._spared.items():
+        if i < len(self._params): self._params[i][rows] = self._clean[i][rows]
+        else: self._shifts[i][1].shift[0][rows] = 0
+
 # %% ../../nbs/perturb/02_clone.ipynb #b378db61
 @patch
 @_changes_weights
@@ -363,6 +384,7 @@ def inject(self:WeightClone,
             weights = (self._params[i], self._clean[i], z)
             rowwise = getattr(law, 'rowwise', lambda w: False)(self._clean[i])
             for p, c, zb in _blocks(self._block, *weights) if rowwise else [weights]: p.copy_(_apply(law, c, zb))
+        self._spare()
     self.law, self._unit = law, None
     self._settle()
     return self
@@ -695,6 +717,7 @@ def rescale(self:WeightClone,
             elif i < len(self._params) and c.dtype == self._unit[i].dtype:
                 torch.add(c, self._unit[i], alpha=level, out=self._params[i])
             else: self._write(i, c + level * self._unit[i])
+        self._spare()
     self.law = law
     self._settle()
     return self

@@ -6,10 +6,10 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/selectors.html.md"""
 
 # %% auto #0
 __all__ = ['conv_and_norm', 'conv_and_linear', 'kernels_and_scales', 'Site', 'weight_sites', 'Selector', 'by_name', 'as_selector',
-           'unreachable', 'span', 'overlap', 'select']
+           'Spared', 'unreachable', 'span', 'overlap', 'select']
 
 # %% ../../nbs/perturb/01_selectors.ipynb #45714f27
-import fnmatch, warnings
+import fnmatch, warnings, zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -156,6 +156,27 @@ conv_and_norm = Selector(_is_conv2d_or_bn, 'conv_and_norm')
 # %% ../../nbs/perturb/01_selectors.ipynb #6d3c5e88
 conv_and_linear = Selector(_is_kernel, 'conv_and_linear')
 kernels_and_scales = Selector(lambda *a: _is_kernel(*a) or _is_scale(*a), 'kernels_and_scales')
+
+# %% ../../nbs/perturb/01_selectors.ipynb #fdb5897b
+class Spared(Selector):
+    "What another selector picks, but for some output channels, which keep their clean values."
+    def __init__(self,
+        base,  # a selector, as `where=` takes it
+        rows: dict,  # name of a weight -> numbers of the channels (rows along dimension 0) that are spared
+        label: str = None,  # None: says how many, and of which weights by a checksum
+    ):
+        self.base = as_selector(base)
+        self.rows = {name: sorted({int(r) for r in some}) for name, some in rows.items() if len(some)}
+        if low := [name for name, some in self.rows.items() if some[0] < 0]:
+            raise ValueError(f"rows: channels count from 0; {low[0]!r} has {self.rows[low[0]][0]}")
+        n = sum(map(len, self.rows.values()))
+        mark = zlib.crc32(repr(sorted(self.rows.items())).encode())
+        self.label = label or f'{self.base} without {n} channels ({mark:08x})'
+
+    def _pick(self, sites): return self.base._pick(sites)
+
+    def _combine(self, other, sign, f):
+        raise TypeError(f"'{self}' spares channels: combine the selectors first, then Spared(selector, rows)")
 
 # %% ../../nbs/perturb/01_selectors.ipynb #e73157e5
 def _computed_by_hooks(model):

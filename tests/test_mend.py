@@ -1,0 +1,168 @@
+"""What mends a network: is it what it says it is? The lessons are nbs/mend."""
+import copy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import noisyseg
+from noisyseg import MaxGaussian, Quantize, compose, perturbed, sweep
+from noisyseg.mend import tolerances
+from noisyseg.mend.protection import measured_costs, predicted_costs, protect
+from noisyseg.mend.recalibration import norm_layers, rescue, rescued
+from noisyseg.mend.smoothing import certified_mask, holm
+from noisyseg.mend.tolerances import misses_allowed, tolerance
+from noisyseg.perturb.disturbance import Disturbance
+from noisyseg.perturb.laws import AbsoluteGaussian
+from noisyseg.perturb.selectors import Spared, conv_and_norm, kernels_and_scales
+
+SHOWN = Path(noisyseg.__file__).parent/'show'/'models'/'scenes_clean'
+
+
+@pytest.fixture(scope='module')
+def net(): return noisyseg.load_model(SHOWN)
+
+@pytest.fixture(scope='module')
+def scenes():
+    dls = noisyseg.scenes(4, 12, size=128, bs=4, device='cpu')
+    return [tuple(t.as_subclass(torch.Tensor) for t in b) for b in dls.valid]
+
+def bits(model): return {k: v.clone() for k, v in model.state_dict().items()}
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('share, confidence, chips', [(0.9, 0.95, 29), (0.9, 0.95, 61), (0.8, 0.9, 40)])
+def test_tolerance_holds_its_confidence(monkeypatch, share, confidence, chips):
+    """Of 100 searches, each with a pilot of its own, at most what the confidence allows claim too much, and they
+    find most of the truth: chips lose all when a normal number times the level leaves 0.2"""
+    def simulated(model, dl, disturbance, *, levels, draws, seed, **kwargs):
+        z = np.random.default_rng(seed).standard_normal(draws)        # one draw at all levels, as in a sweep
+        rows = [dict(level=l, draw=k, metric='mIoU', value=float(abs(l * z[k]) < 0.2))
+                for l in levels for k in range(draws)]
+        return pd.DataFrame(rows)
+    monkeypatch.setattr(tolerances, 'sweep', simulated)
+    truth = 0.2 / stats.norm.ppf((1 + share) / 2)
+    data = [(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64))]
+    found = np.array([tolerance(None, data, AbsoluteGaussian(), share=share, confidence=confidence, chips=chips,
+                                seed=s).level for s in range(100)])
+    assert (found > truth).sum() <= stats.binom.ppf(0.999, 100, 1 - confidence)
+    assert np.nanmedian(found) > 0.5 * truth and np.isnan(found).mean() < 0.05
+
+def test_misses_allowed_are_exact():
+    "One more miss than allowed would leave the claim open: Clopper and Pearson's lower bound is at the share"
+    for n in (29, 46, 61, 100, 333):
+        k = misses_allowed(n)
+        low = lambda k, n=n: stats.beta.ppf(0.05, n - k, k + 1)   # of the share of good chips
+        assert low(k) >= 0.9 > low(k + 1)
+
+def test_rescue_brings_most_of_it_back_and_leaves_nothing(net, scenes):
+    before, law = bits(net), MaxGaussian(0.2)
+    df = sweep(net, scenes[1:], [law, rescued(law, scenes[0][0])], levels=[0, 0.2], draws=3, progress=False)
+    miou = df[df['metric'] == 'mIoU'].groupby(['disturbance', 'level'])['value'].mean()
+    clean, lost, back = miou['weight noise', 0], miou['weight noise', 0.2], miou['weight noise, rescued', 0.2]
+    assert (back - lost) / (clean - lost) > 0.6 and miou['weight noise, rescued', 0] == clean
+    assert same(before, net.state_dict()) and not any(m._forward_hooks for m in net.modules())
+
+@pytest.mark.parametrize('arch', ['batch', 'group', 'layer'])
+def test_rescue_of_other_norms(arch):
+    "What a gain and a shift in a layer did, it undoes, whichever norm follows"
+    torch.manual_seed(0)
+    norm = {'batch': lambda: nn.BatchNorm2d(8), 'group': lambda: nn.GroupNorm(2, 8),
+            'layer': lambda: nn.Sequential(nn.Flatten(2), nn.LayerNorm(256), nn.Unflatten(2, (16, 16)))}[arch]
+    clean = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    with torch.no_grad():
+        for m in norm_layers(clean).values(): m.weight.uniform_(0.5, 2)
+    chip = copy.deepcopy(clean)
+    with torch.no_grad():
+        for m in norm_layers(chip).values(): m.weight.mul_(3).add_(0.1)
+    x = torch.randn(8, 3, 16, 16)
+    r = rescue(chip, x, clean)
+    assert r.helped and r.after > 0.97 > r.before
+
+def test_rescue_is_never_worse_on_its_pictures():
+    "By its own measure; where it can't help it says so and leaves no hook"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.rand(4, 3, 8, 8)
+    for seed in range(30):
+        with perturbed(net, MaxGaussian(0.02 + 0.02 * seed), generator=seed), rescue(net, x) as r:
+            assert (r.after > r.before) == r.helped
+            assert r.helped or not any(m._forward_hooks for m in net.modules())
+
+def test_rescued_is_a_disturbance_like_others():
+    law = rescued(compose(Quantize(4), MaxGaussian(0.1)), torch.rand(4, 3, 16, 16))
+    assert law.level == 0.1 and law.at(0.2).level == 0.2 and law.at(0.2).images is law.images
+    read = Disturbance.from_dict(law.to_dict())
+    assert read.label == law.label and read.level_text(0.1) == law.level_text(0.1)
+    with pytest.raises(ValueError, match='without pictures'), read.acting(nn.Conv2d(3, 3, 1)): pass
+
+def test_protect_finds_the_layer_that_breaks_it(net, scenes):
+    "Noise that is 20 times as strong in one layer: that layer is what is protected"
+    weak = 'encoder.levels.2.0.conv.weight'
+    class Lopsided(MaxGaussian):
+        def noise(self, weight, z): return super().noise(weight, z) * (20 if weight.shape == shape else 0.2)
+    shape = dict(net.named_parameters())[weak].shape
+    same_shape = [n for n, p in net.named_parameters() if p.shape == shape]
+    found = protect(net, scenes[:1], Lopsided(0.05), by='layer', target=0.9, draws=1, compare=False, progress=False)
+    assert found.costs.idxmax() in same_shape and found.regained > 0.9
+    assert set(found.rows) & set(same_shape)
+
+def test_predicted_costs_are_the_hessian_of_a_linear_network():
+    "For logits linear in the weights Fisher information is the Hessian of the cross-entropy: worked out by autograd"
+    torch.manual_seed(0)
+    net, x = nn.Conv2d(2, 3, 1, bias=False).double(), torch.randn(4, 2, 8, 8).double()
+    y = torch.randint(0, 3, (4, 8, 8))
+    law = AbsoluteGaussian(0.1)
+    found = predicted_costs(net, [(x, y)], law, passes=300, where=kernels_and_scales)['weight']
+    def loss(w): return nn.functional.cross_entropy(nn.functional.conv2d(x, w.view(3, 2, 1, 1)), y)
+    hessian = torch.autograd.functional.hessian(loss, net.weight.detach().flatten()).diagonal().view(3, 2).sum(1)
+    torch.testing.assert_close(found, 0.5 * 0.1**2 * hessian, rtol=0.1, atol=0)
+
+def test_costs_are_of_the_weights_that_are_asked_for(net, scenes):
+    costs = measured_costs(net, scenes[:1], MaxGaussian(0.1), draws=1, where='heads.*', progress=False)
+    assert all(n.startswith('heads.') for n in costs.index)
+
+def test_spared_channels_in_sweeps_and_training(net, scenes):
+    "All spared is no noise at all, bit for bit; and the label tells one choice from another"
+    every = Spared(conv_and_norm, {n: range(len(p)) for n, p in net.named_parameters()
+                                   if n in conv_and_norm.names(net)})
+    df = sweep(net, scenes[:1], MaxGaussian(), levels=[0, 0.3], draws=1, where=every, progress=False)
+    quiet, loud = (df.loc[df['level'] == level, 'value'].tolist() for level in (0, 0.3))
+    assert quiet == loud
+    assert str(every) != str(Spared(conv_and_norm, {'encoder.levels.0.0.conv.weight': [0]}))
+
+def test_holm_is_holm():
+    "Against the definition, written down slowly"
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = rng.uniform(0, 0.05, 20)
+        slow = np.zeros(20, bool)
+        for i, j in enumerate(np.argsort(p)):
+            if p[j] > 0.05 / (20 - i): break
+            slow[j] = True
+        assert (holm(p, 0.05) == slow).all()
+
+def test_certified_mask_withstands_a_thousand_attacks():
+    "A linear network with three classes, whose smoothed answer is counted with the same draws: none within the radius"
+    torch.manual_seed(0)
+    net, x, sigma = nn.Conv2d(4, 2, 1, bias=False), torch.randn(1, 4, 6, 6), 0.3
+    c = certified_mask(net, x, sigma, draws=1000, alpha=0.01, where=kernels_and_scales)
+    sure = c.classes >= 0
+    assert 0.2 < sure.float().mean() < 1
+    w, pixels = net.weight.detach().flatten(1), x[0].flatten(1)
+    smoothed = lambda w: ((w[1] - w[0]) @ pixels > 0).long().view(1, 6, 6)   # exact: the difference is Gaussian
+    attacks = torch.randn(1000, 2, 4)
+    worst = (torch.sign((w[1] - w[0]) @ pixels) * pixels).T                  # straight against one pixel each
+    attacks[:36] = torch.stack([worst, -worst], 1)
+    attacks *= 0.999 * c.radius / attacks.flatten(1).norm(dim=1)[:, None, None]
+    assert not any((smoothed(w + a)[sure] != c.classes[sure]).any() for a in attacks)
+    assert any((smoothed(w + 4 * a)[sure] != c.classes[sure]).any() for a in attacks)
+
+def test_certified_masks_are_the_same_for_one_seed(net, scenes):
+    before, x = bits(net), scenes[0][0][:1]
+    a, b = (certified_mask(net, x, 0.05, draws=60, relative=True, seed=3) for _ in range(2))
+    assert torch.equal(a.classes, b.classes) and same(before, net.state_dict())
