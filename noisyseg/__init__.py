@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _names = {
     'perturb.clone': ['perturbed', 'clone_weights'],
-    'perturb.selectors': ['conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
     'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
     'perturb.quantization': ['Quantize'],
@@ -38,7 +38,7 @@ _names = {
     'train.methods.damp': ['DAMP'],
     'train.methods.sam': ['SAM'],
     'train.methods.sam_callback': ['SAMCallback'],
-    'train.methods.mlpmatch': ['MLPMatch', 'semi_learner'],
+    'train.methods.mlpmatch': ['MLPMatch'],
     'mend.tolerances': ['tolerance'],
     'mend.protection': ['protect'],
     'mend.recalibration': ['rescue', 'rescued'],

@@ -19,6 +19,7 @@ from noisyseg.mend.tolerances import misses_allowed
 from noisyseg.nets.unet3plus import unet3plus_slim
 from noisyseg.perturb.quantization import quantized
 from noisyseg.perturb.selectors import select
+from noisyseg.train.methods.mlpmatch import semi_learner
 from noisyseg.train.noise import AccumulatingNoise
 
 # what mends it: code in backticks, a call, or an argument by its name
@@ -172,7 +173,7 @@ NONSENSE = {
     'SAMCallback: a word': lambda: ns.SAMCallback(rho='large'),
     'MLPMatch: another level': lambda: ns.MLPMatch('fixmatch2'),
     'MLPMatch: a threshold of 95': lambda: ns.MLPMatch(threshold=95),
-    'semi_learner: ordinary data': lambda: ns.semi_learner(dls()).fit(1),
+    'semi_learner: ordinary data': lambda: semi_learner(dls()).fit(1),
     'plot_sweep: None': lambda: ns.plot_sweep(None),
     'plot_sweep: another metric': lambda: ns.plot_sweep(frame(), metric='dice'),
     'plot_prediction: shapes that differ': lambda: ns.plot_prediction(
