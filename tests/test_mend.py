@@ -10,7 +10,7 @@ from scipy import stats
 from torch import nn
 
 import noisyseg
-from noisyseg import MaxGaussian, Quantize, compose, perturbed, sweep
+from noisyseg import MaxGaussian, NoiseExplorer, Quantize, compose, perturbed, sweep
 from noisyseg.mend import tolerances
 from noisyseg.mend.protection import measured_costs, predicted_costs, protect
 from noisyseg.mend.recalibration import norm_layers, rescue, rescued
@@ -166,3 +166,17 @@ def test_certified_masks_are_the_same_for_one_seed(net, scenes):
     before, x = bits(net), scenes[0][0][:1]
     a, b = (certified_mask(net, x, 0.05, draws=60, relative=True, seed=3) for _ in range(2))
     assert torch.equal(a.classes, b.classes) and same(before, net.state_dict())
+
+def test_in_the_explorer(net, scenes):
+    "A rescue is in the menu of disturbances, a protection in that of layers; each brings the mask back"
+    law, (x, y) = MaxGaussian(0.2), scenes[0]
+    first = [n for n in conv_and_norm.names(net) if n.startswith(('encoder.levels.0.', 'decoder.0.branches.0.'))]
+    kept = Spared(conv_and_norm, {n: range(len(dict(net.named_parameters())[n])) for n in first})
+    explorer = NoiseExplorer({'clean': net}, (x, y), disturbance=[law, rescued(law, scenes[1][0])],
+                             wheres={'everywhere': conv_and_norm, 'first level protected': kept}, corruptions=False)
+    assert 'weight noise, rescued' in [d['label'] for d in explorer.info['disturbances']]
+    clean = explorer.lens('clean', 0)[0][0]
+    agrees = lambda *args: np.mean([(explorer.lens('clean', 0, *args, seed)[0][0] == clean).mean() for seed in (1, 2)])
+    noisy = agrees(law, 'everywhere')
+    assert agrees(rescued(law, scenes[1][0]), 'everywhere') > noisy + 0.05
+    assert agrees(law, 'first level protected') > noisy + 0.05
