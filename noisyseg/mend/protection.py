@@ -115,8 +115,8 @@ def predicted_costs(
 # %% ../../nbs/mend/02_protection.ipynb #79fa5f9e
 @dataclass(frozen=True)
 class Protection:
-    "What `protect` found. `where` picks the weights that stay noisy: hand it to whatever takes `where=`."
-    where: Selector
+    "What `protect` found."
+    where: Selector  # the weights that stay noisy, for anything that takes `where=`
     rows: dict  # name of a weight -> channels that are kept exact
     share: float  # of all weights, that is
     regained: float  # share of the loss
