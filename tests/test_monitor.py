@@ -61,6 +61,8 @@ def test_stop_in_jupyterlab(in_jupyterlab):
 
 PSEUDO = '''
 from noisyseg import *
+from noisyseg.data.semi_supervised import semi_scenes
+from noisyseg.train.methods.mlpmatch import semi_learner
 from noisyseg.data.procedural import scene
 from noisyseg.show.pseudo_label_panel import PseudoLabelPanel
 import numpy as np
