@@ -145,7 +145,7 @@ def test_small(path):
 
 @each
 def test_shape(path):
-    "Title and one-line description first; its kernel; no saved error; a numbered one has its module's name"
+    "Title and one-line description first; its kernel; no saved error or path; a numbered one has its module's name"
     nb = read_nb(path)
     assert re.match(r'# .+\n+> .+',
                     nb.cells[0].source), 'the first cell should be "# Title" and "> what it is, in one line"'
@@ -153,6 +153,8 @@ def test_shape(path):
         'name the kernel: "kernelspec" in the metadata'
     errors = [o.ename for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
     assert not errors
+    streams = [''.join(o.text) for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'stream']
+    assert not [t for t in streams if 'site-packages' in t or 'ipykernel_' in t], 'a warning with paths was saved'
     if m := re.match(r'\d+_(\w+)$', path.stem):
         folder = path.parent.relative_to(root/'nbs').as_posix().replace('/', '.')
         assert module_of[nb_id(path)] == f'{folder}.{m[1]}'

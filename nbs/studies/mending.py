@@ -25,17 +25,14 @@ the 48 pictures that choose), at that level and at an eighth of it.
 *What can be said*: a line a network; the aim was 80 % regained by `rescue` and a correlation of 0.8. The claim "regains
 at least half" is tested over networks by a sign test. Draws speak about these files only.
 """
-import argparse
 import copy
 import json
-import os
 from pathlib import Path
 
 import networks_of_others as others
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.external import fastai_path
 from noise_aware import keep, out
 from scipy.stats import binomtest, spearmanr
 from torch import nn
@@ -150,14 +147,4 @@ def table(a):
     print(f'rescue regains at least half on {n} of {len(gain)} networks, sign test p = '
           f'{binomtest(n, len(gain), alternative="greater").pvalue:.3g}')
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(what := {'measure': measure, 'table': table}))
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--only', nargs='+', help='files whose names contain one of these')
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-mending', help='folder of the rows')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: what[w](a)
+if __name__ == '__main__': others.run({'measure': measure, 'table': table}, __doc__, SIZES, 'noisyseg-mending')

@@ -213,14 +213,17 @@ def table(a):
         keep(out(a, 'networks_of_others_foretold.csv'), found, a)
         print(found.round(3).to_string())
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(what := {'sweep': sweep, 'table': table}))
-    p.add_argument('--size', choices=SIZES, default='small')
+def run(steps, doc, sizes, folder):
+    "The command line of a study: its steps by name, and what `--size` sets."
+    p = argparse.ArgumentParser(description=doc.split('\n')[0])
+    p.add_argument('what', nargs='+', choices=steps)
+    p.add_argument('--size', choices=sizes, default='small')
     p.add_argument('--only', nargs='+', help='files whose names contain one of these')
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-others', help='folder of the stores')
+    p.add_argument('--models', type=Path, default=fastai_path('model')/folder, help='folder of what was measured')
     p.add_argument('--threads', type=int, default=os.cpu_count())
     a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
+    for k, v in sizes[a.size].items(): setattr(a, k, v)
     torch.set_num_threads(a.threads)
-    for w in a.what: what[w](a)
+    for w in a.what: steps[w](a)
+
+if __name__ == '__main__': run({'sweep': sweep, 'table': table}, __doc__, SIZES, 'noisyseg-others')
