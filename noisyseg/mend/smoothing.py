@@ -52,13 +52,13 @@ def holm(
 
 # %% ../../nbs/mend/04_smoothing.ipynb #ad3b23c5
 @torch.no_grad()
-def _votes(model, x, clone, law, seed, draws, n):
+def _votes(model, x, clone, law, seed, draws, size):
     "How many draws say each class, (classes, batch, ...) int32."
-    votes, shape = None, (x.shape[-2:] if n is None else n)
+    votes = None
     try:
         for i in range(draws):
             clone.inject(law, draw_seed(seed, i))
-            logits = logits_of(model, x, shape)
+            logits = logits_of(model, x, size)
             said = to_classes(logits)
             if votes is None: votes = torch.zeros(class_count(logits), *said.shape, dtype=torch.int32)
             votes.scatter_add_(0, said[None].cpu(), torch.ones_like(said[None].cpu(), dtype=torch.int32))
@@ -84,7 +84,8 @@ def certified_mask(
                                    ('sigma', sigma, 0, math.inf, 0.01)):
         if not low < v < high:
             raise ValueError(f"{name}: expected a number between {low} and {high}, such as {name}={ok}, got {v!r}")
-    check_whole('draws', draws, 1)
+    size = tuple(x.shape[2:] if size is None else size)
+    _check_draws(draws, tau, alpha, math.prod(size))
     law, clone = (RelativeGaussian if relative else AbsoluteGaussian)(sigma), clone_weights(model, where)
     with evaluating(model):
         guess = _votes(model, x, clone, law, seed, max(10, draws // 10), size).argmax(0)
@@ -92,11 +93,11 @@ def certified_mask(
     said = votes.gather(0, guess[None])[0]
     p = stats.binom.sf(said.numpy() - 1, draws, tau)     # so many votes or more, if the class had just tau
     proven = torch.from_numpy(np.stack([holm(one, alpha) for one in np.atleast_1d(p)]))
-    _warn_of_few(draws, tau, alpha, p[0].size)
     return Certified(guess.where(proven, torch.tensor(-1)), sigma * stats.norm.ppf(tau), said / draws, guess, alpha,
                      proven.float().mean().item())
 
-def _warn_of_few(draws, tau, alpha, n):
+def _check_draws(draws, tau, alpha, n):
+    check_whole('draws', draws, 1)
     need = math.ceil(math.log(alpha / n) / math.log(tau))
     if draws < need:
         raise ValueError(f"draws={draws} can certify no pixel: even if all agree, {n} pixels at alpha={alpha:g} and "
