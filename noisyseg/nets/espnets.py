@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..basics import check_whole
 from .classifiers import read_state
 from .unet3plus import factory
 
@@ -63,9 +64,7 @@ def check_counts(
     **counts,  # name=value, as the user gave them
 ):
     "An error unless all are whole numbers of at least 1."
-    for name, v in counts.items():
-        if not isinstance(v, int) or isinstance(v, bool) or v < 1:
-            raise ValueError(f"{name}= is a whole number of at least 1, got {v!r}")
+    for name, v in counts.items(): check_whole(name, v, 1)
 
 # %% ../../nbs/nets/07_espnets.ipynb #b01f3538
 class ESP(nn.Module):
