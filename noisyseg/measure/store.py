@@ -138,7 +138,7 @@ def label_of_law(
     return getattr(Disturbance.registry.get(law.partition('(')[0]), 'label', '')
 
 # %% ../../nbs/measure/06_store.ipynb #6d0405ce
-_TOLD = ('versions', 'machine', 'cells', 'disturbances', 'models')  # not compared, or compared one by one
+_TOLD = ('versions', 'machine', 'cells', 'disturbances', 'models', 'sequential')  # not compared, or one by one
 
 def companion(
     path: Path,  # a store's file
@@ -317,7 +317,7 @@ def load_sweep(
     if 'cells' in grid: as_written(path, set(grid['cells']))
     df = to_frame(row for row, _ in found)
     df.attrs.update(facts(grid))
-    return df
+    return df.assign(sequential=True) if grid.get('sequential') else df
 
 # %% ../../nbs/measure/06_store.ipynb #f49c73c3
 def facts(

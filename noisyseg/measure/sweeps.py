@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/sweeps.html.md"""
 
 # %% auto #0
 __all__ = ['check_models', 'check_levels', 'reads_inputs', 'Entry', 'entry_of', 'entries_of', 'common_classes', 'Grid',
-           'fingerprint', 'cells_of', 'groups_of', 'run_grid', 'in_notebook', 'sweep']
+           'fingerprint', 'cells_of', 'wanted', 'groups_of', 'run_grid', 'in_notebook', 'sweep']
 
 # %% ../../nbs/measure/09_sweeps.ipynb #9a41120c
 import math, sys, warnings
@@ -26,6 +26,7 @@ from .evaluation import Batches, draw_seed, scores, untouched
 from .jobs import Interrupted, as_place, run_jobs
 from .prefix import PrefixCache
 from .store import Cell, Row, Store, facts, store_path, to_frame
+from .summary import until
 from .task import Task
 from ..perturb.disturbance import Disturbance, Law
 from ..perturb.selectors import Selector, as_selector, select
@@ -171,7 +172,7 @@ class Grid:
         models,  # from `check_models`
         dl,  # as in `sweep`, and so are those below
         entries,  # from `entries_of`
-        draws,  # for each level of what is random
+        draws,  # for each level of what is random, or `until(…)`
         seed,  # fixes all that is random
         task,  # a Task or None
         ignore_index,  # label that does not count, or None
@@ -180,7 +181,8 @@ class Grid:
     ):
         self.models = models
         self.entries = {e.key: e for e in entries}
-        self.draws = check_whole('draws', draws, 1)
+        self.until = draws if isinstance(draws, until) else None
+        self.draws = self.until.most if self.until else check_whole('draws', draws, 1)
         self.seed = check_whole('seed', seed, 0)
         self.reuse = {}
         self.kinds = 1
@@ -207,7 +209,8 @@ def fingerprint(
         models[name + (f' (training seed {run})' if run else '')] = {'weights': weights, 'selected': selected}
     known = {}
     for e in grid.entries.values(): known.setdefault(e.label, {})[e.disturbance.name] = e.disturbance.to_dict()
-    return dict(seed=grid.seed, task=repr(grid.task), metric=grid.task.metric, ignore_index=grid.ignore_index,
+    stops = {'sequential': True} if grid.until else {}
+    return stops | dict(seed=grid.seed, task=repr(grid.task), metric=grid.task.metric, ignore_index=grid.ignore_index,
                 classes=grid.classes, data=grid.batches.fingerprint(), models=models, disturbances=known,
                 versions=versions())
 
@@ -219,6 +222,30 @@ def cells_of(
     return [Cell(*key, *e.key, level, k) for k in range(grid.draws) for key in grid.models
             for e in grid.entries.values() for level in e.levels
             if k == 0 or (e.seeded and level != e.quiet)]
+
+# %% ../../nbs/measure/09_sweeps.ipynb #0eaecbaf
+def wanted(
+    grid: Grid,  # of a sweep
+    known: dict,  # cell -> rows, of what was measured
+) -> list[Cell]:  # in the order of measurement
+    "The cells that a sweep needs as far as is known: all, or with `until` those up to the look at which it is enough."
+    cells = cells_of(grid)
+    if grid.until is None: return cells
+    series = {}
+    for c in cells: series.setdefault(c[:-1], []).append(c)
+    needed = set(chain.from_iterable(_up_to_enough(grid, some, known) for some in series.values()))
+    return [c for c in cells if c in needed]
+
+def _up_to_enough(grid, cells, known):
+    "The draws of one model at one level up to the first look that found them to be enough, or could not be had yet."
+    if len(cells) == 1: return cells
+    for n in grid.until.looks():
+        some = cells[:n]
+        if not all(c in known for c in some): break
+        if grid.until.enough([_main_score(grid, known[c]) for c in some]): break
+    return some
+
+def _main_score(grid, rows): return next(r.value for r in rows if r.metric == grid.task.metric and not r.class_)
 
 # %% ../../nbs/measure/09_sweeps.ipynb #829fcf09
 def groups_of(
@@ -291,22 +318,43 @@ def run_grid(
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:  # rows in the order of models, disturbances, levels and draws
     "Measure what the store does not have, and return all rows of the grid."
-    cells, note = cells_of(grid), ''
-    told = fingerprint(grid)
+    told, note = fingerprint(grid), ''
     with Store(store, told) as rows:
-        missing = [c for c in cells if c not in rows.cells]
-        grid.kinds = len({(c.where, c[:2]) for c in missing}) or 1
-        try: run_jobs(grid, groups_of(grid, missing), rows.add, on, progress, str, rows.path)
+        try: _measure_missing(grid, rows, on, progress)
         except Interrupted as e:
             if store is not None or not in_notebook(): raise
+            cells = wanted(grid, rows.cells)
             note = f'{sum(c in rows.cells for c in cells)} of {len(cells)} cells'
             warnings.warn(f'{e}. What there is comes back, with a column that says so', stacklevel=4)
-    models, entries = list(grid.models), list(grid.entries)
-    order = sorted(cells, key=lambda c: (models.index(c[:2]), entries.index(c[2:5]),
-                                         grid.entries[c[2:5]].levels.index(c.level), c.draw))
-    df = to_frame(chain.from_iterable(rows.cells.get(c, []) for c in order))
+        cells = wanted(grid, rows.cells)
+    df = to_frame(chain.from_iterable(rows.cells.get(c, []) for c in _in_order(grid, cells)))
     df.attrs.update(facts(told) | ({'interrupted': note} if note else {}))
+    if grid.until: df = _stopped(grid, df)
     return df.assign(interrupted=note) if note else df
+
+# %% ../../nbs/measure/09_sweeps.ipynb #fcee08a4
+def _measure_missing(grid, rows, on, progress):
+    "All that is wanted, once; with `until` a few draws at a time, for as long as more are wanted."
+    while missing := [c for c in wanted(grid, rows.cells) if c not in rows.cells]:
+        grid.kinds = len({(c.where, c[:2]) for c in missing}) or 1
+        run_jobs(grid, groups_of(grid, missing), rows.add, on, progress, str, rows.path)
+
+def _in_order(grid, cells):
+    "Cells by model, disturbance, level and draw."
+    models, entries = list(grid.models), list(grid.entries)
+    return sorted(cells, key=lambda c: (models.index(c[:2]), entries.index(c[2:5]),
+                                        grid.entries[c[2:5]].levels.index(c.level), c.draw))
+
+def _stopped(grid, df):
+    "A sweep that stops by itself says so in a column, and warns of what was not known well enough when it had to end."
+    ended = df[(df['metric'] == grid.task.metric) & (df['class'] == '')].groupby(list(Cell._fields[:-1]))['value']
+    loose = [key for key, v in ended if len(v) == grid.until.most and not grid.until.enough(v)]
+    if loose:
+        first = f'{loose[0][0]!r} at level {loose[0][5]:g}'
+        warnings.warn(f'{len(loose)} of {ended.ngroups} means are not known to {grid.until.half:g} after '
+                      f'{grid.until.most} draws, such as that of {first}: until(most={2 * grid.until.most}) goes on',
+                      stacklevel=5)
+    return df.assign(sequential=True)
 
 # %% ../../nbs/measure/09_sweeps.ipynb #a03569b7
 def in_notebook() -> bool:
@@ -321,7 +369,7 @@ def sweep(
     disturbances,  # one, a list, or a dict label -> one or a list: MaxGaussian(), [Quantize(), MaxGaussian()]
     *,
     levels=None,  # in the disturbance's unit, or a dict label -> levels; None: nothing, and its own, mild to strong
-    draws: int = 10,  # draws for each level of what is random
+    draws: int = 10,  # draws for each level of what is random; `until(half=0.005)`: as many as it takes
     where=None,  # which weights: a Selector, a name pattern, a function; None: those that each disturbance names
     seed: int = 0,  # fixes all that is random: draw k is that of `draw_seed(seed, k)`
     task: Task = None,  # how outputs are scored; None: masks or labels, as the batches say
