@@ -17,9 +17,9 @@ from numpy.polynomial.hermite_e import hermegauss
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..basics import check_share, check_whole, evaluating
+from ..basics import check_choice, check_share, check_whole, evaluating
 from ..measure.evaluation import Batches, draw_seed
-from ..measure.sensitivity import layer_sensitivity
+from ..measure.sensitivity import AnswersTask, layer_sensitivity, own_answers
 from ..measure.summary import main_metric
 from ..measure.sweeps import sweep
 from ..perturb.disturbance import Disturbance, Law
@@ -39,16 +39,24 @@ def measured_costs(
     dl,  # batches, as for `sweep`
     disturbance: Disturbance,  # of the weights, at the level to look at
     *,
+    # 'score': the loss of the main score; without labels, from the clean network's own answers: 'agreement', the share
+    # of pixels (or images) that change their class, or 'divergence' in nats
+    of: str = 'score',
     draws: int = 3,  # for each weight tensor
     where=None,  # which weights; None: those that the disturbance names
     **kwargs,  # of `layer_sensitivity`: seed, task, ignore_index, class_names, progress, cache_mb, on, store
-) -> pd.Series:  # name of a weight -> mean loss of the main score with noise in this one alone
+) -> pd.Series:  # name of a weight -> mean cost of noise in this one alone
     "What each weight tensor costs, measured."
+    check_choice('of', of, 'score', 'agreement', 'divergence')
     where = _weights_of(disturbance, where)
+    if of != 'score':
+        dl = own_answers(model, dl, kwargs.get('task'))
+        kwargs = {k: v for k, v in kwargs.items() if k not in ('ignore_index', 'class_names')} | {'task': AnswersTask()}
     groups = {s.name: _one(s.name) for s in select(model, where)}
     df = layer_sensitivity(model, dl, disturbance, groups=groups, draws=draws, where=where, **kwargs)
-    score = df[df['metric'] == main_metric(df)].groupby('group', sort=False)['value'].mean()
-    return (score['none'] - score.drop('none')).reindex(list(groups)).rename('measured')
+    score = df[df['metric'] == (main_metric(df) if of == 'score' else of)].groupby('group', sort=False)['value'].mean()
+    rise = score.drop('none') - score['none']
+    return (rise if of == 'divergence' else -rise).reindex(list(groups)).rename('measured')
 
 # %% ../../nbs/mend/02_protection.ipynb #c14a140f
 def _drawn_loss(logits, generator):
