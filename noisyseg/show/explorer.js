@@ -6,7 +6,8 @@
 
    A host has   info          what there is: classes, palette, models, disturbances, … (see `NoiseExplorer.info`)
                 state         level, disturbance, params, where, seed, lock, sample, corruption, severity, opacity,
-                mask, hidden, layer
+                mask, hidden, layer, protected, rescued, stability
+                costs(state)  where there is a kernel: a promise of {group of layers: share of pixels that change}
                 set(changes)  change the state; `onChange` is called when it changed, from here or from elsewhere
                 frame(state)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists, text, name}
    From a frame on all is done here: blending, errors, IoU, curves. */
@@ -32,7 +33,15 @@ const css = `
 .nse :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 .nse input[type=range] { accent-color: var(--accent); margin: 0; vertical-align: middle }
 .nse .level { display: flex; align-items: center; gap: 10px; margin: 2px 0 8px;
-  flex-wrap: wrap } .nse .level input[type=range] { flex: 1 1 200px; height: 26px; cursor: grab }
+  flex-wrap: wrap } .nse .level input[type=range] { width: 100%; height: 26px; cursor: grab }
+.nse .track { position: relative; flex: 1 1 200px; height: 26px } .nse .track > i { position: absolute; top: 17px;
+  width: 0; height: 0; margin-left: -6px; border: 6px solid transparent; border-top-width: 0; cursor: help }
+.nse .layers { display: grid; grid-template-columns: max-content minmax(90px, 1fr) max-content; gap: 2px 10px;
+  align-items: center; max-width: 640px; margin-bottom: 8px } .nse .layers label { display: inline-flex; gap: 6px;
+  align-items: center; cursor: pointer; overflow-wrap: anywhere } 
+.nse .layers input { accent-color: var(--accent); margin: 0 }
+.nse .layers .share { color: var(--soft); font-variant-numeric: tabular-nums; text-align: right }
+.nse .layers.old .bars { opacity: .4 }
 .nse .level b { font-size: 15px } .nse .level input[type=number] { width: 76px; font-size: 15px;
   font-variant-numeric: tabular-nums }
 .nse .level .unit { min-width: 96px; font-weight: 600 }
@@ -132,6 +141,21 @@ function blend(image, classes, palette, shown, opacity, out) {
     out[k] = image[j] + a * (p[0] - image[j]); out[k + 1] = image[j + 1] + a * (p[1] - image[j + 1])
     out[k + 2] = image[j + 2] + a * (p[2] - image[j + 2]); out[k + 3] = 255
   }
+}
+
+/** RGBA pixels of a map: the picture grey and dark; where draws of the noise disagree, orange, the brighter the fewer
+    agree. */
+function unstable(image, agree, out) {
+  let all = 0
+  for (let i = 0, j = 0, k = 0; i < agree.length; i++, j += 3, k += 4) {
+    const grey = .35 * (.3 * image[j] + .6 * image[j + 1] + .1 * image[j + 2])
+    const d = Math.min(1, 1.6 * (1 - agree[i] / 255))
+    if (agree[i] === 255) all++
+    const a = d ? .3 + .7 * d : 0
+    out[k] = grey + a * (255 - grey); out[k + 1] = grey + a * (120 + 120 * d - grey)
+    out[k + 2] = grey + a * (160 * d * d - grey); out[k + 3] = 255
+  }
+  return all / agree.length
 }
 
 /** RGBA pixels of what is wrong: the picture grey and dark, wrong pixels in the colour of the class they were taken
@@ -330,10 +354,7 @@ export class Explorer {
       ...this.all.map(p => p.figure))
     this.all.forEach(p => this.listen(p))
     this.hover = tag('div', {class: 'hover', 'aria-live': 'off'})
-    const legend = tag('div', {class: 'legend'}, tag('b', {}, info.truth ? 'wrong' : 'changed'), info.truth
-      ? ': pixels in the colour of the class they were taken for; '
-      : ': pixels that are another class than without noise, in the colour of that class; ', tag('i'), info.truth
-        ? 'right' : 'unchanged')
+    this.legend = tag('div', {class: 'legend'})
     this.curve = new Curve(models, v => this.setLevel(this.kind.step ? Math.round(v / this.kind.step) * this.kind.step
       : v))
     this.curveTitle = tag('h4',
@@ -355,9 +376,10 @@ export class Explorer {
       tag('div', {}, this.curveTitle, this.curve.el),
       tag('div', {}, tag('h4', {}, 'IoU by class'), tag('div', {class: 'classes'},
         ...this.rows.flatMap(r => [r.chip, r.box, r.only]))))
-    this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.slider,
+    this.track = tag('span', {class: 'track'}, this.slider)
+    this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.track,
       this.number, this.unit, this.draw = this.drawControl()), this.first(), this.error,
-      grid, legend, this.hover, under)
+      grid, this.legend, this.hover, under)
   }
 
   drawControl() {
@@ -382,10 +404,43 @@ export class Explorer {
       more.textContent = rest.hidden ? 'more ▾' : 'less ▴'
       this.redraw()
     }}, 'more ▾')
-    return tag('div', {}, tag('div', {class: 'bar'}, sample, more), rest)
+    this.stability = tag('button', {'aria-label': 'where draws disagree (S)', hidden: !!info.fixed,
+      title: 'Draw eight times, and show where the draws disagree (key S).',
+      onclick: () => this.set({stability: !this.host.state.stability})}, 'stability')
+    return tag('div', {}, tag('div', {class: 'bar'}, sample, this.stability, this.mending(), more), this.mend, rest)
+  }
+  mending() {                                                // what can be done about it: protect layers, rescue
+    const {info} = this.host, groups = info.groups || []
+    this.groups = groups.map(g => {
+      const box = tag('input', {type: 'checkbox', onchange: () => this.protect(g.name)})
+      const bars = info.models.map((m, i) => tag('i', {style: `background:${MODEL_COLOURS[i % MODEL_COLOURS.length]}`}))
+      const label = tag('label', {title: 'Keep these layers exact, and the noise of the others as it is.'}, box, g.name)
+      return {name: g.name, box, bars, label, bar: tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b))),
+        share: tag('span', {class: 'share'}, `${short(100 * g.share)} %`)}
+    })
+    this.layers = tag('div', {class: 'layers old'}, ...this.groups.flatMap(g => [g.label, g.bar, g.share]))
+    this.rescue = tag('button', {'aria-label': 'rescued',
+      title: 'Give each channel the mean and spread that it has without noise, found on eight pictures without labels.',
+      onclick: () => this.set({rescued: !this.host.state.rescued})}, 'rescued')
+    this.mend = tag('div', {hidden: true}, tag('p', {class: 'about'}, 'Tick layers to keep them exact. ',
+      tag('b', {}, 'Bars'), ': the share of this picture that changes when only these layers are noisy. ',
+      tag('b', {}, 'Right'), ': their share of the weights.'), this.layers, tag('div', {class: 'bar'}, this.rescue))
+    const open = tag('button', {class: 'mend', 'aria-expanded': 'false', hidden: !groups.length,
+      title: 'What helps: keep some layers exact, or rescue the network.', onclick: () => {
+      this.mend.hidden = !this.mend.hidden
+      open.setAttribute('aria-expanded', !this.mend.hidden)
+      open.textContent = this.mend.hidden ? 'mend ▾' : 'mend ▴'
+      if (!this.busy) this.fill()
+    }}, 'mend ▾')
+    return open
+  }
+  protect(name) {
+    const {protected: now} = this.host.state
+    this.set({protected: now.includes(name) ? now.filter(n => n !== name) : [...now, name]})
   }
   keys() {
     const known = [['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'],
+      ...(this.host.info.fixed ? [] : [['S', 'stability']]),
       ...(this.host.info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
     return tag('div', {class: 'keys', style: 'margin-top:8px'}, ...known.flatMap(([k, what]) => [tag('kbd', {}, k),
       ` ${what}   `]), 'wheel: zoom, drag: pan, double click: whole picture')
@@ -495,7 +550,7 @@ export class Explorer {
     this.hover.textContent = [`row ${at.y}, column ${at.x}`, ...(f.truth ? [`truth: ${name(f.truth[i])}`] : []),
       ...f.preds.map((p, m) =>
         `${info.models[m]}: ${name(p.classes[i])}, ${info.fixed ? '≈ ' : ''}` +
-          `${Math.round(p.confidence[i] / 2.55)} % sure`)].join('  ·  ')
+          `${Math.round(p.confidence[i] / 2.55)} % ${f.state.stability ? 'of draws agree' : 'sure'}`)].join('  ·  ')
   }
 
   // ---- what the controls and keys do
@@ -542,6 +597,7 @@ export class Explorer {
       ArrowDown: () => step(-1),
       '[': () => this.step(-1), ']': () => this.step(1), m: () => this.set({mask: !this.host.state.mask}),
         r: () => this.reroll(),
+      ...(this.host.info.fixed ? {} : {s: () => this.set({stability: !this.host.state.stability})}),
       ...(this.host.info.corruptions?.length ? {c: () => this.corrupt(e.shiftKey ? -1 : 1)} : {}),
       ...(this.host.state.corruption && !this.host.info.fixed ? Object.fromEntries([1, 2, 3, 4,
         5].map(v => [v, () => this.set({severity: v})])) : {})}
@@ -562,7 +618,7 @@ export class Explorer {
     if (this.closed) return
     this.sync()
     const asked = ['level', 'disturbance', 'params', 'where', 'seed', 'sample', 'corruption', 'severity',
-      'layer'].some(k => keys.includes(k))
+      'layer', 'protected', 'rescued', 'stability'].some(k => keys.includes(k))
     if (asked) this.ask()
     else this.show()
   }
@@ -589,8 +645,25 @@ export class Explorer {
     this.lock.setAttribute('aria-pressed', s.lock); this.mask.setAttribute('aria-pressed', s.mask);
       this.opacity.value = s.opacity
     this.sample.textContent = `${s.sample + 1} of ${info.samples}`
+    this.stability.setAttribute('aria-pressed', !!s.stability)
+    this.stability.disabled = !this.draws
+    this.rescue.setAttribute('aria-pressed', !!s.rescued)
+    this.groups.forEach(g => { g.box.checked = (s.protected || []).includes(g.name) })
+    this.layers.classList.toggle('old', this.costsOf !== this.costs_key(s))
+    this.sync_marks()
     if (!info.fixed) this.fields()
     this.rows.forEach((r, c) => r.chip.setAttribute('aria-pressed', !s.hidden.includes(c)))
+  }
+
+  sync_marks() {                                             // how much each model stands, on the slider's track
+    const {info} = this.host, {kind} = this, top = +this.slider.max
+    this.track.querySelectorAll('i').forEach(e => e.remove())
+    for (const t of info.tolerances || []) {
+      if (t.disturbance !== kind.id || t.level > top) continue
+      const colour = MODEL_COLOURS[t.model % MODEL_COLOURS.length]
+      this.track.append(tag('i', {role: 'img', title: t.text, 'aria-label': t.text,
+        style: `left: calc(8px + (100% - 16px) * ${t.level / top}); border-bottom-color: ${colour}`}))
+    }
   }
 
   // latest wins: one request at a time, and after it the then newest state
@@ -622,7 +695,8 @@ export class Explorer {
     this.el.classList.add('failed')
   }
 
-  key_of(s) { return JSON.stringify([s.disturbance, s.params, s.where, s.seed, s.sample, corrupted(s)]) }
+  key_of(s) { return JSON.stringify([s.disturbance, s.params, s.where, s.seed, s.sample, corrupted(s),
+    s.protected, s.rescued, s.stability]) }
   points(s) {
     const k = this.key_of(s)
     if (!this.curves.has(k)) this.curves.set(k, new Map())
@@ -641,7 +715,9 @@ export class Explorer {
     const grid = this.host.info.fixed?.levels || Array.from({length: n + 1},
       (_, i) => +(i * (step || top / 12)).toFixed(6))
     const missing = grid.filter(v => !points.has(v))
-    if (this.busy || this.closed || !missing.length || document.hidden || this.el.classList.contains('failed')) return
+    if (this.busy || this.closed || document.hidden || this.el.classList.contains('failed')) return
+    if (!this.mend.hidden && this.costsOf !== this.costs_key(s)) return this.fill_costs(s)
+    if (!missing.length || s.stability) return               // eight draws a level are too dear to run ahead
     this.busy = true
     try { this.remember({...await this.host.frame({...s, level: missing[0], layer: ''}),
       state: {...s, level: missing[0]}}) } catch { this.busy = false; return }
@@ -650,6 +726,40 @@ export class Explorer {
     if (this.waiting) return this.ask()
     this.drawCurve()
     this.idle = setTimeout(() => this.fill(), this.host.info.fixed ? 0 : 60)
+  }
+
+  costs_key(s) { return JSON.stringify([s.disturbance, s.params, s.where, s.seed, s.sample, s.level, corrupted(s)]) }
+  async fill_costs(s) {                                      // the bars of the layers, once nobody drags
+    this.busy = true
+    try {
+      const costs = await this.host.costs(s)
+      if (this.closed) return
+      this.costsOf = this.costs_key(s)
+      const top = Math.max(1e-9, ...Object.values(costs).flat())
+      for (const g of this.groups) {
+        g.bars.forEach((b, m) => { b.style.width = `${100 * costs[g.name][m] / top}%` })
+        const text = this.host.info.models.map((m, i) => `${m} ${percent(costs[g.name][i])} %`).join(', ')
+        g.bar.setAttribute('aria-label', text)
+        g.bar.title = text
+      }
+      this.layers.dataset.done = this.costsOf
+      this.layers.classList.toggle('old', this.costsOf !== this.costs_key(this.host.state))
+    } catch (e) { if (!this.closed) this.fail(e) }
+    this.busy = false
+    if (this.waiting) return this.ask()
+    this.idle = setTimeout(() => this.fill(), 60)
+  }
+
+  sync_legend(stable) {
+    const {info} = this.host
+    this.panels.wrongs.forEach(p => { p.figure.querySelector('.name').textContent = stable ? 'draws disagree'
+      : info.truth ? 'wrong' : 'changed' })
+    if (stable) this.legend.replaceChildren(tag('b', {}, 'draws disagree'),
+      ': orange, the brighter the fewer of eight draws agree; the masks show the class of most draws')
+    else this.legend.replaceChildren(tag('b', {}, info.truth ? 'wrong' : 'changed'), info.truth
+      ? ': pixels in the colour of the class they were taken for; '
+      : ': pixels that are another class than without noise, in the colour of that class; ', tag('i'), info.truth
+        ? 'right' : 'unchanged')
   }
 
   show() {                                                   // the frame, as the state wants it seen
@@ -661,10 +771,13 @@ export class Explorer {
     this.all.forEach(p => p.resize(w, h))
     blend(f.image, none, info.palette, shown, 0, this.panels.image.pixels.data)
     blend(f.image, f.truth || f.preds[0].reference, info.palette, shown, opacity, this.panels.truth.pixels.data)
+    const stable = !!f.state.stability && this.draws
+    this.sync_legend(stable)
     f.preds.forEach((p, i) => {
       blend(f.image, p.classes, info.palette, shown, opacity, this.panels.masks[i].pixels.data)
-      const wrong = errors(f.image, p.reference || f.truth, p.classes, info.palette, shown, info.ignore,
-        this.panels.wrongs[i].pixels.data)
+      const below = this.panels.wrongs[i].pixels.data
+      const wrong = stable ? 1 - unstable(f.image, p.confidence, below)
+        : errors(f.image, p.reference || f.truth, p.classes, info.palette, shown, info.ignore, below)
       this.panels.masks[i].note.textContent = `mIoU ${percent(f.scores[i].miou)}`
       this.panels.wrongs[i].note.textContent = `${percent(wrong)} % of pixels`
     })
@@ -683,6 +796,8 @@ export class Explorer {
     // what is seen, for tests and screen readers
     this.el.dataset.level = f.state.level; this.el.dataset.sample = f.state.sample; this.el.dataset.seed = f.state.seed
     this.el.dataset.corruption = corrupted(f.state)
+    this.el.dataset.mended = [...(f.state.protected || []), ...(f.state.rescued ? ['rescued'] : [])].join(' ')
+    this.el.dataset.stability = stable
     this.el.dataset.miou = f.scores.map(o => o.miou.toFixed(4)).join(' ')
   }
   drawCurve() { if (this.frame) this.curve.draw(this.points(this.frame.state), this.frame.state.level, this.kind) }
@@ -697,7 +812,8 @@ export class Explorer {
 
   caption() {
     const s = this.frame.state
-    const picture = s.corruption ? `, ${corrupted(s)}` : ''
+    const picture = [s.corruption ? `, ${corrupted(s)}` : '',
+      s.protected?.length ? `, ${s.protected.join(' and ')} protected` : '', s.rescued ? ', rescued' : ''].join('')
     return `${this.frame.name} on ${s.where}, seed ${s.seed}, sample ${s.sample + 1}${picture}`
   }
   png() {                                                    // a canvas with the panels and the parameters
@@ -735,7 +851,7 @@ function download(blob, name) {
 // ---------------------------------------------------------------- the two hosts
 
 const STATE = ['level', 'disturbance', 'params', 'where', 'seed', 'lock', 'sample', 'corruption', 'severity',
-  'opacity', 'mask', 'hidden', 'layer']
+  'opacity', 'mask', 'hidden', 'layer', 'protected', 'rescued', 'stability']
 
 /** Frames from Python, over the widget's messages. */
 class KernelHost {
@@ -781,6 +897,7 @@ class KernelHost {
       name: m.name}
   }
   async html() { return (await this.ask({kind: 'html'}))[0].html }
+  async costs(state) { return (await this.ask({kind: 'costs', state}))[0].costs }
 }
 
 /** Frames that were computed before; the state lives in the page's address. */
