@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _names = {
     'perturb.clone': ['perturbed', 'clone_weights'],
-    'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear', 'kernels_and_scales'],
+    'perturb.selectors': ['select', 'conv_and_norm', 'conv_and_linear'],
     'perturb.disturbance': ['Disturbance', 'Law', 'compose'],
     'perturb.laws': ['MaxGaussian', 'AbsoluteGaussian', 'RelativeGaussian', 'MultiplicativeGaussian'],
     'perturb.quantization': ['Quantize'],
@@ -29,8 +29,7 @@ _names = {
     'nets.deeplab': ['deeplabv3plus'],
     'nets.classifiers': ['resnet20'],
     'measure.sweeps': ['sweep'],
-    'measure.sensitivity': ['layer_sensitivity'],
-    'measure.summary': ['summarise', 'paired_difference'],
+    'measure.summary': ['summarise', 'paired_difference', 'until'],
     'train.noise': ['WeightNoise'],
     'train.learner': ['segmentation_learner'],
     'train.checkpoints': ['save_model', 'load_model'],
@@ -40,7 +39,7 @@ _names = {
     'train.methods.sam_callback': ['SAMCallback'],
     'train.methods.mlpmatch': ['MLPMatch'],
     'mend.tolerances': ['tolerance'],
-    'mend.protection': ['protect'],
+    'mend.protection': ['protect', 'sensitivity'],
     'mend.recalibration': ['rescue', 'rescued'],
     'mend.finetuning': ['harden'],
     'show.plots': ['plot_sweep'],

@@ -14,7 +14,10 @@ cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.pertur
          'import dataclass',
          '@dataclass(frozen=True)\nclass Failing(Law):\n    share: float = 0.1\n    def __call__(self, weight, z): '
          'raise RuntimeError("this law fails")',
-         'e = NoiseExplorer()\ne']
+         'import pandas as pd\nfrom noisyseg.mend.tolerances import Tolerance\nfrom noisyseg.perturb.laws import '
+         'MaxGaussian\nstands = Tolerance(0.05, MaxGaussian(0.05), 0.9, 0.02, 0.9, 0.95, '
+         'pd.DataFrame(dict(level=[0.05])))',
+         'e = NoiseExplorer(tolerances=stands)\ne']
 
 
 class Seen:
@@ -203,6 +206,34 @@ def quantize(seen):
     seen.wait(lambda: title.inner_text() == 'weight noise' and seen.data('corruption') == '' and new.is_visible())
 
 
+def mend(seen):
+    "Layers have bars; what is protected or rescued comes back; draws that disagree are shown"
+    page, root = seen.page, seen.more().root
+    root.locator('.level input[type=number]').fill('0.25')
+    root.locator('.level input[type=number]').press('Enter')
+    seen.levelled(0.25)
+    marks = root.locator('.track i')
+    assert marks.count() == 1 and 'at least 90% of chips' in marks.first.get_attribute('title')
+    seen.wait(lambda: root.locator('.layers.old').count() == 0)
+    widths = seen.js('el => [...el.querySelectorAll(".layers .bars i")].map(e => parseFloat(e.style.width))')
+    assert max(widths) == 100 and min(widths) < 30
+    disturbed = seen.pixels()
+    first = lambda: float(seen.data('miou').split()[0])
+    noisy = first()
+    root.locator('.layers input').first.check()
+    seen.wait(lambda: seen.data('mended') != '' and seen.pixels()[1] != disturbed[1])
+    root.locator('.layers input').first.uncheck()
+    seen.wait(lambda: seen.data('mended') == '' and seen.pixels() == disturbed)
+    root.get_by_role('button', name='rescued').click()
+    seen.wait(lambda: seen.data('mended') == 'rescued' and first() > noisy + 0.05)
+    root.get_by_role('button', name='rescued').click()
+    root.focus()
+    page.keyboard.press('s')
+    seen.wait(lambda: seen.data('stability') == 'true' and 'eight draws' in root.locator('.legend').inner_text())
+    page.keyboard.press('s')
+    seen.wait(lambda: seen.pixels() == disturbed)
+
+
 @contextmanager
 def live(tmp_path, sources):
     "A notebook with an explorer, run in JupyterLab"
@@ -224,6 +255,7 @@ def test_explorer_in_jupyterlab(tmp_path):
     with live(tmp_path, cells) as page:
         seen = Seen(page)
         use(seen)
+        mend(seen)
         corrupt(seen)
         quantize(seen)
         root = seen.root

@@ -394,7 +394,7 @@ export class Explorer {
       {style: 'min-width:52px;text-align:center;font-variant-numeric:tabular-nums;color:var(--ink)'})
     const sample = tag('span', {class: 'group'}, 'sample', button('‹', 'previous sample ([)', () => this.step(-1)),
       this.sample, button('›', 'next sample (])', () => this.step(1)))
-    const rest = tag('div', {hidden: true}, this.controls(),
+    const rest = this.rest = tag('div', {hidden: true}, this.controls(), this.mending(),
       info.layers.length ? tag('h4', {}, 'weights of ', this.layer, ', before (grey) and with the noise') : null,
         this.histogram, this.keys())
     const more = tag('button', {class: 'more', 'aria-expanded': 'false',
@@ -403,36 +403,33 @@ export class Explorer {
       more.setAttribute('aria-expanded', !rest.hidden)
       more.textContent = rest.hidden ? 'more ▾' : 'less ▴'
       this.redraw()
+      if (!this.busy) this.fill()                            // the bars of the layers
     }}, 'more ▾')
-    this.stability = tag('button', {'aria-label': 'where draws disagree (S)', hidden: !!info.fixed,
-      title: 'Draw eight times, and show where the draws disagree (key S).',
-      onclick: () => this.set({stability: !this.host.state.stability})}, 'stability')
-    return tag('div', {}, tag('div', {class: 'bar'}, sample, this.stability, this.mending(), more), this.mend, rest)
+    return tag('div', {}, tag('div', {class: 'bar'}, sample, more), rest)
   }
   mending() {                                                // what can be done about it: protect layers, rescue
     const {info} = this.host, groups = info.groups || []
     this.groups = groups.map(g => {
-      const box = tag('input', {type: 'checkbox', onchange: () => this.protect(g.name)})
+      const box = tag('input', {type: 'checkbox', 'aria-label': `keep ${g.name} exact`,
+        onchange: () => this.protect(g.name)})
       const bars = info.models.map((m, i) => tag('i', {style: `background:${MODEL_COLOURS[i % MODEL_COLOURS.length]}`}))
       const label = tag('label', {title: 'Keep these layers exact, and the noise of the others as it is.'}, box, g.name)
-      return {name: g.name, box, bars, label, bar: tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b))),
+      const bar = tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b)))
+      return {name: g.name, box, bars, label, bar,
         share: tag('span', {class: 'share'}, `${short(100 * g.share)} %`)}
     })
+    this.stability = tag('button', {'aria-label': 'where draws disagree (S)',
+      title: 'Draw eight times, and show where the draws disagree (key S).',
+      onclick: () => this.set({stability: !this.host.state.stability})}, 'stability')
     this.layers = tag('div', {class: 'layers old'}, ...this.groups.flatMap(g => [g.label, g.bar, g.share]))
     this.rescue = tag('button', {'aria-label': 'rescued',
       title: 'Give each channel the mean and spread that it has without noise, found on eight pictures without labels.',
       onclick: () => this.set({rescued: !this.host.state.rescued})}, 'rescued')
-    this.mend = tag('div', {hidden: true}, tag('p', {class: 'about'}, 'Tick layers to keep them exact. ',
+    return tag('div', {hidden: !groups.length}, tag('h4', {}, 'what helps'), tag('p', {class: 'about'},
+      'Tick layers to keep them exact, and watch the masks. ',
       tag('b', {}, 'Bars'), ': the share of this picture that changes when only these layers are noisy. ',
-      tag('b', {}, 'Right'), ': their share of the weights.'), this.layers, tag('div', {class: 'bar'}, this.rescue))
-    const open = tag('button', {class: 'mend', 'aria-expanded': 'false', hidden: !groups.length,
-      title: 'What helps: keep some layers exact, or rescue the network.', onclick: () => {
-      this.mend.hidden = !this.mend.hidden
-      open.setAttribute('aria-expanded', !this.mend.hidden)
-      open.textContent = this.mend.hidden ? 'mend ▾' : 'mend ▴'
-      if (!this.busy) this.fill()
-    }}, 'mend ▾')
-    return open
+      tag('b', {}, 'Right'), ': their share of the weights.'), this.layers, tag('div', {class: 'bar'}, this.rescue,
+      this.stability))
   }
   protect(name) {
     const {protected: now} = this.host.state
@@ -716,7 +713,7 @@ export class Explorer {
       (_, i) => +(i * (step || top / 12)).toFixed(6))
     const missing = grid.filter(v => !points.has(v))
     if (this.busy || this.closed || document.hidden || this.el.classList.contains('failed')) return
-    if (!this.mend.hidden && this.costsOf !== this.costs_key(s)) return this.fill_costs(s)
+    if (this.groups.length && !this.rest.hidden && this.costsOf !== this.costs_key(s)) return this.fill_costs(s)
     if (!missing.length || s.stability) return               // eight draws a level are too dear to run ahead
     this.busy = true
     try { this.remember({...await this.host.frame({...s, level: missing[0], layer: ''}),
