@@ -229,6 +229,7 @@ def holm(
 def corrected(
     differences: pd.DataFrame,  # of `paired_difference`; of several calls, concatenated: all that was looked at
     confidence: float = 0.95,  # that none of the lines is called clear by luck
+    least: int = 3,  # draws or training seeds that a line must rest on to be called clear
 ) -> pd.DataFrame:  # the same lines, with `clear` by Holm's method over all of them that have an interval
     "Differences that are clear even though there were many to look at."
     if not isinstance(differences, pd.DataFrame) or not {'p', 'clear'} <= set(differences):
@@ -236,9 +237,11 @@ def corrected(
                         f"`corrected(paired_difference(df, a, b))`, or several of them in pd.concat([...])")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number from 0 to 1, got {confidence!r}: `confidence=0.95` is 95 %")
+    check_whole('least', least, 2)
     p = differences['p'].to_numpy(dtype=float)
+    enough = (differences['n'] >= least).to_numpy()
     clear = np.zeros(len(p), bool)
-    clear[~np.isnan(p)] = holm(p[~np.isnan(p)], 1 - confidence)
+    clear[~np.isnan(p)] = holm(np.where(enough, p, 1)[~np.isnan(p)], 1 - confidence)
     return differences.assign(clear=clear)
 
 # %% ../../nbs/measure/08_summary.ipynb #f058cbb8
