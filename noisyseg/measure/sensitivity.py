@@ -114,12 +114,16 @@ def own_answers(
 ) -> list:  # batches (images, clean logits (batch, classes, ...)) for `AnswersTask`; all held in memory
     "What a network says while nothing disturbs it, as the truth to measure it by."
     batches = Batches(dl, task=task)
+    if not batches.task.logits:
+        raise TypeError(f"task: {batches.task!r} does not say that its outputs are logits (batch, classes, …), so there "
+                        f"are no answers to compare; if they are, write `logits = True` in its class")
     with untouched([model]): return [(x, batches.task.output(model, x, y).cpu()) for x, y in batches]
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #7b63806f
 class AnswersTask(Task):
     "How far a network's answers are from those it gave undisturbed. Its batches come from `own_answers`."
     metric = 'agreement'
+    logits = True
     def batch(self, batch, i=0):
         x, y = plain_tensors(batch, i)
         if y.is_floating_point() and y.ndim in (2, 4): return x, y
