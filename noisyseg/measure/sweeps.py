@@ -27,7 +27,7 @@ from .jobs import Interrupted, as_place, run_jobs
 from .prefix import PrefixCache
 from .store import Cell, Row, Store, facts, store_path, to_frame
 from .task import Task
-from ..perturb.disturbance import Disturbance, Law
+from ..perturb.disturbance import Composed, Disturbance, Law
 from ..perturb.selectors import Selector, as_selector, select
 
 # %% ../../nbs/measure/09_sweeps.ipynb #f6d7dfc6
@@ -73,6 +73,7 @@ def reads_inputs(
     disturbance,  # a disturbance, or its class
 ) -> bool:
     "Does it change what the network sees?"
+    if isinstance(disturbance, Composed): return any(reads_inputs(p) for p in disturbance.parts)
     kind = disturbance if isinstance(disturbance, type) else type(disturbance)
     return kind.batches is not Disturbance.batches and not issubclass(kind, Law)
 

@@ -7,8 +7,8 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/activations.html.md"""
 # %% auto #0
 __all__ = ['layers_of', 'hooked', 'Activations', 'Converters', 'ActivationNoise', 'ClippedActivations']
 
-# %% ../../nbs/perturb/08_activations.ipynb #9854cefd
-import math, warnings
+# %% ../../nbs/perturb/08_activations.ipynb #eecda078
+import math, warnings, zlib
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -17,10 +17,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .clone import HoldInterrupts, as_generator, fill_normal
-from .disturbance import Disturbance, check_choice, check_number, usual
+from .disturbance import Disturbance, check_choice, check_number, settings_of, usual
 from .selectors import Selector, as_selector, conv_and_linear
 
-# %% ../../nbs/perturb/08_activations.ipynb #3c438f07
+# %% ../../nbs/perturb/08_activations.ipynb #2ffe8b45
 def layers_of(
     model: nn.Module,  # any module
     where=conv_and_linear,  # the layers of these weights: a Selector, a name pattern, or a function
@@ -35,7 +35,7 @@ def layers_of(
                          f"disturb. Try where=conv_and_linear, or by_name('*')")
     return found
 
-# %% ../../nbs/perturb/08_activations.ipynb #712fa43b
+# %% ../../nbs/perturb/08_activations.ipynb #0d26c6aa
 def _of_first(f, out):
     "Apply to a tensor, or to the first of a tuple (attention, recurrent layers)."
     if isinstance(out, tuple) and out and isinstance(out[0], Tensor): return (f(out[0]), *out[1:])
@@ -50,7 +50,7 @@ def _of_inputs(f, module, args, kwargs):
         return seen.get(id(x), x)
     return tuple(once(a) for a in args[:n]) + args[n:], {k: once(v) if k in names else v for k, v in kwargs.items()}
 
-# %% ../../nbs/perturb/08_activations.ipynb #72eee1a0
+# %% ../../nbs/perturb/08_activations.ipynb #e386e25c
 class hooked:
     "A block in which functions see, and may replace, what layers take and give; after it no hook is left."
     def __init__(self,
@@ -83,7 +83,7 @@ class hooked:
 
     def _after(self, name): return lambda module, args, out: _of_first(lambda y: self.on_output(y, name), out)
 
-# %% ../../nbs/perturb/08_activations.ipynb #17b3e82c
+# %% ../../nbs/perturb/08_activations.ipynb #f6938f24
 @patch
 @HoldInterrupts.within
 def __enter__(self:hooked) -> hooked:
@@ -106,7 +106,7 @@ def __exit__(self:hooked, *exc):
         f"was not disturbed (compiled, or computed without calling the layer?). Leave out with where= what is not "
         f"used, or take the network before torch.compile", stacklevel=2)
 
-# %% ../../nbs/perturb/08_activations.ipynb #94e1490b
+# %% ../../nbs/perturb/08_activations.ipynb #aaf7e3ba
 @patch
 @HoldInterrupts.within
 def _leave(self:hooked):
@@ -119,13 +119,25 @@ def _leave(self:hooked):
         self.handles = []
         self.hold.release()
 
-# %% ../../nbs/perturb/08_activations.ipynb #d0b4cf72
+# %% ../../nbs/perturb/08_activations.ipynb #cbd158de
 class Activations(Disturbance):
     "Base of what acts on activations: say `on_input(x, name, draw)` or `on_output(y, name, draw)`."
     where: ClassVar[Selector] = conv_and_linear
     constants: ClassVar[tuple] = ('ranges',)
     on_input = None  # or a method: a tensor that goes into a layer, its name, a source of draws -> a tensor
     on_output = None  # or a method: a tensor that comes out of a layer, its name, a source of draws -> a tensor
+
+    def _told(self):
+        told = settings_of(self)
+        if self.ranges: told['ranges'] = f'calibrated {zlib.crc32(repr(self.ranges).encode()):08x}'
+        return told
+
+    def kind_name(self) -> str:
+        "Which one of its kind: the settings without the level, and calibrated ranges by a checksum."
+        level = self.field_of_level()
+        return f"{type(self).__name__}({', '.join(k if k == level else f'{k}={v}' for k, v in self._told().items())})"
+
+    def __str__(self): return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self._told().items())})"
 
     def reach(self,
         x: Tensor,  # an activation
@@ -140,7 +152,7 @@ class Activations(Disturbance):
                              f"another network. `disturbance.calibrated(model, batches)` measures this one")
         return torch.as_tensor(known[name][side], dtype=x.dtype, device=x.device)
 
-# %% ../../nbs/perturb/08_activations.ipynb #8010a039
+# %% ../../nbs/perturb/08_activations.ipynb #ff719974
 def _check_ranges(d):
     "ValueError unless the field `ranges` is as `calibrated` makes it."
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf
@@ -150,7 +162,7 @@ def _check_ranges(d):
         raise ValueError(f"{type(d).__name__}: ranges are tuples (layer, largest input, largest output) as "
                          f"`{type(d).__name__}().calibrated(model, batches)` makes them, got {str(d.ranges)[:80]}")
 
-# %% ../../nbs/perturb/08_activations.ipynb #8e5a6c44
+# %% ../../nbs/perturb/08_activations.ipynb #8bf5e853
 def _of_real(f):
     "Act in float32 or better, on floating-point tensors that hold something; the gradient passes straight through."
     def acted(x, name):
@@ -170,7 +182,7 @@ def acting(self:Activations, model: nn.Module, where=None, generator=None) -> ho
     if self.level == self.nothing: return hooked(model, layers)
     return hooked(model, layers, side(self.on_input), side(self.on_output))
 
-# %% ../../nbs/perturb/08_activations.ipynb #39ca994b
+# %% ../../nbs/perturb/08_activations.ipynb #a20ed0d1
 @torch.no_grad()
 def _ranges(model, batches, where):
     "(layer, largest input, largest output) over batches."
@@ -190,7 +202,7 @@ def _ranges(model, batches, where):
         for m, training in modes: m.training = training
     return tuple((name, *both) for name, both in found.items())
 
-# %% ../../nbs/perturb/08_activations.ipynb #be4e3766
+# %% ../../nbs/perturb/08_activations.ipynb #67b3cd2b
 @patch
 def calibrated(self:Activations,
     model: nn.Module,  # the network that the ranges are of
@@ -207,7 +219,7 @@ def calibrated(self:Activations,
         raise ValueError("batches: expected at least one batch that is not all zeros, such as `[x]` or dls.valid")
     return replace(self, ranges=tuple((name, margin * a, margin * b) for name, a, b in found))
 
-# %% ../../nbs/perturb/08_activations.ipynb #aa3bee2f
+# %% ../../nbs/perturb/08_activations.ipynb #a5a69914
 @dataclass(frozen=True)
 class Converters(Activations):
     "What goes into layers and comes out passes through converters of a few bits (arXiv 2302.08469, Methods)."
@@ -243,7 +255,7 @@ class Converters(Activations):
     def on_input(self, x, name, draw): return x if self.sides == 'outputs' else self._converted(x, name, 0)
     def on_output(self, y, name, draw): return y if self.sides == 'inputs' else self._converted(y, name, 1)
 
-# %% ../../nbs/perturb/08_activations.ipynb #f6dbec12
+# %% ../../nbs/perturb/08_activations.ipynb #030bf538
 @dataclass(frozen=True)
 class ActivationNoise(Activations):
     "Gaussian noise on what leaves layers, as a share of its range, new in each pass (arXiv 2302.08469, Methods)."
@@ -262,7 +274,7 @@ class ActivationNoise(Activations):
 
     def on_output(self, y, name, draw): return y + self.strength * self.reach(y, name, 1) * draw(y)
 
-# %% ../../nbs/perturb/08_activations.ipynb #5adbdb99
+# %% ../../nbs/perturb/08_activations.ipynb #214df3d1
 @dataclass(frozen=True)
 class ClippedActivations(Activations):
     "What comes out of layers is cut off below its range: amplifiers saturate."
