@@ -1,4 +1,4 @@
-"""What comes into a layer and what leaves it: converters with few bits, noise, clipping, by hooks that leave nothing behind.
+"""What goes into a layer and what comes out: converters with few bits, noise, clipping.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/activations.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/activations.html.md"""
 # %% auto #0
 __all__ = ['layers_of', 'hooked', 'Activations', 'Converters', 'ActivationNoise', 'ClippedActivations']
 
-# %% ../../nbs/perturb/08_activations.ipynb #eecda078
+# %% ../../nbs/perturb/08_activations.ipynb #f70b2e96
 import math, warnings, zlib
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -20,7 +20,7 @@ from .clone import HoldInterrupts, as_generator, fill_normal
 from .disturbance import Disturbance, check_choice, check_number, settings_of, usual
 from .selectors import Selector, as_selector, conv_and_linear
 
-# %% ../../nbs/perturb/08_activations.ipynb #2ffe8b45
+# %% ../../nbs/perturb/08_activations.ipynb #1ca01b17
 def layers_of(
     model: nn.Module,  # any module
     where=conv_and_linear,  # the layers of these weights: a Selector, a name pattern, or a function
@@ -35,7 +35,7 @@ def layers_of(
                          f"disturb. Try where=conv_and_linear, or by_name('*')")
     return found
 
-# %% ../../nbs/perturb/08_activations.ipynb #0d26c6aa
+# %% ../../nbs/perturb/08_activations.ipynb #9fa3544c
 def _of_first(f, out):
     "Apply to a tensor, or to the first of a tuple (attention, recurrent layers)."
     if isinstance(out, tuple) and out and isinstance(out[0], Tensor): return (f(out[0]), *out[1:])
@@ -50,7 +50,7 @@ def _of_inputs(f, module, args, kwargs):
         return seen.get(id(x), x)
     return tuple(once(a) for a in args[:n]) + args[n:], {k: once(v) if k in names else v for k, v in kwargs.items()}
 
-# %% ../../nbs/perturb/08_activations.ipynb #e386e25c
+# %% ../../nbs/perturb/08_activations.ipynb #630533e2
 class hooked:
     "A block in which functions see, and may replace, what layers take and give; after it no hook is left."
     def __init__(self,
@@ -83,7 +83,7 @@ class hooked:
 
     def _after(self, name): return lambda module, args, out: _of_first(lambda y: self.on_output(y, name), out)
 
-# %% ../../nbs/perturb/08_activations.ipynb #f6938f24
+# %% ../../nbs/perturb/08_activations.ipynb #9526d989
 @patch
 @HoldInterrupts.within
 def __enter__(self:hooked) -> hooked:
@@ -106,7 +106,7 @@ def __exit__(self:hooked, *exc):
         f"was not disturbed (compiled, or computed without calling the layer?). Leave out with where= what is not "
         f"used, or take the network before torch.compile", stacklevel=2)
 
-# %% ../../nbs/perturb/08_activations.ipynb #aaf7e3ba
+# %% ../../nbs/perturb/08_activations.ipynb #4f55996e
 @patch
 @HoldInterrupts.within
 def _leave(self:hooked):
@@ -119,7 +119,7 @@ def _leave(self:hooked):
         self.handles = []
         self.hold.release()
 
-# %% ../../nbs/perturb/08_activations.ipynb #cbd158de
+# %% ../../nbs/perturb/08_activations.ipynb #5ffbfca9
 class Activations(Disturbance):
     "Base of what acts on activations: say `on_input(x, name, draw)` or `on_output(y, name, draw)`."
     where: ClassVar[Selector] = conv_and_linear
@@ -152,7 +152,7 @@ class Activations(Disturbance):
                              f"another network. `disturbance.calibrated(model, batches)` measures this one")
         return torch.as_tensor(known[name][side], dtype=x.dtype, device=x.device)
 
-# %% ../../nbs/perturb/08_activations.ipynb #ff719974
+# %% ../../nbs/perturb/08_activations.ipynb #66835343
 def _check_ranges(d):
     "ValueError unless the field `ranges` is as `calibrated` makes it."
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf
@@ -162,7 +162,7 @@ def _check_ranges(d):
         raise ValueError(f"{type(d).__name__}: ranges are tuples (layer, largest input, largest output) as "
                          f"`{type(d).__name__}().calibrated(model, batches)` makes them, got {str(d.ranges)[:80]}")
 
-# %% ../../nbs/perturb/08_activations.ipynb #8bf5e853
+# %% ../../nbs/perturb/08_activations.ipynb #1444bd16
 def _of_real(f):
     "Act in float32 or better, on floating-point tensors that hold something; the gradient passes straight through."
     def acted(x, name):
@@ -182,7 +182,7 @@ def acting(self:Activations, model: nn.Module, where=None, generator=None) -> ho
     if self.level == self.nothing: return hooked(model, layers)
     return hooked(model, layers, side(self.on_input), side(self.on_output))
 
-# %% ../../nbs/perturb/08_activations.ipynb #a20ed0d1
+# %% ../../nbs/perturb/08_activations.ipynb #90c7eb72
 @torch.no_grad()
 def _ranges(model, batches, where):
     "(layer, largest input, largest output) over batches."
@@ -202,7 +202,7 @@ def _ranges(model, batches, where):
         for m, training in modes: m.training = training
     return tuple((name, *both) for name, both in found.items())
 
-# %% ../../nbs/perturb/08_activations.ipynb #67b3cd2b
+# %% ../../nbs/perturb/08_activations.ipynb #d33b12c7
 @patch
 def calibrated(self:Activations,
     model: nn.Module,  # the network that the ranges are of
@@ -219,7 +219,7 @@ def calibrated(self:Activations,
         raise ValueError("batches: expected at least one batch that is not all zeros, such as `[x]` or dls.valid")
     return replace(self, ranges=tuple((name, margin * a, margin * b) for name, a, b in found))
 
-# %% ../../nbs/perturb/08_activations.ipynb #a5a69914
+# %% ../../nbs/perturb/08_activations.ipynb #9560d74d
 @dataclass(frozen=True)
 class Converters(Activations):
     "What goes into layers and comes out passes through converters of a few bits (arXiv 2302.08469, Methods)."
@@ -255,7 +255,7 @@ class Converters(Activations):
     def on_input(self, x, name, draw): return x if self.sides == 'outputs' else self._converted(x, name, 0)
     def on_output(self, y, name, draw): return y if self.sides == 'inputs' else self._converted(y, name, 1)
 
-# %% ../../nbs/perturb/08_activations.ipynb #030bf538
+# %% ../../nbs/perturb/08_activations.ipynb #2ec8f7ee
 @dataclass(frozen=True)
 class ActivationNoise(Activations):
     "Gaussian noise on what leaves layers, as a share of its range, new in each pass (arXiv 2302.08469, Methods)."
@@ -274,7 +274,7 @@ class ActivationNoise(Activations):
 
     def on_output(self, y, name, draw): return y + self.strength * self.reach(y, name, 1) * draw(y)
 
-# %% ../../nbs/perturb/08_activations.ipynb #214df3d1
+# %% ../../nbs/perturb/08_activations.ipynb #10a58157
 @dataclass(frozen=True)
 class ClippedActivations(Activations):
     "What comes out of layers is cut off below its range: amplifiers saturate."

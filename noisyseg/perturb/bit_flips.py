@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/bit_flips.html.md"""
 # %% auto #0
 __all__ = ['CHUNK', 'BITS', 'flipped_bits', 'BitFlips']
 
-# %% ../../nbs/perturb/07_bit_flips.ipynb #74d64a35
+# %% ../../nbs/perturb/07_bit_flips.ipynb #8108c914
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,7 +20,7 @@ from .disturbance import Law, check_choice, check_number, draw_from, usual
 from .quantization import weight_grid
 from .selectors import Selector, conv_and_linear
 
-# %% ../../nbs/perturb/07_bit_flips.ipynb #836ce873
+# %% ../../nbs/perturb/07_bit_flips.ipynb #f91c2ff5
 CHUNK = 4096  # numbers that are drawn at a time, so that a longer draw begins like a shorter one
 
 def _how_many(generator, n, rate):
@@ -38,7 +38,7 @@ def _how_many(generator, n, rate):
         total = at[-1]
     return count
 
-# %% ../../nbs/perturb/07_bit_flips.ipynb #60ba631d
+# %% ../../nbs/perturb/07_bit_flips.ipynb #4ab942fd
 def _which(generator, n, count):
     "The first `count` different numbers below `n` of a random sequence."
     sequence = np.empty(0, np.int64)
@@ -49,7 +49,7 @@ def _which(generator, n, count):
         first = np.unique(sequence, return_index=True)[1]
         if len(first) >= count: return torch.from_numpy(sequence[np.sort(first)[:count]])
 
-# %% ../../nbs/perturb/07_bit_flips.ipynb #137a3722
+# %% ../../nbs/perturb/07_bit_flips.ipynb #a6453d69
 def flipped_bits(
     z: Tensor,  # standard normal draw of a weight's shape: fixes which bits flip
     rate: float,  # probability of each bit, 0 to 0.5
@@ -63,7 +63,7 @@ def flipped_bits(
         masks.scatter_add_(0, bit // bits, 1 << bit % bits)
     return masks.view(z.shape).to(z.device)
 
-# %% ../../nbs/perturb/07_bit_flips.ipynb #3caddbc4
+# %% ../../nbs/perturb/07_bit_flips.ipynb #71abf06e
 BITS = {'int8': 8, 'bf16': 16, 'fp32': 32}
 
 def _int8(weight, masks):
@@ -80,7 +80,7 @@ def _float(weight, masks, form):
     signed = (masks - (masks >> 31 << 32)).to(torch.int32)
     return (weight.to(torch.float32).view(torch.int32) ^ signed).view(torch.float32)
 
-# %% ../../nbs/perturb/07_bit_flips.ipynb #91108706
+# %% ../../nbs/perturb/07_bit_flips.ipynb #22639d2b
 @dataclass(frozen=True)
 class BitFlips(Law):
     "Each bit of each weight flips with some probability (arXiv 2006.13977, section 3)."

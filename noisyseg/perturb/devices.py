@@ -1,4 +1,4 @@
-"""Weights in analog memory: written with an error, drifting for a year, read with noise, stuck, clipped, and kept in pairs.
+"""Weights in analog memory: written with an error, drifting for a year, read with noise, stuck, clipped.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/devices.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/devices.html.md"""
 # %% auto #0
 __all__ = ['HOUR', 'DAY', 'YEAR', 'time_text', 'PhaseChange', 'cell_of', 'LogNormal', 'StuckCells', 'UnequalPairs', 'DeviceRange']
 
-# %% ../../nbs/perturb/06_devices.ipynb #ca089005
+# %% ../../nbs/perturb/06_devices.ipynb #f66f5545
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from .disturbance import Law, another_draw, check_choice, check_number, usual
 from .selectors import Selector, conv_and_linear
 
-# %% ../../nbs/perturb/06_devices.ipynb #be6b7510
+# %% ../../nbs/perturb/06_devices.ipynb #3ad00765
 def _working(weight, z):
     "Weight and draw in float32 or better."
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -34,7 +34,7 @@ def _shared(weight, per):
 
 def _largest(weight, per='tensor'): return weight.abs().amax(_shared(weight, per), keepdim=True)
 
-# %% ../../nbs/perturb/06_devices.ipynb #a91ab7d9
+# %% ../../nbs/perturb/06_devices.ipynb #67f8b31d
 def _check_finite(law, name, low, strict=False):
     check_number(law, name, low, strict)
     if getattr(law, name) == math.inf:
@@ -50,7 +50,7 @@ def _check_constants(law, **lengths):
             raise ValueError(f"{type(law).__name__}: {name} is a tuple of {n} finite numbers, got {v!r}: "
                              f"{usual(law, name)}")
 
-# %% ../../nbs/perturb/06_devices.ipynb #7187f38a
+# %% ../../nbs/perturb/06_devices.ipynb #b612db6e
 HOUR, DAY, YEAR = 3600., 86400., 31536000.  # in seconds
 
 def time_text(
@@ -62,7 +62,7 @@ def time_text(
     number = f'{seconds / size:.3g}'
     return f"{number} {name}{'s' if name in ('year', 'day') and number != '1' else ''}"
 
-# %% ../../nbs/perturb/06_devices.ipynb #e304fda2
+# %% ../../nbs/perturb/06_devices.ipynb #e8999215
 @dataclass(frozen=True)
 class PhaseChange(Law):
     "Weights in pairs of phase-change cells, some time after programming (doi 10.1038/s41467-020-16108-9, Methods)."
@@ -100,7 +100,7 @@ class PhaseChange(Law):
     @classmethod
     def amount(cls, level: float) -> str: return time_text(level)
 
-# %% ../../nbs/perturb/06_devices.ipynb #b3986eb9
+# %% ../../nbs/perturb/06_devices.ipynb #83d41e39
 def _line(log_share, slope, offset, low, high): return (slope * log_share + offset).clamp(low, high)
 
 class _Cell:
@@ -128,7 +128,7 @@ class _Cell:
         drifted = programmed * (t / self.law.t_first) ** -exponent
         return (drifted * (1 + self.law.read * sigma * z)).clamp(min=0)
 
-# %% ../../nbs/perturb/06_devices.ipynb #7057ab96
+# %% ../../nbs/perturb/06_devices.ipynb #4a3cd0e9
 def cell_of(
     law: PhaseChange,  # with its constants, and its time
     target: Tensor,  # conductances that should be written, in µS, from 0 to the law's `g_max`
@@ -140,7 +140,7 @@ def cell_of(
     programmed = cell.programmed(target, written)
     return programmed, cell.now(programmed, cell.exponent(target, drifting), reading)
 
-# %% ../../nbs/perturb/06_devices.ipynb #4522d0cc
+# %% ../../nbs/perturb/06_devices.ipynb #7269993f
 def _compensated(before, after, compensation):
     "What is read now, times the ratio of mean absolute readings then and now."
     if compensation == 'none': return after
@@ -161,7 +161,7 @@ def __call__(self:PhaseChange, weight: Tensor, z: Tensor) -> Tensor:
     now = _compensated(plus[0] - minus[0], plus[1] - minus[1], self.compensation)
     return (now * (top / self.g_max)).to(weight.dtype)
 
-# %% ../../nbs/perturb/06_devices.ipynb #23f80197
+# %% ../../nbs/perturb/06_devices.ipynb #77ead5ff
 @dataclass(frozen=True)
 class LogNormal(Law):
     "Weights in pairs of resistive cells, each off by a log-normal factor (Liu et al., DAC 2015)."
@@ -190,7 +190,7 @@ class LogNormal(Law):
 
     def rowwise(self, weight: Tensor) -> bool: return False
 
-# %% ../../nbs/perturb/06_devices.ipynb #ebfc7b00
+# %% ../../nbs/perturb/06_devices.ipynb #703eb6b8
 @dataclass(frozen=True)
 class StuckCells(Law):
     "A share of the weights is stuck, whatever is written to them (Chen et al., IEEE Trans. Computers 64, 2015)."
@@ -217,7 +217,7 @@ class StuckCells(Law):
         broken = torch.special.ndtr(z) < self.stuck
         return torch.where(broken, held[self.at_value](at) * _largest(w), w).to(weight.dtype)
 
-# %% ../../nbs/perturb/06_devices.ipynb #b542f3b9
+# %% ../../nbs/perturb/06_devices.ipynb #007c44d7
 @dataclass(frozen=True)
 class UnequalPairs(Law):
     "Negative weights times a factor from N(1, mismatch²), one for each output channel: the lines of pairs differ."
@@ -242,7 +242,7 @@ class UnequalPairs(Law):
         one = z.sum(dims, keepdim=True) / math.sqrt(z.numel() / (len(z) if len(dims) < z.ndim else 1))
         return torch.where(w < 0, w * (1 + self.mismatch * one), w).to(weight.dtype)
 
-# %% ../../nbs/perturb/06_devices.ipynb #9110eedd
+# %% ../../nbs/perturb/06_devices.ipynb #65b235f2
 @dataclass(frozen=True)
 class DeviceRange(Law):
     "Weights clipped at so many standard deviations of their tensor (doi 10.1038/s41467-020-16108-9, Methods)."

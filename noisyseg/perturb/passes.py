@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/passes.html.md"""
 # %% auto #0
 __all__ = ['RedrawnEachPass', 'EveryPass']
 
-# %% ../../nbs/perturb/09_passes.ipynb #79f50c45
+# %% ../../nbs/perturb/09_passes.ipynb #248bba94
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from .clone import HoldInterrupts, as_generator, perturbed
 from .disturbance import Disturbance, Law, _of_part
 from .laws import MaxGaussian
 
-# %% ../../nbs/perturb/09_passes.ipynb #5f220a2d
+# %% ../../nbs/perturb/09_passes.ipynb #e03383b7
 class RedrawnEachPass(perturbed):
     "`perturbed`, with a new draw before each forward pass of the model but the first."
     def __init__(self,
@@ -49,7 +49,7 @@ class RedrawnEachPass(perturbed):
         if self.passes: self.clone.inject(self.law, self.generator)
         self.passes += 1
 
-# %% ../../nbs/perturb/09_passes.ipynb #bf8e8221
+# %% ../../nbs/perturb/09_passes.ipynb #28f43a8c
 @patch
 @HoldInterrupts.within
 def _leave(self:RedrawnEachPass):
@@ -58,7 +58,7 @@ def _leave(self:RedrawnEachPass):
         self.handle = None
     finally: perturbed._leave(self)
 
-# %% ../../nbs/perturb/09_passes.ipynb #bd457237
+# %% ../../nbs/perturb/09_passes.ipynb #74532a17
 @dataclass(frozen=True)
 class EveryPass(Disturbance):
     "A law whose noise is drawn anew in each forward pass: of the moment, and not of the chip."
@@ -92,7 +92,7 @@ class EveryPass(Disturbance):
     def kind_name(self) -> str: return f'{self.law.name}, new in each pass'
     def __str__(self) -> str: return f'{self.law}, new in each pass'
 
-# %% ../../nbs/perturb/09_passes.ipynb #8072422e
+# %% ../../nbs/perturb/09_passes.ipynb #26f2a8b1
 @patch
 def acting(self:EveryPass, model: nn.Module, where=None, generator=None) -> RedrawnEachPass:
     "A block in which each forward pass of the model has a draw of its own."

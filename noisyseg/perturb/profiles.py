@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/profiles.html.md"""
 # %% auto #0
 __all__ = ['VERSION', 'FOLDER', 'Profile', 'LawProfile', 'make_profile', 'profile_from_json', 'shipped_profiles', 'load_profile']
 
-# %% ../../nbs/perturb/10_profiles.ipynb #39e1dda0
+# %% ../../nbs/perturb/10_profiles.ipynb #343c17fd
 import dataclasses, json, math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .disturbance import Composed, ComposedLaw, Disturbance, Law, compose
 from .passes import EveryPass  # noqa: F401
 from .quantization import Quantize  # noqa: F401
 
-# %% ../../nbs/perturb/10_profiles.ipynb #b49ad837
+# %% ../../nbs/perturb/10_profiles.ipynb #cacfae4c
 @dataclass(frozen=True)
 class Profile(Composed):
     "A chip: a composition with a name. Make one with `make_profile` or `load_profile`."
@@ -54,12 +54,16 @@ class Profile(Composed):
         number = next((i - len(laws) for i, p in enumerate(laws) if p is self.part), -1)
         return laws[0] if len(laws) == 1 else compose(*laws, level_of=number)
 
-# %% ../../nbs/perturb/10_profiles.ipynb #bc2f49fb
+# %% ../../nbs/perturb/10_profiles.ipynb #f5d4dc1f
 @dataclass(frozen=True)
 class LawProfile(Profile, ComposedLaw):
     "A profile whose parts are all laws, so that it is one itself."
+    parts: tuple  # laws, in the order in which they act
+    level_of: int = -1  # number of the part whose level is the level of the whole
+    name: str = ''  # of the chip: tables and figures say it
+    source: str = ''  # where its constants come from
 
-# %% ../../nbs/perturb/10_profiles.ipynb #2b28d8bb
+# %% ../../nbs/perturb/10_profiles.ipynb #d329326f
 def make_profile(
     name: str,  # of the chip
     *parts: Disturbance,  # in the order in which they act
@@ -71,7 +75,7 @@ def make_profile(
     made = kind(parts, level_of, name, source)
     return dataclasses.replace(made, level_of=level_of % len(parts))   # -1 and the last are one profile
 
-# %% ../../nbs/perturb/10_profiles.ipynb #58e9f9ab
+# %% ../../nbs/perturb/10_profiles.ipynb #c8253440
 VERSION = 1  # of the format
 
 def _plain(v):
@@ -97,7 +101,7 @@ def save(self:Profile,
     write_atomic(path, self.to_json())
     return path
 
-# %% ../../nbs/perturb/10_profiles.ipynb #0e742844
+# %% ../../nbs/perturb/10_profiles.ipynb #13d5993c
 def _type_name(hint):
     if get_origin(hint) is Literal: return f"one of {', '.join(map(repr, get_args(hint)))}"
     return {float: 'a number', int: 'a whole number', str: 'a text', tuple: 'a list'}.get(hint, 'a disturbance')
@@ -118,7 +122,7 @@ def _member(v, place):
     if isinstance(v, (int, float, str)) and not isinstance(v, bool): return v
     raise ValueError(f"{place}: expected numbers, texts and lists, got {v!r}")
 
-# %% ../../nbs/perturb/10_profiles.ipynb #631e8eef
+# %% ../../nbs/perturb/10_profiles.ipynb #53db6a6b
 def _exactly(d, expected, place, example):
     "ValueError unless a dictionary has these keys, and no others."
     if not isinstance(d, dict): raise ValueError(f"{place}: expected {{…}} with {', '.join(expected)}, got {d!r}")
@@ -145,7 +149,7 @@ def _part(d, place):
     try: return kind(**values)
     except (TypeError, ValueError) as e: raise ValueError(f'{place}: {e}') from None
 
-# %% ../../nbs/perturb/10_profiles.ipynb #ad4a4449
+# %% ../../nbs/perturb/10_profiles.ipynb #0d0ffd62
 def _no_twins(pairs):
     keys = [k for k, _ in pairs]
     if twice := [k for k in keys if keys.count(k) > 1]: raise ValueError(f"{twice[0]!r} is there twice")
@@ -172,14 +176,14 @@ def profile_from_json(
     parts = [_part(p, f'{place}, part {i}') for i, p in enumerate(d['composition'])]
     return make_profile(d['name'], *parts, level_of=d['level_of'], source=d['source'])
 
-# %% ../../nbs/perturb/10_profiles.ipynb #618be3e0
+# %% ../../nbs/perturb/10_profiles.ipynb #aa6560e6
 FOLDER = Path(noisyseg.__file__).parent/'perturb'/'profiles'
 
 def shipped_profiles() -> list:  # names for `load_profile`
     "The profiles that come with the package."
     return sorted(p.stem for p in FOLDER.glob('*.json'))
 
-# %% ../../nbs/perturb/10_profiles.ipynb #b3b3c839
+# %% ../../nbs/perturb/10_profiles.ipynb #f6f8106a
 def load_profile(
     name_or_path,  # one of `shipped_profiles()`, or the path of a .json file
 ) -> Profile:

@@ -246,7 +246,8 @@ def controls(
         choices = list(get_args(hints[k])) if get_origin(hints[k]) is Literal else None
         number = hints[k] in (float, int)
         return dict(name=k, default=v, choices=choices, type='float' if number else 'text', doc=docs.get(k) or '')
-    facts = {k: getattr(disturbance, k) for k in ('label', 'unit', 'off', 'level', 'top', 'step', 'share', 'log', 'random')}
+    names = ('label', 'unit', 'off', 'level', 'top', 'step', 'share', 'log', 'random')
+    facts = {k: getattr(disturbance, k) for k in names}
     levels = disturbance.levels
     more_is_mild = len(levels) > 1 and levels[0] > levels[-1]
     return dict(facts, id=name or kind.__name__, doc=' '.join((kind.__doc__ or '').partition('\n\n')[0].split()),
