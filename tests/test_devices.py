@@ -364,6 +364,17 @@ def test_activations_of_attention():
                 assert (net(x) - clean).abs().max() > 1e-2
             assert torch.equal(net(x), clean) and hooks(net) == 0
 
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    packs = nn.TransformerEncoder(layer, 2).eval()       # by nested tensors, where it can
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')                    # torch: nested tensors are a prototype
+        clean = packs(x, src_key_padding_mask=padding)
+        with Converters(0.).acting(packs): plain = packs(x, None, padding)
+        torch.testing.assert_close(plain[~padding], clean[~padding])
+        with Converters(3.).acting(packs): assert (packs(x, src_key_padding_mask=padding) - plain).abs().max() > 1e-2
+        assert torch.equal(packs(x, src_key_padding_mask=padding), clean) and hooks(packs) == 0
+
     class Borrows(nn.Module):
         def __init__(self): super().__init__(); self.a = nn.Linear(8, 8)
         def forward(self, x): return nn.functional.linear(x, self.a.weight)

@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/activations.html.md"""
 # %% auto #0
 __all__ = ['layers_of', 'hooked', 'Activations', 'Converters', 'ActivationNoise', 'ClippedActivations']
 
-# %% ../../nbs/perturb/08_activations.ipynb #f70b2e96
+# %% ../../nbs/perturb/08_activations.ipynb #9c16467b
 import math, warnings, zlib
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -20,7 +20,7 @@ from .clone import HoldInterrupts, as_generator, fill_normal
 from .disturbance import Disturbance, check_choice, check_number, settings_of, usual
 from .selectors import Selector, as_selector, conv_and_linear
 
-# %% ../../nbs/perturb/08_activations.ipynb #1ca01b17
+# %% ../../nbs/perturb/08_activations.ipynb #b4efce3a
 def layers_of(
     model: nn.Module,  # any module
     where=conv_and_linear,  # the layers of these weights: a Selector, a name pattern, or a function
@@ -35,7 +35,7 @@ def layers_of(
                          f"disturb. Try where=conv_and_linear, or by_name('*')")
     return found
 
-# %% ../../nbs/perturb/08_activations.ipynb #9fa3544c
+# %% ../../nbs/perturb/08_activations.ipynb #26e8d036
 def _of_first(f, out):
     "Apply to a tensor, or to the first of a tuple (attention, recurrent layers)."
     if isinstance(out, tuple) and out and isinstance(out[0], Tensor): return (f(out[0]), *out[1:])
@@ -50,7 +50,18 @@ def _of_inputs(f, module, args, kwargs):
         return seen.get(id(x), x)
     return tuple(once(a) for a in args[:n]) + args[n:], {k: once(v) if k in names else v for k, v in kwargs.items()}
 
-# %% ../../nbs/perturb/08_activations.ipynb #630533e2
+# %% ../../nbs/perturb/08_activations.ipynb #bc872673
+def _unfused(module, args, kwargs):
+    "A pre-hook of nn.TransformerEncoder: a mask that masks nothing, where there is a padding mask and no other."
+    src = args[0] if args else kwargs.get('src')
+    padding = args[2] if len(args) > 2 else kwargs.get('src_key_padding_mask')
+    if padding is None or (args[1] if len(args) > 1 else kwargs.get('mask')) is not None: return None
+    n = src.shape[1 if module.layers[0].self_attn.batch_first else 0]
+    nothing = torch.zeros(n, n, dtype=torch.bool, device=src.device)
+    if len(args) > 1: return (args[0], nothing, *args[2:]), kwargs
+    return args, {**kwargs, 'mask': nothing}
+
+# %% ../../nbs/perturb/08_activations.ipynb #41a86ed5
 class hooked:
     "A block in which functions see, and may replace, what layers take and give; after it no hook is left."
     def __init__(self,
@@ -67,6 +78,9 @@ class hooked:
         self.hold = HoldInterrupts()
 
     def _begin(self):
+        for m in self.model.modules():
+            if isinstance(m, nn.TransformerEncoder):
+                self.handles.append(m.register_forward_pre_hook(_unfused, with_kwargs=True))
         self.ran = False
         self.silent = set(self.layers)
         def running(module, args): self.ran = True
@@ -83,7 +97,7 @@ class hooked:
 
     def _after(self, name): return lambda module, args, out: _of_first(lambda y: self.on_output(y, name), out)
 
-# %% ../../nbs/perturb/08_activations.ipynb #9526d989
+# %% ../../nbs/perturb/08_activations.ipynb #62e5a89f
 @patch
 @HoldInterrupts.within
 def __enter__(self:hooked) -> hooked:
@@ -106,7 +120,7 @@ def __exit__(self:hooked, *exc):
         f"was not disturbed (compiled, or computed without calling the layer?). Leave out with where= what is not "
         f"used, or take the network before torch.compile", stacklevel=2)
 
-# %% ../../nbs/perturb/08_activations.ipynb #4f55996e
+# %% ../../nbs/perturb/08_activations.ipynb #eb3dc048
 @patch
 @HoldInterrupts.within
 def _leave(self:hooked):
@@ -119,7 +133,7 @@ def _leave(self:hooked):
         self.handles = []
         self.hold.release()
 
-# %% ../../nbs/perturb/08_activations.ipynb #5ffbfca9
+# %% ../../nbs/perturb/08_activations.ipynb #1ee99861
 class Activations(Disturbance):
     "Base of what acts on activations: say `on_input(x, name, draw)` or `on_output(y, name, draw)`."
     where: ClassVar[Selector] = conv_and_linear
@@ -152,7 +166,7 @@ class Activations(Disturbance):
                              f"another network. `disturbance.calibrated(model, batches)` measures this one")
         return torch.as_tensor(known[name][side], dtype=x.dtype, device=x.device)
 
-# %% ../../nbs/perturb/08_activations.ipynb #66835343
+# %% ../../nbs/perturb/08_activations.ipynb #e5ac0a98
 def _check_ranges(d):
     "ValueError unless the field `ranges` is as `calibrated` makes it."
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf
@@ -162,10 +176,13 @@ def _check_ranges(d):
         raise ValueError(f"{type(d).__name__}: ranges are tuples (layer, largest input, largest output) as "
                          f"`{type(d).__name__}().calibrated(model, batches)` makes them, got {str(d.ranges)[:80]}")
 
-# %% ../../nbs/perturb/08_activations.ipynb #1444bd16
+# %% ../../nbs/perturb/08_activations.ipynb #18b10dc6
 def _of_real(f):
     "Act in float32 or better, on floating-point tensors that hold something; the gradient passes straight through."
     def acted(x, name):
+        if x.is_nested:
+            raise ValueError(f"{name}: activations in nested tensors have no common shape, so they can't be disturbed: "
+                             f"give the network padded ones, `torch.nested.to_padded_tensor(x, 0.)`")
         if not x.is_floating_point() or not x.numel(): return x
         real = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         new = f(real, name).to(x.dtype)
@@ -182,7 +199,7 @@ def acting(self:Activations, model: nn.Module, where=None, generator=None) -> ho
     if self.level == self.nothing: return hooked(model, layers)
     return hooked(model, layers, side(self.on_input), side(self.on_output))
 
-# %% ../../nbs/perturb/08_activations.ipynb #90c7eb72
+# %% ../../nbs/perturb/08_activations.ipynb #85f9e185
 @torch.no_grad()
 def _ranges(model, batches, where):
     "(layer, largest input, largest output) over batches."
@@ -202,7 +219,7 @@ def _ranges(model, batches, where):
         for m, training in modes: m.training = training
     return tuple((name, *both) for name, both in found.items())
 
-# %% ../../nbs/perturb/08_activations.ipynb #d33b12c7
+# %% ../../nbs/perturb/08_activations.ipynb #d521b63a
 @patch
 def calibrated(self:Activations,
     model: nn.Module,  # the network that the ranges are of
@@ -219,7 +236,7 @@ def calibrated(self:Activations,
         raise ValueError("batches: expected at least one batch that is not all zeros, such as `[x]` or dls.valid")
     return replace(self, ranges=tuple((name, margin * a, margin * b) for name, a, b in found))
 
-# %% ../../nbs/perturb/08_activations.ipynb #9560d74d
+# %% ../../nbs/perturb/08_activations.ipynb #70e4da86
 @dataclass(frozen=True)
 class Converters(Activations):
     "What goes into layers and comes out passes through converters of a few bits (arXiv 2302.08469, Methods)."
@@ -255,7 +272,7 @@ class Converters(Activations):
     def on_input(self, x, name, draw): return x if self.sides == 'outputs' else self._converted(x, name, 0)
     def on_output(self, y, name, draw): return y if self.sides == 'inputs' else self._converted(y, name, 1)
 
-# %% ../../nbs/perturb/08_activations.ipynb #2ec8f7ee
+# %% ../../nbs/perturb/08_activations.ipynb #6e068705
 @dataclass(frozen=True)
 class ActivationNoise(Activations):
     "Gaussian noise on what leaves layers, as a share of its range, new in each pass (arXiv 2302.08469, Methods)."
@@ -274,7 +291,7 @@ class ActivationNoise(Activations):
 
     def on_output(self, y, name, draw): return y + self.strength * self.reach(y, name, 1) * draw(y)
 
-# %% ../../nbs/perturb/08_activations.ipynb #10a58157
+# %% ../../nbs/perturb/08_activations.ipynb #97b21472
 @dataclass(frozen=True)
 class ClippedActivations(Activations):
     "What comes out of layers is cut off below its range: amplifiers saturate."
