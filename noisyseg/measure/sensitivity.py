@@ -8,6 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/sensitivity.html.md"""
 __all__ = ['stages', 'check_groups', 'layer_sensitivity', 'own_answers', 'AnswersTask', 'divergence', 'weight_std']
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #2087967a
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -96,9 +97,10 @@ def layer_sensitivity(
     with untouched([model]):
         groups = check_groups(groups, model, where)
         entries = [Entry(d.label, d, g, [d.level]) for g in groups.values()]
-        none = Entry(d.label, d, Selector(lambda *a: False, 'none'), [])
+        level = 0. if math.isnan(d.nothing) else d.nothing
+        none = Entry(d.label, d, Selector(lambda *a: False, 'none'), [level], idle=True)
         grid = Grid(models, dl, entries, draws, seed, task, ignore_index, class_names, cache_mb)
-        grid.entries = {none.key: none._replace(levels=[none.quiet]), **grid.entries}
+        grid.entries = {none.key: none, **grid.entries}
         df = run_grid(grid, store, on, progress)
     size = {s.name: s.value().numel() for s in select(model, where)}
     weights = {'none': 0, **{str(g): sum(size[n] for n in g.names(model)) for g in groups.values()}}
