@@ -14,7 +14,8 @@ from noisyseg import MaxGaussian, NoiseExplorer, Quantize, compose, perturbed, s
 from noisyseg.mend import tolerances
 from noisyseg.mend.protection import measured_costs, predicted_costs, protect
 from noisyseg.mend.recalibration import norm_layers, rescue, rescued
-from noisyseg.mend.smoothing import certified_mask, holm
+from noisyseg.measure.summary import holm
+from noisyseg.mend.smoothing import certified_mask
 from noisyseg.mend.tolerances import misses_allowed, tolerance
 from noisyseg.perturb.disturbance import Disturbance
 from noisyseg.perturb.laws import AbsoluteGaussian

@@ -7,8 +7,9 @@ UNet3+ on CamVid, trained in five ways, under everything that a robustness card 
     python nbs/studies/camvid_methods.py card --seeds 0 1           # camvid_methods.csv; resumes where it was stopped
     python nbs/studies/camvid_methods.py train card --size full     # a longer training at a larger size, for a GPU
 
-The validation images are not looked at before `card`: training runs a fixed number of epochs, settings are those of
-the papers, and scores choose nothing.
+The validation images are not looked at before `card`: training runs a fixed number of epochs, and scores choose
+nothing. They are frames of one clip. The settings are nobody's tuned ones, and DAMP's sub-batches are two images with a
+batch norm each: the notebook says what follows from that.
 """
 import argparse
 import os

@@ -6,9 +6,11 @@
         # rows of camvid_weight_noise.csv; resumes where it was stopped
     python nbs/studies/camvid_weight_noise.py absolute              # rows of camvid_absolute_noise.csv; likewise
     python nbs/studies/camvid_weight_noise.py layers                # camvid_layer_sensitivity.csv, measured anew
+    python nbs/studies/camvid_weight_noise.py frames
+        # camvid_frames.csv: which frame of which drive is in which set
 
 The validation images are not looked at before `sweep`: training runs a fixed number of epochs, and nothing is chosen
-by them.
+by them. All of them are one clip of a drive that is trained on, too: see `frames`, and the notebook.
 """
 import argparse
 import json
@@ -49,6 +51,7 @@ STRENGTHS = (0., 0.005, 0.01, 0.015, 0.02, 0.03)
 LAYERS = HERE/'camvid_layer_sensitivity.csv'
 # n of the training, n of the noise; stages of at most a fifth of the weight tensors
 LAYERS_OF, LAYERS_AT, SHARE = (0., 0.10), 0.10, 0.2
+FRAMES = HERE/'camvid_frames.csv'
 
 def name(n, seed): return f'{"clean" if n == 0 else f"n={n:g}"} seed {seed}'
 def file(n, seed): return MODELS/f'n{round(100 * n):02d}_seed{seed}.safetensors'
@@ -123,9 +126,21 @@ def layers():
         write_atomic(LAYERS, pd.concat(found).to_csv(index=False))
         write_atomic(companion(LAYERS), json.dumps({**grid, 'made by': made_by()}, indent=1, ensure_ascii=False) + '\n')
 
+def drive_and_frame(stem):
+    "('0006R0', 1020) of '0006R0_f01020': the drive, and the number of the frame in its film."
+    drive, number = stem.split('_')
+    return drive, int(number.lstrip('f'))
+
+def frames():
+    "A line for each image of both sets."
+    dls = camvid(size=SIZE, bs=BS, augment=False, cache=False)
+    rows = [dict(zip(('set', 'image', 'drive', 'frame'), (part, image.stem, *drive_and_frame(image.stem))))
+            for part, ds in (('train', dls.train_ds), ('val', dls.valid_ds)) for image, _ in ds.items]
+    write_atomic(FRAMES, pd.DataFrame(rows).to_csv(index=False))
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=['train', 'sweep', 'absolute', 'layers'])
+    p.add_argument('what', choices=['train', 'sweep', 'absolute', 'layers', 'frames'])
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     p.add_argument('--epochs', type=int, default=EPOCHS)
     p.add_argument('--threads', type=int, default=os.cpu_count())
@@ -135,4 +150,4 @@ if __name__ == '__main__':
     if a.what == 'train':
         for seed in a.seeds:
             for n in TRAIN_AT: train(n, seed, a.epochs)
-    else: {'sweep': sweep, 'absolute': absolute, 'layers': layers}[a.what]()
+    else: {'sweep': sweep, 'absolute': absolute, 'layers': layers, 'frames': frames}[a.what]()

@@ -11,6 +11,8 @@ What do network perturbation and volatile learning add, on CamVid with masks for
         # mlpmatch.csv: the validation images, looked at here for the first time
     python nbs/studies/mlpmatch.py cost
         # mlpmatch_cost.csv: time and memory of a step at each level, in turns
+    python nbs/studies/mlpmatch.py labelled
+        # mlpmatch_labelled.csv: which 20 images have masks in each seed
     python nbs/studies/mlpmatch.py train score --size full   # a longer training at a larger size, for a GPU
 
 A seed fixes which 20 images have masks, the network's first weights, and every draw; all arms of a seed share them.
@@ -171,6 +173,14 @@ def score(a):
     print(df[df.metric == 'mIoU'].pivot(index='model', columns='train_seed',
                                         values='value').reindex(ARMS).mul(100).round(1).to_string())
 
+def labelled(a):
+    "The split of each seed, made by the function that `train` calls."
+    dls = camvid(size=SIZES[a.size]['size'], augment=False, cache=False)
+    rows = [dict(train_seed=seed, image=image.stem) for seed in a.seeds
+            for image, _ in split_labelled(dls, LABELLED, seed, verbose=False)[0]]
+    keep(out(a, 'mlpmatch_labelled.csv'), pd.DataFrame(rows), a,
+         data=f'CamVid, {len(dls.train_ds)} training images', labelled=LABELLED)
+
 def cost(a):
     dls = loaders(a, 0)
     methods = {arm: MatchStep(**settings, threshold=THRESHOLD, ignore_index=dls.ignore_index, seed=0) for arm,
@@ -182,7 +192,7 @@ def cost(a):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('what', nargs='+', choices=(what := dict(pretrain=pretrain, pilot=pilot, train=train, score=score,
-                                                            cost=cost)))
+                                                            cost=cost, labelled=labelled)))
     p.add_argument('--size', choices=SIZES, default='small')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--arms', nargs='+', choices=ARMS, help='None: all')

@@ -6,7 +6,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/summary.html.md"""
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'kind_of', 'main_metric', 'interruption', 't_half', 'anytime_half', 'until', 'summarise',
-           'paired_difference', 'draws_spent', 'percent', 'score_table', 'protocols']
+           'paired_difference', 'holm', 'corrected', 'draws_spent', 'percent', 'score_table', 'protocols']
 
 # %% ../../nbs/measure/08_summary.ipynb #f8a0f494
 from dataclasses import dataclass
@@ -132,6 +132,15 @@ def _half_of(d, unit):
     stopped = unit == 'draw' and 'sequential' in d and d['sequential'].eq(True).any()
     return anytime_half if stopped else t_half
 
+def _p_values(n, sd, mean, half_of):
+    "Two-sided, of a mean of zero: 1 - confidence of the interval that just touches it; nan for a single value."
+    with np.errstate(divide='ignore', invalid='ignore'):
+        if half_of is t_half: p = 2 * stats.t.sf(abs(mean) * np.sqrt(n) / sd, n - 1)
+        else:
+            r = n * mean**2 / (sd**2 * (n - 1))
+            p = np.sqrt(n + 1) * ((1 + r / (n + 1)) / (1 + r)) ** (n / 2)
+    return np.where(n < 2, np.nan, np.where(sd == 0, np.where(mean == 0, 1., 0.), np.minimum(p, 1)))
+
 # %% ../../nbs/measure/08_summary.ipynb #ff0aa963
 @dataclass(frozen=True)
 class until:
@@ -186,7 +195,7 @@ def paired_difference(
     unit: str = 'draw',
     by=('level',),  # what a line of the result stands for; 'class' is added for scores of a class
     confidence: float = 0.95,  # of the interval
-) -> pd.DataFrame:  # one line a level: mean of a - b, low, high, half, sd, n, and `clear`: the interval leaves out zero
+) -> pd.DataFrame:  # one line a level: mean of a - b, low, high, half, sd, n, p, and `clear`: low to high leaves out zero
     "How much better `a` is than `b`, from paired draws or paired training seeds, with the interval of `summarise`."
     names = list(df['model'].unique()) if isinstance(df, pd.DataFrame) and 'model' in df else []
     if a == b or not {a, b} <= set(names):
@@ -198,9 +207,42 @@ def paired_difference(
     wide = units.pivot(index=[c for c in units if c not in ('model', 'value')], columns='model',
                        values='value').dropna()
     if wide.empty: raise ValueError(f"{a!r} and {b!r} have no {unit} in common, so nothing is paired")
-    out = _intervals((wide[a] - wide[b]).rename('value').reset_index(), by, unit, confidence,
-                     half_of=_half_of(d, unit))
-    return out.assign(a=a, b=b, clear=(out['low'] > 0) | (out['high'] < 0))
+    half_of = _half_of(d, unit)
+    out = _intervals((wide[a] - wide[b]).rename('value').reset_index(), by, unit, confidence, half_of=half_of)
+    p = _p_values(*(out[c].to_numpy() for c in ('n', 'sd', 'mean')), half_of)
+    return out.assign(a=a, b=b, p=p, clear=(out['low'] > 0) | (out['high'] < 0))
+
+# %% ../../nbs/measure/08_summary.ipynb #45e055ec
+def holm(
+    p: np.ndarray,  # p-values of one family, any shape
+    alpha: float,  # probability of any error in the family
+) -> np.ndarray:  # bool, the same shape: rejected
+    "Holm's step-down method (Scandinavian Journal of Statistics 6, 1979)."
+    flat = p.ravel()
+    order = np.argsort(flat)
+    passed = np.minimum.accumulate(flat[order] <= alpha / np.arange(len(flat), 0, -1))
+    out = np.zeros(len(flat), bool)
+    out[order] = passed
+    return out.reshape(p.shape)
+
+# %% ../../nbs/measure/08_summary.ipynb #371ce54e
+def corrected(
+    differences: pd.DataFrame,  # of `paired_difference`; of several calls, concatenated: all that was looked at
+    confidence: float = 0.95,  # that none of the lines is called clear by luck
+    least: int = 3,  # draws or training seeds that a line must rest on to be called clear
+) -> pd.DataFrame:  # the same lines, with `clear` by Holm's method over all of them that have an interval
+    "Differences that are clear even though there were many to look at."
+    if not isinstance(differences, pd.DataFrame) or not {'p', 'clear'} <= set(differences):
+        raise TypeError(f"differences: expected a table of paired_difference, got {type(differences).__name__}: "
+                        f"`corrected(paired_difference(df, a, b))`, or several of them in pd.concat([...])")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number from 0 to 1, got {confidence!r}: `confidence=0.95` is 95 %")
+    check_whole('least', least, 2)
+    p = differences['p'].to_numpy(dtype=float)
+    enough = (differences['n'] >= least).to_numpy()
+    clear = np.zeros(len(p), bool)
+    clear[~np.isnan(p)] = holm(np.where(enough, p, 1)[~np.isnan(p)], 1 - confidence)
+    return differences.assign(clear=clear)
 
 # %% ../../nbs/measure/08_summary.ipynb #f058cbb8
 def draws_spent(
