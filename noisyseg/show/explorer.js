@@ -161,6 +161,10 @@ class Panel {
     this.figure = tag('figure', {}, tag('figcaption', {}, tag('span', {class: 'name', style: colour
       ? `color:${colour}` : ''}, name), this.note), this.canvas)
   }
+  rename(name) {
+    this.figure.querySelector('.name').textContent = name
+    this.canvas.setAttribute('aria-label', name)
+  }
   resize(w, h) {
     if (this.buffer.width === w && this.buffer.height === h && this.pixels) return
     Object.assign(this.buffer, {width: w, height: h})
@@ -277,6 +281,9 @@ export class Explorer {
     this.resizer.observe(el)
     this.themes = new MutationObserver(() => this.theme())
     this.themes.observe(document.body, {attributes: true, attributeFilter: ['class', 'data-jp-theme-light']})
+    this.scheme = matchMedia('(prefers-color-scheme: dark)')
+    this.onScheme = () => this.theme()
+    this.scheme.addEventListener('change', this.onScheme)
     this.theme()
     this.sync()
     this.ask()
@@ -290,11 +297,13 @@ export class Explorer {
   close() {
     this.closed = true
     clearTimeout(this.idle)
+    this.scheme.removeEventListener('change', this.onScheme)
     this.unlisten(); this.resizer.disconnect(); this.themes.disconnect(); this.host.close?.()
     this.el.replaceChildren()
   }
 
   theme() {                                                  // native controls follow the page, light or dark
+    this.el.style.colorScheme = ''                           // what it was set to would colour the ink
     const ink = getComputedStyle(this.el).color.match(/[\d.]+/g)?.map(Number) || [0, 0, 0]
     const dark = ink[0] + ink[1] + ink[2] > (ink.some((v, i) => i < 3 && v > 1) ? 384 : 1.5)
     this.el.style.colorScheme = dark ? 'dark' : 'light'
@@ -318,11 +327,10 @@ export class Explorer {
     this.unit = tag('span', {class: 'unit'})
     this.error = tag('div', {class: 'error', role: 'alert'})
     this.panels = {image: new Panel('image', this.view)}
-    const truth = new Panel(info.truth ? 'truth' : 'clean prediction', this.view)
+    const truth = new Panel('truth', this.view)
     this.panels.truth = truth
     const masks = models.map((m, i) => new Panel(m, this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
-    const wrongs = models.map((m, i) => new Panel(info.truth ? 'wrong' : 'changed', this.view,
-      MODEL_COLOURS[i % MODEL_COLOURS.length]))
+    const wrongs = models.map((m, i) => new Panel('wrong', this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
     Object.assign(this.panels, {masks, wrongs})
     this.all = [this.panels.image, ...masks, truth, ...wrongs]
     const grid = tag('div',
@@ -330,15 +338,11 @@ export class Explorer {
       ...this.all.map(p => p.figure))
     this.all.forEach(p => this.listen(p))
     this.hover = tag('div', {class: 'hover', 'aria-live': 'off'})
-    const legend = tag('div', {class: 'legend'}, tag('b', {}, info.truth ? 'wrong' : 'changed'), info.truth
-      ? ': pixels in the colour of the class they were taken for; '
-      : ': pixels that are another class than without noise, in the colour of that class; ', tag('i'), info.truth
-        ? 'right' : 'unchanged')
+    this.legend = tag('div', {class: 'legend'})
     this.curve = new Curve(models, v => this.setLevel(this.kind.step ? Math.round(v / this.kind.step) * this.kind.step
       : v))
     this.curveTitle = tag('h4',
-      {title: 'mean intersection over union, over the classes in the truth of this picture'}, info.truth
-      ? 'mIoU (%) of this picture, over its classes' : 'agreement with the clean prediction, mIoU (%)')
+      {title: 'mean intersection over union, over the classes in the truth of this picture'})
     this.histogram = svg('svg', {role: 'img', 'aria-label': 'weights of a layer before and after'})
     this.layer = tag('select', {'aria-label': 'layer of the histogram',
       onchange: e => this.set({layer: e.target.value})},
@@ -357,7 +361,19 @@ export class Explorer {
         ...this.rows.flatMap(r => [r.chip, r.box, r.only]))))
     this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.slider,
       this.number, this.unit, this.draw = this.drawControl()), this.first(), this.error,
-      grid, legend, this.hover, under)
+      grid, this.legend, this.hover, under)
+    this.label(info.truth)
+  }
+  label(truth) {                                             // what is compared with: masks made by hand, or clean ones
+    this.labelled = truth
+    this.panels.truth.rename(truth ? 'truth' : 'clean prediction')
+    this.panels.wrongs.forEach(p => p.rename(truth ? 'wrong' : 'changed'))
+    this.legend.replaceChildren(tag('b', {}, truth ? 'wrong' : 'changed'), truth
+      ? ': pixels in the colour of the class they were taken for; '
+      : ': pixels that are another class than without noise, in the colour of that class; ', tag('i'), truth
+        ? 'right' : 'unchanged')
+    this.curveTitle.textContent = truth ? 'mIoU (%) of this picture, over its classes'
+      : 'agreement with the clean prediction, mIoU (%)'
   }
 
   drawControl() {
@@ -658,6 +674,7 @@ export class Explorer {
     const {state: s, info} = this.host, {width: w, height: h} = f, n = info.classes.length
     const shown = Array.from({length: 256}, (_, c) => c < n && !s.hidden.includes(c)), opacity = s.mask ? s.opacity
       : 0, none = new Uint8Array(w * h).fill(255)
+    if (this.labelled !== !!f.truth) this.label(!!f.truth)
     this.all.forEach(p => p.resize(w, h))
     blend(f.image, none, info.palette, shown, 0, this.panels.image.pixels.data)
     blend(f.image, f.truth || f.preds[0].reference, info.palette, shown, opacity, this.panels.truth.pixels.data)
