@@ -59,10 +59,9 @@ class Networks {
 // ---------------------------------------------------------------- what the explorer asks
 
 export class LiveHost {
-  constructor(manifest, networks) {
-    this.manifest = manifest; this.networks = networks; this.listeners = new Set()
+  constructor(manifest, networks, pictures) {
+    this.manifest = manifest; this.networks = networks; this.pictures = pictures; this.listeners = new Set()
     this.info = {...manifest.info, disturbances: manifest.disturbances, samples: manifest.pictures.length}
-    this.pictures = manifest.pictures.map(p => ({...p}))
     this.state = {...manifest.state, ...this.parse()}
     this.onHash = () => this.take({...manifest.state, ...this.parse()})
     addEventListener('hashchange', this.onHash)
@@ -122,26 +121,16 @@ export class LiveHost {
 
   // ---- pictures and frames
 
-  async picture(number) {
-    const p = this.pictures[number], [h, w] = this.manifest.size, n = h * w
-    if (!p.rgb) {
-      const r = await fetch(new URL(p.file, import.meta.url))
-      if (!r.ok) throw Error(`${p.file} could not be read (${r.status})`)
-      const bytes = new Uint8Array(await r.arrayBuffer())
-      Object.assign(p, {rgb: bytes.subarray(0, 3 * n), mask: p.truth ? bytes.subarray(3 * n, 4 * n) : null})
-    }
-    return p
-  }
   add(rgb) {                                                 // a picture of the visitor's own
     let number = this.pictures.length
     if (number >= this.manifest.pictures.length + CLIP) number--
-    this.pictures[number] = {own: true, rgb, mask: null, changed: (this.pictures[number]?.changed || 0) + 1}
+    this.pictures[number] = {own: true, rgb, mask: null}
     this.info.samples = this.pictures.length
     this.networks.add(number, rgb)
     return number
   }
   async frame(state) {
-    const [height, width] = this.manifest.size, {rgb, mask} = await this.picture(state.sample)
+    const [height, width] = this.manifest.size, {rgb, mask} = this.pictures[state.sample]
     const {preds, hists} = await this.networks.ask('frame', state)
     return {width, height, image: rgb, truth: mask, preds, hists, text: this.amount(state), name: this.name(state)}
   }
@@ -227,8 +216,8 @@ class LivePage {
   say(text, kind = '') { $('status').textContent = text; $('status').className = kind }
 
   async start() {
-    const {engines, networks} = this.manifest
-    const total = engines[this.engine].bytes + networks.reduce((n, m) => n + m.bytes, 0)
+    const {engines, networks, pictures} = this.manifest
+    const total = engines[this.engine].bytes + [...networks, ...pictures].reduce((n, m) => n + m.bytes, 0)
     if (this.manifest.gallery) this.gallery = await mount($('explorer'), this.manifest.gallery)
     if (typeof WebAssembly !== 'object' || typeof Worker !== 'function') {
       return this.fallBack('This browser has no WebAssembly')
@@ -236,7 +225,7 @@ class LivePage {
     this.say(`Loading the networks, ${mb(total)} MB …`)
     this.networks = new Networks()
     try {
-      await this.networks.open(this.engine, ({loaded, total}) => {
+      this.loaded = await this.networks.open(this.engine, ({loaded, total}) => {
         $('progress').value = loaded / total
         this.say(loaded < total ? `Loading the networks, ${mb(loaded)} of ${mb(total)} MB` : 'Starting the networks …')
       })
@@ -249,6 +238,7 @@ class LivePage {
   }
   fallBack(why) {
     $('progress').hidden = true
+    $('privacy').hidden = true
     document.body.dataset.engine = 'none'
     this.say(`The networks cannot run here: ${why}. ` + (this.gallery
       ? 'Below is what was computed before: some levels and draws.' : ''), 'failed')
@@ -259,7 +249,7 @@ class LivePage {
     const root = tag('div')
     $('explorer').replaceWith(root)
     root.id = 'explorer'
-    this.host = new LiveHost(this.manifest, this.networks)
+    this.host = new LiveHost(this.manifest, this.networks, this.loaded.pictures)
     this.explorer = root.explorer = new Explorer(root, this.host)
     document.body.dataset.engine = this.engine
     this.say(this.problem ? `WebGPU does not work here (${this.problem}); the networks run on the processor.` : '')
@@ -271,10 +261,7 @@ class LivePage {
 
   // ---- pictures
 
-  async strip() {                                            // the pictures to choose from
-    for (let i = 0; i < this.manifest.pictures.length; i++) this.thumbnail(i, (await this.host.picture(i)).rgb)
-    this.changed()
-  }
+  strip() { this.host.pictures.forEach((p, i) => this.thumbnail(i, p.rgb)) }   // the pictures to choose from
   thumbnail(number, rgb) {
     const name = this.host.pictures[number].own ? `your picture ${number + 1 - this.manifest.pictures.length}`
       : `sample ${number + 1}`

@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'PAGE_LAWS', 'ENGINE', 'ENGINE_SHA512', 'ENGINE_FILES',
            'halved', 'export_graph', 'picture_input', 'fetch_engine', 'export_explorer', 'demo_page', 'main']
 
 # %% ../../nbs/show/10_live_page.ipynb #ba4a7dec
-import argparse, base64, copy, hashlib, html, json, re, shutil, subprocess, tarfile, tempfile, warnings
+import argparse, base64, copy, gzip, hashlib, html, json, re, shutil, subprocess, tarfile, tempfile, warnings
 from functools import partial
 from pathlib import Path
 
@@ -178,7 +178,7 @@ def picture_input(
         raise ValueError(f"expected a file, or an array of uint8 (height, width, 3), got {picture.dtype} "
                          f"{picture.shape}")
     mean, std = ((0.,) * 3, (1.,) * 3) if stats is None else stats
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255
     return (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 def _picture(x, truth, stats):
@@ -252,20 +252,26 @@ def _unpack(packed, folder, webgpu):
         for name in _engine_names(webgpu):
             write_atomic(folder/name, archive.extractfile(f'package/dist/{name}').read())
 
+# %% ../../nbs/show/10_live_page.ipynb #ae6f3bb8
+def _found_engine(ort, webgpu):
+    "The folder that holds the engine's files: `ort` itself, or one of those that npm makes in it."
+    places = [Path(ort), Path(ort)/'dist', Path(ort)/'package'/'dist']
+    names = _engine_names(webgpu)
+    if at := next((p for p in places if all((p/n).is_file() for n in names)), None): return at
+    raise FileNotFoundError(f"ort: expected a folder with {', '.join(names)} (of {ENGINE}), got {str(ort)!r}: "
+                            "`fetch_engine('ort')` makes one")
+
 def _place_engine(ort, folder, webgpu):
-    "Copy the engine from the folder `ort`, or fetch it; gives what the page must know."
-    if ort is None: fetch_engine(folder, webgpu)
-    else:
-        places = [Path(ort), Path(ort)/'dist', Path(ort)/'package'/'dist']
-        names = _engine_names(webgpu)
-        at = next((p for p in places if all((p/n).is_file() for n in names)), None)
-        if at is None:
-            raise FileNotFoundError(f"ort: expected a folder with {', '.join(names)} (of {ENGINE}), got {str(ort)!r}: "
-                                    "`fetch_engine('ort')` makes one")
-        folder.mkdir(parents=True, exist_ok=True)
-        for n in names: write_atomic(folder/n, (at/n).read_bytes())
-    return {k: dict(module=f'ort/{module}', binary=f'ort/{binary}', bytes=(folder/binary).stat().st_size)
-            for k, (module, binary) in ENGINE_FILES.items() if k == 'wasm' or webgpu}
+    "The engine from the folder `ort`, or by npm, with its programs packed; gives what the page must know."
+    folder.mkdir(parents=True, exist_ok=True)
+    engines = {k: names for k, names in ENGINE_FILES.items() if k == 'wasm' or webgpu}
+    with tempfile.TemporaryDirectory() as tmp:
+        at = fetch_engine(tmp, webgpu) if ort is None else _found_engine(ort, webgpu)
+        for module, program in engines.values():
+            write_atomic(folder/module, (at/module).read_bytes())
+            write_atomic(folder/f'{program}.gz', gzip.compress((at/program).read_bytes(), 6, mtime=0))
+    return {k: dict(module=f'ort/{module}', binary=f'ort/{program}.gz', bytes=(folder/f'{program}.gz').stat().st_size)
+            for k, (module, program) in engines.items()}
 
 # %% ../../nbs/show/10_live_page.ipynb #680c4509
 class _CounterPredictor(NoisyPredictor):
@@ -333,7 +339,7 @@ def export_explorer(
     samples: int = 8,  # how many images to show at most
     precision: str = 'half',  # of the weights in the files: 'half' or 'float'
     ort=None,  # a folder with the files of onnxruntime-web; None: fetch them by npm
-    webgpu: bool = True,  # offer the graphics card, too: 27 MB that are loaded only when chosen
+    webgpu: bool = True,  # offer the graphics card, too: 7 MB that are loaded only when chosen
     gallery: int = 3,  # pictures with frames computed before, for the time of loading; 0: none
     title: str = 'Drag the noise',  # of the page
     about: str = ABOUT,  # a sentence below it
@@ -362,7 +368,8 @@ def _place_files(explorer, folder, precision):
     for i in range(len(x)):
         truth = explorer._truth[i] if explorer.info['truth'] else None
         files[f'picture{i}.bin'], exact = _picture(x[i:i + 1], truth, explorer._stats)
-        pictures.append(dict(file=f'picture{i}.bin', exact=exact, truth=truth is not None))
+        pictures.append(dict(file=f'picture{i}.bin', exact=exact, truth=truth is not None,
+                             bytes=len(files[f'picture{i}.bin'])))
     for old in (*folder.glob('network*.*'), *folder.glob('picture*.bin')): old.unlink()
     for name, data in files.items(): write_atomic(folder/name, data)
     return dict(networks=networks, pictures=pictures, wheres={k: [p[k] for p in picked] for k in wheres})
@@ -378,7 +385,7 @@ def _write(explorer, laws, folder, precision, ort, webgpu, gallery, title, about
     manifest['gallery'] = _gallery(explorer, folder/'gallery', min(gallery, len(manifest['pictures'])))
     write_atomic(folder/'manifest.json', json.dumps(manifest, separators=(',', ':')) + '\n')
     _front(folder, title, about)
-    return engines['wasm']['bytes'] + sum(f['bytes'] for f in manifest['networks'])
+    return engines['wasm']['bytes'] + sum(f['bytes'] for f in (*manifest['networks'], *manifest['pictures']))
 
 # %% ../../nbs/show/10_live_page.ipynb #64509f2c
 def _manifest(explorer, laws, networks):

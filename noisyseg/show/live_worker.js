@@ -30,6 +30,12 @@ async function read(name, count) {                           // a file's bytes; 
   return bytes
 }
 
+async function unpacked(bytes) {                             // of gzip, unless the server has unpacked it already
+  if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))
+  return new Uint8Array(await new Response(stream).arrayBuffer())
+}
+
 function halves(bytes) {                                     // float16 to float32
   const from = new Uint16Array(bytes.buffer, bytes.byteOffset, bytes.length / 2), to = new Float32Array(from.length)
   for (let i = 0; i < from.length; i++) {
@@ -42,8 +48,9 @@ function halves(bytes) {                                     // float16 to float
 async function loadEngine(kind, count) {
   const engine = manifest.engines[kind]
   ort = await import(url(engine.module))
+  ort.env.logLevel = 'error'
   // one thread: more need a server that isolates the page
-  Object.assign(ort.env.wasm, {numThreads: 1, wasmBinary: (await read(engine.binary, count)).buffer})
+  Object.assign(ort.env.wasm, {numThreads: 1, wasmBinary: (await unpacked(await read(engine.binary, count))).buffer})
   return kind === 'webgpu' ? ['webgpu', 'wasm'] : ['wasm']
 }
 
@@ -55,13 +62,14 @@ async function loadNetwork(facts, providers, count) {
     const n = shape.reduce((a, b) => a * b, 1), clean = all.subarray(at, at += n)
     return {input: `w${i}`, name, shape, stream, std, clean, noisy: new Float32Array(n), z: null, seed: null}
   })
-  const session = await ort.InferenceSession.create(graph, {executionProviders: providers})
+  const session = await ort.InferenceSession.create(graph, {executionProviders: providers,
+    logSeverityLevel: 3})                                    // errors
   return {...facts, weights, session, references: new Map()}
 }
 
 async function open({engine, state}) {
   manifest = JSON.parse(new TextDecoder().decode(await read('manifest.json', () => {})))
-  const total = manifest.engines[engine].bytes + manifest.networks.reduce((n, m) => n + m.bytes, 0)
+  const total = manifest.engines[engine].bytes + [...manifest.networks, ...manifest.pictures].reduce((n, m) => n + m.bytes, 0)
   let loaded = 0, told = 0
   const count = n => {
     loaded += n
@@ -73,14 +81,14 @@ async function open({engine, state}) {
   networks = []
   pictures = []
   for (const facts of manifest.networks) networks.push(await loadNetwork(facts, providers, count))
+  const shown = await Promise.all(manifest.pictures.map((facts, i) => loadPicture(facts, i, count)))
   await check(engine)
-  postMessage({kind: 'ready', engine})
+  postMessage({kind: 'ready', engine, pictures: shown})
 }
 
 /** Does this browser compute what PyTorch computed? A few hundred logits under noise, for each network. */
 async function check(engine) {
   const {state, logits, tolerance} = manifest.check
-  await addPicture(state.sample)
   for (const [i, network] of networks.entries()) {
     const got = (await run(network, i, state)).data, {values, step, top} = logits[i]
     const worst = values.reduce((a, v, k) => Math.max(a, Math.abs(v - got[k * step])), 0)
@@ -102,12 +110,11 @@ function normalised(rgb) {                                   // uint8 (height, w
   return x
 }
 
-async function addPicture(number) {
-  if (pictures[number]) return
-  const {file, exact} = manifest.pictures[number], bytes = await read(file, () => {})
-  const n = size(), skip = 4 * n
-  pictures[number] = exact ? normalised(bytes.subarray(0, 3 * n))
-    : new Float32Array(bytes.slice(skip, skip + 4 * manifest.channels * n).buffer)
+async function loadPicture(facts, number, count) {           // gives what the page shows: the picture and its mask
+  const bytes = await read(facts.file, count), n = size(), rgb = bytes.slice(0, 3 * n)
+  pictures[number] = facts.exact ? normalised(rgb)
+    : new Float32Array(bytes.slice(4 * n, 4 * n + 4 * manifest.channels * n).buffer)
+  return {rgb, mask: facts.truth ? bytes.slice(3 * n, 4 * n) : null}
 }
 
 // ---------------------------------------------------------------- a frame
@@ -181,7 +188,6 @@ function counted(network, i, state) {                        // the histogram of
 }
 
 async function frame(state) {
-  if (state.sample < manifest.pictures.length) await addPicture(state.sample)
   const truth = manifest.pictures[state.sample]?.truth
   const preds = [], hists = []
   for (const [i, network] of networks.entries()) {
@@ -202,7 +208,6 @@ async function frame(state) {
 // ---------------------------------------------------------------- messages
 
 async function logitsOf(state) {                             // for tests: what the networks say, number by number
-  if (state.sample < manifest.pictures.length) await addPicture(state.sample)
   const found = []
   for (const [i, network] of networks.entries()) found.push((await run(network, i, state)).data.slice())
   return {logits: found}
