@@ -1,4 +1,4 @@
-"""Noise that any program can draw anew: one seed, one name of a weight and one formula give the same numbers, to the last bit.
+"""Noise that any program can draw anew: a seed, a weight's name and a formula give the same numbers, bit for bit.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/counter.html.md"""
 

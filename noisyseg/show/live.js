@@ -210,8 +210,8 @@ class LivePage {
   constructor(manifest) {
     this.manifest = manifest
     this.own = manifest.channels === 3 && !!manifest.stats
-    this.engine = new URLSearchParams(location.search).get('engine') === 'webgpu' && manifest.engines.webgpu && navigator.gpu
-      ? 'webgpu' : 'wasm'
+    const asked = new URLSearchParams(location.search).get('engine')
+    this.engine = asked === 'webgpu' && manifest.engines.webgpu && navigator.gpu ? 'webgpu' : 'wasm'
   }
   say(text, kind = '') { $('status').textContent = text; $('status').className = kind }
 
@@ -340,10 +340,11 @@ class LivePage {
     const save = tag('button', {title: 'the picture as the networks see it, as a PNG', onclick: () => this.save()},
       'save the picture')
     $('tools').append(python, link, save)
-    if (this.manifest.engines.webgpu && navigator.gpu) this.engines()
+    if (this.manifest.engines.webgpu) this.engines()
     $('python').hidden = false
   }
-  engines() {                                                // another engine is another page: it is loaded anew
+  async engines() {                                          // another engine is another page: it is loaded anew
+    if (!await navigator.gpu?.requestAdapter()) return
     const choose = tag('select', {'aria-label': 'what computes', onchange: () => {
       const q = new URLSearchParams(location.search)
       choose.value === 'webgpu' ? q.set('engine', 'webgpu') : q.delete('engine')

@@ -1,4 +1,4 @@
-"""One folder with your networks in it: whoever opens its page drags the noise on pictures of their own, with no Python anywhere.
+"""One folder with your networks: whoever opens its page drags the noise on pictures of their own, without any Python.
 
 Docs: https://noisyseg.github.io/noisyseg/show/live_page.html.md"""
 
