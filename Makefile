@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+LIVE ?= _live
 PY := $(VENV)/bin/python
 
 # figures are saved as text/html too, without 5 MB of plotly.js in each; this environment's own kernel, not one from ~
@@ -17,7 +18,7 @@ TOUR := nbs/tutorials/tour.ipynb
 ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up lab test check demo bench export docs docs-check lint wheel clean
+.PHONY: help set-up lab test check demo bench export docs docs-check live lint wheel clean
 
 help: ## this list
 	@echo "noisyseg: train a segmentation network under weight noise, and see what the noise costs"
@@ -57,6 +58,9 @@ docs: set-up ## build the site into _docs/ (needs quarto)
 docs-check: set-up ## test what can be tested of the site and README without quarto
 	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)
 
+live: set-up ## the page that runs networks in a browser, into _live/ (needs npm); elsewhere: make live LIVE=folder
+	@$(PY) -m noisyseg.show.live_page $(LIVE)
+
 lint: set-up ## ruff over notebooks, modules and tests
 	$(PY) -m ruff check
 
@@ -64,6 +68,6 @@ wheel: set-up ## wheel and source archive into dist/
 	$(PY) -m build
 
 clean: ## remove what builds and tests left; .venv stays
-	rm -rf build dist *.egg-info _proc _docs .pytest_cache .ruff_cache .hypothesis test-screenshots
+	rm -rf build dist *.egg-info _proc _docs _live .pytest_cache .ruff_cache .hypothesis test-screenshots
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

@@ -33,5 +33,5 @@ setup(
     entry_points={'console_scripts': lines('console_scripts'),
                   'nbdev': [f'{cfg["lib_name"]} = {cfg["lib_name"]}._modidx:d']},
     packages=find_packages(include=['noisyseg', 'noisyseg.*']),
-    package_data={'noisyseg.show': ['*.js', 'models/*']},
+    package_data={'noisyseg.show': ['*.js', '*.html', 'models/*'], 'noisyseg.perturb': ['profiles/*.json']},
 )

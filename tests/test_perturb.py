@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import pytest
 import timm
@@ -249,3 +250,33 @@ def test_ctrl_c_in_an_inner_block_does_not_wait_for_the_outer_one(monkeypatch):
         with perturbed(net, MaxGaussian(0.1), by_name('1.*'), generator=0): reached.append('inner')
         reached.append('outer')
     assert not reached and all(torch.equal(p, c) for p, c in zip(net.parameters(), clean))
+
+
+def test_the_fast_path_of_attention_carries_the_noise():
+    "PyTorch's fused transformer reads weights past the layers; each that is selected changes its output"
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    packs = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    calls = {'attention': (nn.MultiheadAttention(8, 2, batch_first=True), lambda m: m(x, x, x, need_weights=False)[0]),
+             'layer': (layer, lambda m: m(x)), 'packed': (packs, lambda m: m(x, src_key_padding_mask=padding))}
+    for name, (net, call) in calls.items():
+        net.eval()
+        picked = kernels_and_scales.names(net)
+        assert any(n.endswith('in_proj_weight') for n in picked) and any(n.endswith('out_proj.weight') for n in picked)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # torch: nested tensors are a prototype
+            clean = call(net)
+            for one in picked:
+                with perturbed(net, MaxGaussian(0.3, per='tensor'), one, generator=0):
+                    assert (call(net) - clean).abs().max() > 1e-3, one
+            with perturbed(net, MaxGaussian(0.3), kernels_and_scales, generator=0):
+                fast = call(net)
+                torch.backends.mha.set_fastpath_enabled(False)
+                try: slow = call(net)
+                finally: torch.backends.mha.set_fastpath_enabled(True)
+            keep = ~padding if name == 'packed' else ...
+            torch.testing.assert_close(fast[keep], slow[keep], rtol=1e-4, atol=1e-5)
+            assert torch.equal(call(net), clean)

@@ -214,14 +214,16 @@ def test_wheel_with_its_requirements_only(empty):
 
 
 def test_wheel_holds_the_package(built):
-    "The modules, the licence, the explorer's front end and its two small networks; no notebooks, tests or data"
+    "The modules, the licence, the explorer's front end, two small networks, three chips; no notebooks, tests or data"
     from zipfile import ZipFile
     names = ZipFile(built['wheel']).namelist()
     assert {f'noisyseg/{m.replace(".", "/")}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
     assert any(o.endswith('licenses/LICENSE') for o in names)
-    assert {f'noisyseg/show/{o}' for o in ('explorer.js', 'models/scenes_clean.safetensors',
+    assert {f'noisyseg/show/{o}' for o in ('explorer.js', 'live.js', 'live_worker.js', 'noise.js', 'live.html',
+                                           'models/scenes_clean.safetensors',
                                            'models/scenes_noise_trained.json')} <= set(names)
+    assert {f'noisyseg/perturb/profiles/{o}.json' for o in ('pcm', 'rram', 'low_voltage_sram')} <= set(names)
     assert Path(built['wheel']).stat().st_size < 2_000_000
 
 

@@ -22,7 +22,7 @@ from .store import COLUMNS
 from .summary import kind_of, main_metric, percent, summarise
 from .sweeps import check_models, reads_inputs, sweep
 from .task import Task
-from ..perturb.disturbance import Disturbance
+from ..perturb.disturbance import Composed, Disturbance
 from ..perturb.laws import AbsoluteGaussian, MaxGaussian, RelativeGaussian
 from ..perturb.quantization import Quantize
 
@@ -162,7 +162,7 @@ def _mce(df, metric):
     known, clean = df.attrs.get('disturbances'), df['disturbance'] == Untouched.label
     for label, part in df[~clean].groupby('disturbance', sort=False):
         kind = kind_of(label, part['law'].iloc[0], known)
-        if not reads_inputs(kind): continue
+        if not reads_inputs(kind) or isinstance(kind, Composed): continue   # of corruptions alone
         m = mean_corruption_error(pd.concat([df[clean], part]), df['baseline'].iloc[0], metric)
         over = m['corruptions'].iloc[0]
         yield over, m[m['corruptions'] == over].groupby('model')['mCE'].mean()

@@ -8,12 +8,12 @@ Docs: https://noisyseg.github.io/noisyseg/measure/evaluation.html.md"""
 __all__ = ['open_loader', 'Batches', 'untouched', 'draw_seed', 'scores']
 
 # %% ../../nbs/measure/03_evaluation.ipynb #39becb21
+import random, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
-from fastai.data.core import DataLoaders
-from fastai.torch_core import get_random_states, set_random_states
 from torch import nn
 from torch.utils.data import RandomSampler
 
@@ -25,7 +25,8 @@ def open_loader(
     dl,  # a loader, DataLoaders, a list, a generator
 ) -> tuple:  # the loader, its length (None: not known, or to be read only once), and an iterator
     "A loader that yields the same batches each time, or an error."
-    if isinstance(dl, DataLoaders): dl = dl.valid
+    fastai = sys.modules.get('fastai.data.core')   # who never imported it has no DataLoaders, and need not wait for it
+    if fastai and isinstance(dl, fastai.DataLoaders): dl = dl.valid
     if getattr(dl, 'shuffle', False) is True or isinstance(getattr(dl, 'sampler', None), RandomSampler):
         raise ValueError("dl: this loader shuffles, so each measurement would see other batches. "
                          "Pass dls.valid, or dl.new(shuffle=False, drop_last=False)")
@@ -76,10 +77,12 @@ def untouched(
     models,  # modules
 ):
     "Models in evaluation mode within; afterwards each module's training flag and all random states are what they were."
-    states = get_random_states()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        with evaluating(*models): yield
-    finally: set_random_states(**states)
+        with torch.random.fork_rng(), evaluating(*models): yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 # %% ../../nbs/measure/03_evaluation.ipynb #105c0b97
 def draw_seed(

@@ -8,6 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/sensitivity.html.md"""
 __all__ = ['stages', 'check_groups', 'layer_sensitivity', 'own_answers', 'AnswersTask', 'divergence', 'weight_std']
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #2087967a
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -96,9 +97,10 @@ def layer_sensitivity(
     with untouched([model]):
         groups = check_groups(groups, model, where)
         entries = [Entry(d.label, d, g, [d.level]) for g in groups.values()]
-        none = Entry(d.label, d, Selector(lambda *a: False, 'none'), [])
+        level = 0. if math.isnan(d.nothing) else d.nothing
+        none = Entry(d.label, d, Selector(lambda *a: False, 'none'), [level], idle=True)
         grid = Grid(models, dl, entries, draws, seed, task, ignore_index, class_names, cache_mb)
-        grid.entries = {none.key: none._replace(levels=[none.quiet]), **grid.entries}
+        grid.entries = {none.key: none, **grid.entries}
         df = run_grid(grid, store, on, progress)
     size = {s.name: s.value().numel() for s in select(model, where)}
     weights = {'none': 0, **{str(g): sum(size[n] for n in g.names(model)) for g in groups.values()}}
@@ -114,12 +116,16 @@ def own_answers(
 ) -> list:  # batches (images, clean logits (batch, classes, ...)) for `AnswersTask`; all held in memory
     "What a network says while nothing disturbs it, as the truth to measure it by."
     batches = Batches(dl, task=task)
+    if not batches.task.logits:
+        raise TypeError(f"task: {batches.task!r} does not say that its outputs are logits (batch, classes, …), so there "
+                        f"are no answers to compare; if they are, write `logits = True` in its class")
     with untouched([model]): return [(x, batches.task.output(model, x, y).cpu()) for x, y in batches]
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #7b63806f
 class AnswersTask(Task):
     "How far a network's answers are from those it gave undisturbed. Its batches come from `own_answers`."
     metric = 'agreement'
+    logits = True
     def batch(self, batch, i=0):
         x, y = plain_tensors(batch, i)
         if y.is_floating_point() and y.ndim in (2, 4): return x, y

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from ..basics import check_choice, check_whole
 from ..perturb.disturbance import Disturbance
@@ -101,6 +100,7 @@ def t_half(
     confidence: float = 0.95,
 ):  # half of the interval's length; nan for a single value
     "Half of Student's t interval for a mean, where the number of values was fixed before any was seen."
+    from scipy import stats  # dear to import, and needed for intervals only
     return stats.t.ppf(0.5 + confidence / 2, np.maximum(np.asarray(n) - 1, 1)) * sd / np.sqrt(n)
 
 # %% ../../nbs/measure/08_summary.ipynb #b2008429

@@ -28,7 +28,7 @@ from .prefix import PrefixCache
 from .store import Cell, Row, Store, facts, store_path, to_frame
 from .summary import until
 from .task import Task
-from ..perturb.disturbance import Disturbance, Law
+from ..perturb.disturbance import Composed, Disturbance, Law
 from ..perturb.selectors import Selector, as_selector, select
 
 # %% ../../nbs/measure/09_sweeps.ipynb #f6d7dfc6
@@ -74,6 +74,7 @@ def reads_inputs(
     disturbance,  # a disturbance, or its class
 ) -> bool:
     "Does it change what the network sees?"
+    if isinstance(disturbance, Composed): return any(reads_inputs(p) for p in disturbance.parts)
     kind = disturbance if isinstance(disturbance, type) else type(disturbance)
     return kind.batches is not Disturbance.batches and not issubclass(kind, Law)
 
@@ -84,6 +85,7 @@ class Entry(NamedTuple):
     disturbance: Disturbance  # its own level does not matter
     where: Selector | None  # weights that it acts on
     levels: list  # in order
+    idle: bool = False  # does it act on nothing, whatever the level?
 
     @property
     def place(self) -> str:
@@ -96,8 +98,9 @@ class Entry(NamedTuple):
         return self.disturbance.random and not (self.inputs and self.where is None)
     @property
     def key(self) -> tuple: return self.label, self.disturbance.name, self.place
-    @property
-    def quiet(self) -> float: return 0. if math.isnan(self.disturbance.nothing) else self.disturbance.nothing
+    def quiet(self, level: float) -> bool:
+        "Does nothing happen at this level? Of a composition there is no such level."
+        return self.idle or level == self.disturbance.nothing
 
 # %% ../../nbs/measure/09_sweeps.ipynb #b1e4f8ac
 def entry_of(
@@ -221,7 +224,7 @@ def cells_of(
     "In the order of measurement: draws, then models, then disturbances, then levels."
     return [Cell(*key, *e.key, level, k) for k in range(grid.draws) for key in grid.models
             for e in grid.entries.values() for level in e.levels
-            if k == 0 or (e.seeded and level != e.quiet)]
+            if k == 0 or (e.seeded and not e.quiet(level))]
 
 # %% ../../nbs/measure/09_sweeps.ipynb #0eaecbaf
 def wanted(
@@ -257,7 +260,7 @@ def groups_of(
     for c in cells:
         e = grid.entries[c[2:5]]
         shared = (c.level,) if e.inputs else c[:2]
-        groups.setdefault((e.key, c.level == e.quiet, c.draw, shared), []).append(c)
+        groups.setdefault((e.key, e.quiet(c.level), c.draw, shared), []).append(c)
     return list(groups.items())
 
 # %% ../../nbs/measure/09_sweeps.ipynb #c07772b5

@@ -20,6 +20,7 @@ from ..nets.adapter import class_count, class_names, logits_of, run_model
 class Task:
     "What a batch is, what a network says to it, and how good that is. Subclass it for a task of your own."
     metric: ClassVar[str] = 'score'  # the main score: what tables and figures show by default
+    logits: ClassVar[bool] = False  # are outputs logits (batch, classes, …), so that answers can be drawn and compared?
 
     def batch(self,
         batch,  # what a loader yields
@@ -102,6 +103,7 @@ class CountedRecall(CountedScores):
 class ClassNumbers(Task):
     "What masks and labels have in common: class numbers as truth, logits as output."
     truth: ClassVar[str] = ''  # what it is, for errors
+    logits = True
 
     def batch(self, batch, i=0):
         x, y = plain_tensors(batch, i)

@@ -109,6 +109,9 @@ def predicted_costs(
                         f"anything else can be measured: `measured_costs`")
     batches, generator = Batches(dl, task=task), torch.Generator().manual_seed(draw_seed(seed, 0))
     check_whole('passes', passes, 1)
+    if not batches.task.logits:
+        raise TypeError(f"task: {batches.task!r} does not say that its outputs are logits (batch, classes, …), whose "
+                        f"answers could be drawn: measured_costs(…, of='score') measures instead")
     sites = select(model, law.where if where is None else where)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -241,12 +244,14 @@ def _orders(units, model, where, compare, seed):
 # %% ../../nbs/mend/02_protection.ipynb #8e7691f6
 def _costs(model, dl, disturbance, by, costs, args, measuring):
     "What each weight costs, and how that is divided among its channels."
-    if costs is None: costs = 'predicted' if isinstance(disturbance, Law) else 'measured'
+    logits = Batches(dl, task=args['task']).task.logits
+    if costs is None: costs = 'predicted' if isinstance(disturbance, Law) and logits else 'measured'
     check_choice('costs', costs, 'predicted', 'measured')
     parts = None
     if by == 'channel' or costs == 'predicted': parts = predicted_costs(model, dl, disturbance, **args)
     if costs == 'predicted': return pd.Series({k: v.sum().item() for k, v in parts.items()}), parts
-    return measured_costs(model, dl, disturbance, **{**args, **measuring, 'of': 'agreement'}), parts
+    of = 'agreement' if logits else 'score'
+    return measured_costs(model, dl, disturbance, **{**args, **measuring, 'of': of}), parts
 
 # %% ../../nbs/mend/02_protection.ipynb #f551ad8d
 def protect(
@@ -257,7 +262,7 @@ def protect(
     budget: float = None,  # share of the weights that may be kept exact, 0 to 1; None: see `target`
     target: float = 0.8,  # share of the loss to be regained; the smallest share on the curve that does it is taken
     by: str = 'channel',  # what is kept exact or not: an output 'channel', or a whole 'layer'
-    # what the choice goes by: costs 'predicted' from gradients, for laws of noise on networks that segment or classify,
+    # what the choice goes by: costs 'predicted' from gradients, for laws of noise where outputs are logits of classes,
     # or 'measured', a layer at a time; None: predicted where that can be
     costs: str = None,
     verify=None,  # other batches, on which the curve is measured; None: the same

@@ -30,7 +30,8 @@ def _first_tensor(out, name):
             out = out[key]
         elif isinstance(getattr(out, 'logits', None), Tensor): out = out.logits
         else: raise TypeError(_unknown(out, name))
-    return out.as_subclass(Tensor)
+    # an exporter cannot follow a change of class, and traces plain tensors anyway
+    return out if torch.compiler.is_exporting() else out.as_subclass(Tensor)
 
 # %% ../../nbs/nets/01_adapter.ipynb #d414dbc1
 def _unknown(out, name):

@@ -230,12 +230,23 @@ def _from_table(like, generator):
                                                        for i in range(k)]) if k else t[:0]
     return [draw(w, k).view(w.shape) for w, k in zip(like, pieces)]
 
+# %% ../../nbs/perturb/02_clone.ipynb #8b8deab7
+def _by_name(generator, clone):
+    "The draws of a generator that goes by the names of weights."
+    if clone.rng == 'table': raise ValueError(f"{generator} draws each number by a formula: leave rng='normal'")
+    shapes = {name: c.shape for name, c in zip(clone.names, clone._clean)}
+    return [z.to(c.device) for z, c in zip(generator.normals(shapes), clone._clean)]
+
 # %% ../../nbs/perturb/02_clone.ipynb #300b5fc1
 @patch
 @contextmanager
 def _drawing(self:WeightClone, generator, redraw):
     "The draws, tensor by tensor; for large models on a CPU a thread runs ahead of the law."
     if not redraw and self._z is not None: yield iter(self._z); return
+    if hasattr(generator, 'normals'):
+        self._z = _by_name(generator, self)
+        yield iter(self._z)
+        return
     if self.rng == 'table':
         self._z = _from_table(self._clean, generator)
         yield iter(self._z)

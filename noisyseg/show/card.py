@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..measure.card import Untouched, card_summary, card_table
-from ..measure.summary import interruption
+from ..measure.summary import interruption, kind_of
 from .pictures import INK, LINE, noisyseg_template
 
 # %% ../../nbs/show/04_card.ipynb #97b03e2a
@@ -28,6 +28,14 @@ def _panel(s, models):
         return (f"<b>{m}</b><br>{100 * wide['mean'].loc[m, l]:.1f} %{interval}<br>{100 * wide['lost'].loc[m, l]:.1f} "
                 f"points below its clean score")
     return levels, wide['mean'], wide['lost'], [[tell(m, l) for l in levels] for m in models]
+
+# %% ../../nbs/show/04_card.ipynb #c4a8c3e6
+def _ticks(df, label, levels):
+    "What stands below the columns of one disturbance: short numbers, or texts where numbers would be long."
+    if label == Untouched.label: return [''] * len(levels)
+    law = df.loc[df['disturbance'] == label, 'law'].iloc[0]
+    kind = kind_of(label, law, df.attrs.get('disturbances'))
+    return [kind.amount(l) if kind.log else f'{l:g}'.replace('0.', '.') for l in levels]
 
 # %% ../../nbs/show/04_card.ipynb #856673ae
 def plot_card(
@@ -48,8 +56,7 @@ def plot_card(
     top = max(100 * s['lost'].max(), 1)
     for i, p in enumerate(panels, 1):
         levels, mean, lost, tell = _panel(s[s['disturbance'] == p], models)
-        fig.add_heatmap(row=1, col=i, x=['' if p == Untouched.label else f'{l:g}'.replace('0.', '.') for l in levels],
-                        y=models,
+        fig.add_heatmap(row=1, col=i, x=_ticks(df, p, levels), y=models,
                         z=(100 * lost).round(2).to_numpy(), text=(100 * mean).map('{:.0f}'.format).to_numpy(),
                         texttemplate='%{text}',
                         hovertext=tell, hoverinfo='text', coloraxis='coloraxis', xgap=1, ygap=1)

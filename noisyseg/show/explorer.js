@@ -185,6 +185,10 @@ class Panel {
     this.figure = tag('figure', {}, tag('figcaption', {}, tag('span', {class: 'name', style: colour
       ? `color:${colour}` : ''}, name), this.note), this.canvas)
   }
+  rename(name) {
+    this.figure.querySelector('.name').textContent = name
+    this.canvas.setAttribute('aria-label', name)
+  }
   resize(w, h) {
     if (this.buffer.width === w && this.buffer.height === h && this.pixels) return
     Object.assign(this.buffer, {width: w, height: h})
@@ -301,6 +305,9 @@ export class Explorer {
     this.resizer.observe(el)
     this.themes = new MutationObserver(() => this.theme())
     this.themes.observe(document.body, {attributes: true, attributeFilter: ['class', 'data-jp-theme-light']})
+    this.scheme = matchMedia('(prefers-color-scheme: dark)')
+    this.onScheme = () => this.theme()
+    this.scheme.addEventListener('change', this.onScheme)
     this.theme()
     this.sync()
     this.ask()
@@ -314,11 +321,13 @@ export class Explorer {
   close() {
     this.closed = true
     clearTimeout(this.idle)
+    this.scheme.removeEventListener('change', this.onScheme)
     this.unlisten(); this.resizer.disconnect(); this.themes.disconnect(); this.host.close?.()
     this.el.replaceChildren()
   }
 
   theme() {                                                  // native controls follow the page, light or dark
+    this.el.style.colorScheme = ''                           // what it was set to would colour the ink
     const ink = getComputedStyle(this.el).color.match(/[\d.]+/g)?.map(Number) || [0, 0, 0]
     const dark = ink[0] + ink[1] + ink[2] > (ink.some((v, i) => i < 3 && v > 1) ? 384 : 1.5)
     this.el.style.colorScheme = dark ? 'dark' : 'light'
@@ -342,11 +351,10 @@ export class Explorer {
     this.unit = tag('span', {class: 'unit'})
     this.error = tag('div', {class: 'error', role: 'alert'})
     this.panels = {image: new Panel('image', this.view)}
-    const truth = new Panel(info.truth ? 'truth' : 'clean prediction', this.view)
+    const truth = new Panel('truth', this.view)
     this.panels.truth = truth
     const masks = models.map((m, i) => new Panel(m, this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
-    const wrongs = models.map((m, i) => new Panel(info.truth ? 'wrong' : 'changed', this.view,
-      MODEL_COLOURS[i % MODEL_COLOURS.length]))
+    const wrongs = models.map((m, i) => new Panel('wrong', this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
     Object.assign(this.panels, {masks, wrongs})
     this.all = [this.panels.image, ...masks, truth, ...wrongs]
     const grid = tag('div',
@@ -358,8 +366,7 @@ export class Explorer {
     this.curve = new Curve(models, v => this.setLevel(this.kind.step ? Math.round(v / this.kind.step) * this.kind.step
       : v))
     this.curveTitle = tag('h4',
-      {title: 'mean intersection over union, over the classes in the truth of this picture'}, info.truth
-      ? 'mIoU (%) of this picture, over its classes' : 'agreement with the clean prediction, mIoU (%)')
+      {title: 'mean intersection over union, over the classes in the truth of this picture'})
     this.histogram = svg('svg', {role: 'img', 'aria-label': 'weights of a layer before and after'})
     this.layer = tag('select', {'aria-label': 'layer of the histogram',
       onchange: e => this.set({layer: e.target.value})},
@@ -437,7 +444,7 @@ export class Explorer {
   }
   keys() {
     const known = [['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'],
-      ...(this.host.info.fixed ? [] : [['S', 'stability']]),
+      ...(this.groups.length ? [['S', 'stability']] : []),
       ...(this.host.info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
     return tag('div', {class: 'keys', style: 'margin-top:8px'}, ...known.flatMap(([k, what]) => [tag('kbd', {}, k),
       ` ${what}   `]), 'wheel: zoom, drag: pan, double click: whole picture')
@@ -594,7 +601,7 @@ export class Explorer {
       ArrowDown: () => step(-1),
       '[': () => this.step(-1), ']': () => this.step(1), m: () => this.set({mask: !this.host.state.mask}),
         r: () => this.reroll(),
-      ...(this.host.info.fixed ? {} : {s: () => this.set({stability: !this.host.state.stability})}),
+      ...(this.groups.length ? {s: () => this.set({stability: !this.host.state.stability})} : {}),
       ...(this.host.info.corruptions?.length ? {c: () => this.corrupt(e.shiftKey ? -1 : 1)} : {}),
       ...(this.host.state.corruption && !this.host.info.fixed ? Object.fromEntries([1, 2, 3, 4,
         5].map(v => [v, () => this.set({severity: v})])) : {})}
@@ -747,16 +754,17 @@ export class Explorer {
     this.idle = setTimeout(() => this.fill(), 60)
   }
 
-  sync_legend(stable) {
-    const {info} = this.host
-    this.panels.wrongs.forEach(p => { p.figure.querySelector('.name').textContent = stable ? 'draws disagree'
-      : info.truth ? 'wrong' : 'changed' })
-    if (stable) this.legend.replaceChildren(tag('b', {}, 'draws disagree'),
-      ': orange, the brighter the fewer of eight draws agree; the masks show the class of most draws')
-    else this.legend.replaceChildren(tag('b', {}, info.truth ? 'wrong' : 'changed'), info.truth
-      ? ': pixels in the colour of the class they were taken for; '
-      : ': pixels that are another class than without noise, in the colour of that class; ', tag('i'), info.truth
-        ? 'right' : 'unchanged')
+  label(truth, stable) {          // what is compared with: masks made by hand, or clean ones; or draws with one another
+    const [below, text, rest] = stable ? ['draws disagree',
+      ': orange, the brighter the fewer of eight draws agree; the masks show the class of most draws', null]
+      : truth ? ['wrong', ': pixels in the colour of the class they were taken for; ', 'right']
+        : ['changed', ': pixels that are another class than without noise, in the colour of that class; ', 'unchanged']
+    this.labelled = truth + 2 * stable
+    this.panels.truth.rename(truth ? 'truth' : 'clean prediction')
+    this.panels.wrongs.forEach(p => p.rename(below))
+    this.legend.replaceChildren(tag('b', {}, below), text, ...(rest ? [tag('i'), rest] : []))
+    this.curveTitle.textContent = truth ? 'mIoU (%) of this picture, over its classes'
+      : 'agreement with the clean prediction, mIoU (%)'
   }
 
   show() {                                                   // the frame, as the state wants it seen
@@ -768,8 +776,8 @@ export class Explorer {
     this.all.forEach(p => p.resize(w, h))
     blend(f.image, none, info.palette, shown, 0, this.panels.image.pixels.data)
     blend(f.image, f.truth || f.preds[0].reference, info.palette, shown, opacity, this.panels.truth.pixels.data)
-    const stable = !!f.state.stability && this.draws
-    this.sync_legend(stable)
+    const stable = !!f.state.stability && this.draws && this.groups.length > 0
+    if (this.labelled !== !!f.truth + 2 * stable) this.label(!!f.truth, stable)
     f.preds.forEach((p, i) => {
       blend(f.image, p.classes, info.palette, shown, opacity, this.panels.masks[i].pixels.data)
       const below = this.panels.wrongs[i].pixels.data

@@ -43,7 +43,7 @@ def _factor(kind): return 100 if kind.share else 1
 def _apart(kind):
     "Is the level at which nothing happens elsewhere than beside the mildest?"
     levels = list(kind.levels)
-    return len(levels) > 1 and levels[0] > levels[-1] and kind.nothing < levels[-1]
+    return kind.log or len(levels) > 1 and levels[0] > levels[-1] and kind.nothing < levels[-1]
 
 # %% ../../nbs/show/02_plots.ipynb #25dbb6c7
 def _x_axis(df):
@@ -51,7 +51,9 @@ def _x_axis(df):
     kind = _kind(df)
     levels = sorted(l for l in df['level'].unique() if not (_apart(kind) and l == kind.nothing))
     at = [l * _factor(kind) for l in levels]
-    ticks = dict(tickvals=at) if at and (np.diff(at) > 0.04 * (at[-1] - at[0])).all() else {}
+    spread = np.log10(at) if kind.log else np.array(at)
+    ticks = dict(tickvals=at) if at and (np.diff(spread) > 0.04 * (spread[-1] - spread[0])).all() else {}
+    if kind.log: ticks |= dict(type='log', ticktext=[plain_text(kind.amount(l)) for l in levels] if ticks else None)
     here = f"<b>{plain_text(kind.unit)} = %{{x:.3~g}}{' %' if kind.share else ''}</b>"
     return dict(title=plain_text(kind.axis_title()), unifiedhovertitle=dict(text=here), **ticks)
 

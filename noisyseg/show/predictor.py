@@ -231,7 +231,14 @@ def menu_of(
 ) -> dict:  # name in the menu -> a disturbance; `controls` and `disturbance_of` take it from there
     "The disturbances that there are by now and that can be made with their defaults, and those that are given."
     menu = {name: d for name, kind in Disturbance.registry.items() if (d := _by_defaults(kind)) is not None}
-    return {**{d.name: d for d in given if type(d).__name__ not in menu}, **menu}
+    return {**{d.name: d for d in given if not _reached(d, menu)}, **menu}
+
+def _reached(disturbance, menu):
+    "Do the controls of its kind lead to a disturbance, or has it constants or parts of its own?"
+    usual = menu.get(type(disturbance).__name__)
+    turned = {*_settings(disturbance), disturbance.field_of_level()}
+    fixed = [f.name for f in dataclasses.fields(disturbance) if f.name not in turned]
+    return usual is not None and all(getattr(disturbance, k) == getattr(usual, k) for k in fixed)
 
 # %% ../../nbs/show/05_predictor.ipynb #cccdedb4
 def menu_name(
@@ -240,14 +247,15 @@ def menu_name(
 ) -> str:
     "Under which name a disturbance is in a menu."
     kind = type(disturbance).__name__
-    return kind if kind in menu else disturbance.name
+    return kind if kind in menu and disturbance.name not in menu else disturbance.name
 
 # %% ../../nbs/show/05_predictor.ipynb #b2f31d42
 def _jsonable(v): return str(v) if isinstance(v, float) and v in (float('inf'), -float('inf')) else v
 
 def _settings(disturbance):
     "The fields beside the level, of those kinds that have a control: numbers, texts and choices."
-    values = {f.name: getattr(disturbance, f.name) for f in dataclasses.fields(disturbance)}
+    values = {f.name: getattr(disturbance, f.name) for f in dataclasses.fields(disturbance)
+              if f.name not in disturbance.constants}
     if not all(v is None or isinstance(v, (int, float, str)) for v in values.values()): return {}
     return {k: _jsonable(v) for k, v in values.items() if k != disturbance.field_of_level()}
 
@@ -255,7 +263,7 @@ def _settings(disturbance):
 def controls(
     disturbance: Disturbance,  # as it is to begin with
     name: str = None,  # in the menu; None: its class's
-) -> dict:  # id, doc, label, axis, unit, off, level, top, step, share, random, where, apart, field, fields, for JSON
+) -> dict:  # id, doc, label, unit, off, level, top, step, share, log, random, …, and fields, for JSON
     "What a front end must know of a disturbance to make controls for it."
     kind = type(disturbance)
     hints, docs = get_type_hints(kind), docments(kind)
@@ -263,14 +271,16 @@ def controls(
         choices = list(get_args(hints[k])) if get_origin(hints[k]) is Literal else None
         number = hints[k] in (float, int)
         return dict(name=k, default=v, choices=choices, type='float' if number else 'text', doc=docs.get(k) or '')
-    facts = {k: getattr(disturbance, k) for k in ('label', 'unit', 'off', 'level', 'top', 'step', 'share', 'random')}
+    names = ('label', 'unit', 'off', 'level', 'top', 'step', 'share', 'log', 'random')
+    facts = {k: getattr(disturbance, k) for k in names}
     levels = disturbance.levels
     more_is_mild = len(levels) > 1 and levels[0] > levels[-1]
     return dict(facts, id=name or kind.__name__, doc=' '.join((kind.__doc__ or '').partition('\n\n')[0].split()),
                 field=disturbance.unit,
                 axis=disturbance.axis_title(), top=max(facts['top'], disturbance.level, *levels),
-                where=disturbance.where is not None,
-                apart=more_is_mild and disturbance.nothing < min(levels),   # is nothing not beside the mildest level?
+                where=disturbance.where is not None, mildest=levels[0] if levels else None,
+                # is nothing not beside the mildest level?
+                apart=disturbance.log or more_is_mild and disturbance.nothing < min(levels),
                 fields=[field(k, v) for k, v in _settings(disturbance).items()])
 
 # %% ../../nbs/show/05_predictor.ipynb #d365a69e
