@@ -134,6 +134,7 @@ def _half_of(d, unit):
 
 def _p_values(n, sd, mean, half_of):
     "Two-sided, of a mean of zero: 1 - confidence of the interval that just touches it; nan for a single value."
+    from scipy import stats  # dear to import, and needed for intervals only
     with np.errstate(divide='ignore', invalid='ignore'):
         if half_of is t_half: p = 2 * stats.t.sf(abs(mean) * np.sqrt(n) / sd, n - 1)
         else:
