@@ -276,7 +276,7 @@ def class_folders(
         raise ValueError(f"{path}: the classes of the test set, {', '.join(test.vocab)}, are not those of training, "
                          f"{', '.join(images.vocab)}")
     jpeg = images.names[0].lower().endswith(('.jpg','.jpeg'))
-    about = f"{name or Path(path).stem}{', from JPEGs: a little harder than the original' if jpeg else ''}"
+    about = f"{name or Path(path).stem}{', from JPEGs: harder than the original' if jpeg else ''}"
     train, valid = _split(images.labels, n_valid, subset, len(images.vocab), split_seed)
     common = dict(vocab=images.vocab, stats=stats, seed=seed, about=about)
     sets = (ImageSet(images, images.labels, train, augment=augment, **common),
