@@ -452,3 +452,8 @@ def test_rescaling_of_a_clone():
     clone.recover().inject(PhaseChange(YEAR), 3)
     assert same(old, [p.detach() for p in clone.weights])
     clone.recover()
+
+
+def test_a_profile_with_converters_is_no_law():
+    with pytest.raises(TypeError, match='its `.law`'): WeightNoise(load_profile('pcm'))
+    assert len(repr(load_profile('pcm'))) < 60

@@ -43,7 +43,7 @@ def _which(generator, n, count):
     "The first `count` different numbers below `n` of a random sequence."
     sequence = np.empty(0, np.int64)
     while True:
-        more = max(1, (count - len(sequence)) // CHUNK + 1)
+        more = 1 + max(count - len(sequence), len(sequence) // 4) // CHUNK   # so that there are few turns
         drawn = [torch.randint(n, (CHUNK,), generator=generator).numpy() for _ in range(more)]
         sequence = np.concatenate([sequence, *drawn])
         first = np.unique(sequence, return_index=True)[1]

@@ -44,6 +44,7 @@ class Profile(Composed):
     def kind_name(self) -> str: return self.name
     def __str__(self) -> str: return f'{self.name} at {self.amount(self.level)}'
     describe = __str__
+    __repr__ = __str__
 
     @property
     def law(self) -> Law:
@@ -62,6 +63,7 @@ class LawProfile(Profile, ComposedLaw):
     level_of: int = -1  # number of the part whose level is the level of the whole
     name: str = ''  # of the chip: tables and figures say it
     source: str = ''  # where its constants come from
+    __repr__ = Profile.__str__
 
 # %% ../../nbs/perturb/10_profiles.ipynb #d329326f
 def make_profile(

@@ -75,8 +75,9 @@ class WeightNoise(Method):
         rng: str = 'normal',  # 'normal': every number drawn anew; 'table': stretches of a fixed table; cheaper
     ):
         if not callable(law):
+            part = '. What of it acts on weights is its `.law`' if 'law' in dir(law) else ''
             raise TypeError(f"a law is a function (weight, z) -> perturbed weight, such as MaxGaussian(0.05), got "
-                            f"{law!r}")
+                            f"{law!r}{part}")
         self.law = law
         self.when = check_choice('when', when, 'train', 'valid', 'both')
         self.draw = check_choice('draw', draw, 'step', 'epoch')
