@@ -9,7 +9,8 @@ __all__ = ['PRECISIONS', 'PAGE_LAWS', 'ENGINE', 'ENGINE_SHA512', 'ENGINE_FILES',
            'halved', 'export_graph', 'picture_input', 'fetch_engine', 'export_explorer', 'demo_page', 'main']
 
 # %% ../../nbs/show/10_live_page.ipynb #ba4a7dec
-import argparse, base64, copy, gzip, hashlib, html, json, re, shutil, subprocess, tarfile, tempfile, warnings
+import argparse, base64, copy, gzip, hashlib, html, io, json, logging, re, shutil, subprocess, tarfile, tempfile, warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def _exporter():
         raise ImportError(f"to write a network for browsers takes onnx and onnxscript ({e.name} is missing): "
                           "pip install noisyseg[live]") from None
 
+@contextmanager
+def _quiet():
+    "Without what torch says while it exports: of its own deprecations, and pages about what our message says in a line."
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action='ignore'), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally: logging.disable(before)
+
 def _traced(graph, args, name):
     "The network as torch.export sees it; ValueError says which module could not be traced."
     at = ['']
@@ -93,16 +104,18 @@ def _causes(error):
 
 def _untranslated(program, error, name):
     "What to say of a traced network that has no translation: the operator, and the module that calls it."
-    said = ' '.join(map(str, _causes(error)))
-    for node in program.graph.nodes:
-        target = rf"(?<![\w.]){re.escape(str(node.target))}(?![\w.])"
-        if node.op != 'call_function' or not re.search(target, said): continue
-        stack = node.meta.get('nn_module_stack') or {}
-        inside = [(k.partition('model.')[2], str(c).rpartition('.')[2]) for k, c in stack.values() if 'model.' in k]
-        module, kind = inside[-1] if inside else ('the network itself', '')
-        return (f"{name}: the operator {node.target}, in {module}{f' ({kind})' * bool(kind)}, has no translation to "
-                f"ONNX: exchange that module for one without it")
-    return f"{name}: this network has no translation to ONNX: {_first_line(list(_causes(error))[-1])}"
+    causes = list(_causes(error))
+    missing = re.search(r"OpOverload\(op='([\w.]+)'", ' '.join(map(str, causes)))
+    # it stands in the exporter's own words: prims.bessel_j0 was aten.special_bessel_j0.default
+    name_of = missing and re.compile(rf"\w+\.(\w+_)?{re.escape(missing[1].partition('.')[2])}(\.\w+)?")
+    for node in program.graph.nodes if missing else ():
+        if not name_of.fullmatch(str(node.target)): continue
+        stack = (node.meta.get('nn_module_stack') or {}).values()
+        inside = [(k.partition('model.')[2], str(c).rpartition('.')[2]) for k, c in stack if k.startswith('model.')]
+        module, kind = inside[-1] if inside else ('the network itself', 'its forward')
+        return (f"{name}: the operator {missing[1]}, in {module} ({kind}), has no translation to ONNX: exchange that "
+                "module for one without it")
+    return f"{name}: this network has no translation to ONNX: {_first_line(causes[-1])}"
 
 # %% ../../nbs/show/10_live_page.ipynb #ad72dd0e
 @torch.no_grad()
@@ -115,8 +128,7 @@ def export_graph(
     "A network as an ONNX graph that takes its weights from outside; ValueError names what cannot be exported."
     _exporter()
     graph = _Graph(model, list(weights), tuple(x.shape[2:])).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')   # of what is deprecated in the exporter itself
+    with _quiet():
         program = _traced(graph, (x, *weights.values()), name)
         inputs = ['picture', *(f'w{i}' for i in range(len(weights)))]
         names = dict(input_names=inputs, output_names=['logits'])
