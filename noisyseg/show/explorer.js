@@ -42,7 +42,7 @@ const css = `
 .nse .layers input { accent-color: var(--accent); margin: 0 }
 .nse .layers .share { color: var(--soft); font-variant-numeric: tabular-nums; text-align: right }
 .nse .layers.old .bars { opacity: .4 }
-.nse .level b { font-size: 15px } .nse .level input[type=number] { width: 76px; font-size: 15px;
+.nse .level b { font-size: 15px } .nse .level input[type=number] { width: 96px; font-size: 15px;
   font-variant-numeric: tabular-nums }
 .nse .level .unit { min-width: 96px; font-weight: 600 }
 .nse .bar { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin-bottom: 8px }
@@ -114,6 +114,13 @@ function svg(name, attributes = {}, text) {
 }
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v))
 const short = v => String(+Number(v).toPrecision(3))        // 0.150 -> 0.15
+/** Where a level stands on a slider from 0 to 1, and the way back. Where levels span orders of magnitude the slider is
+    logarithmic from the mildest one on, and its first twentieth is the way there from nothing. */
+const FIRST = .05
+const place = (kind, v) => !kind.log ? v / kind.top : v <= kind.mildest ? FIRST * v / kind.mildest
+  : FIRST + (1 - FIRST) * Math.log(v / kind.mildest) / Math.log(kind.top / kind.mildest)
+const levelAt = (kind, x) => !kind.log ? x * kind.top : x < FIRST / 2 ? 0 : +(kind.mildest *
+  (kind.top / kind.mildest) ** Math.max(0, (x - FIRST) / (1 - FIRST))).toPrecision(3)
 const percent = v => Number.isNaN(v) ? '–' : (100 * v).toFixed(1)
 const words = name => name.replaceAll('_', ' ')
 const corrupted = s => s.corruption ? `${words(s.corruption)}, severity ${s.severity}` : ''
@@ -227,8 +234,8 @@ function axes(target, w, h, left, bottom, xs, ys, xlabel, x, y, factor) {
     target.append(svg('line', {class: 'grid', x1: left, x2: w, y1: y(v), y2: y(v)}),
       svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, short(v * 100)))
   }
-  for (const v of xs) target.append(svg('text', {x: x(v), y: h - bottom + 15, 'text-anchor': 'middle'},
-    short(v * factor)))
+  for (const [v, text] of xs) target.append(svg('text', {x: x(v), y: h - bottom + 15, 'text-anchor': 'middle'},
+    text ?? short(v * factor)))
   target.append(svg('text', {x: (left + w) / 2, y: h - 1, 'text-anchor': 'middle'}, xlabel))
 }
 
@@ -242,17 +249,18 @@ class Curve {
       'aria-label': 'mIoU against noise level; click to set the level'})
     this.el.addEventListener('click', e => {
       const r = this.el.getBoundingClientRect(), left = 34
-      pick(clamp(((e.clientX - r.left) - left) / (r.width - left - 8), 0, 1) * this.top)
+      pick(levelAt(this.kind, clamp(((e.clientX - r.left) - left) / (r.width - left - 8), 0, 1)))
     })
   }
   draw(points, level, kind) {                                // points: Map level -> [mIoU of each model]
     const w = Math.max(220, this.el.clientWidth || 420), h = 176, left = 34, bottom = 32, {top} = kind
-    const x = v => left + (w - left - 8) * v / top, y = v => 6 + (h - bottom - 6) * (1 - v)
-    this.top = top
+    const x = v => left + (w - left - 8) * place(kind, v), y = v => 6 + (h - bottom - 6) * (1 - v)
+    this.kind = kind
     this.el.setAttribute('viewBox', `0 0 ${w} ${h}`)
     this.el.style.height = `${h}px`
     this.el.replaceChildren()
-    axes(this.el, w, h, left, bottom, [0, .25, .5, .75, 1].map(f => f * top), [0, .25, .5, .75, 1],
+    const ticks = kind.log ? kind.ticks : [0, .25, .5, .75, 1].map(f => [f * top])
+    axes(this.el, w, h, left, bottom, ticks, [0, .25, .5, .75, 1],
       kind.axis + (kind.apart ? ` (dashed: ${kind.off})` : ''), x, y, kind.share ? 100 : 1)
     this.el.append(svg('line', {x1: x(level), x2: x(level), y1: 4, y2: h - bottom, stroke: 'currentColor',
       'stroke-opacity': .55, 'stroke-dasharray': '3 3'}))
@@ -344,7 +352,8 @@ export class Explorer {
     this.el.setAttribute('aria-label', 'noise explorer')
     this.el.addEventListener('keydown', e => this.key(e))
     this.slider = tag('input', {type: 'range', 'aria-label': 'noise level',
-      title: 'how much: drag, or use the arrow keys', oninput: e => this.setLevel(+e.target.value)})
+      title: 'how much: drag, or use the arrow keys', oninput: e => this.setLevel(this.kind.log
+        ? levelAt(this.kind, +e.target.value) : +e.target.value)})
     this.number = tag('input', {type: 'number', 'aria-label': 'noise level, as a number',
       title: 'the same as a number', min: 0, onchange: e => this.setLevel(+e.target.value)})
     this.levelName = tag('b')
@@ -613,7 +622,8 @@ export class Explorer {
   neighbour(by) {
     const {levels} = this.host.info.fixed || {}, {level} = this.host.state
     return levels ? levels[clamp(levels.indexOf(level) + by, 0, levels.length - 1)]
-      : clamp(level + by * (this.kind.step || this.kind.top / 60), 0, this.kind.top)
+      : this.kind.log ? levelAt(this.kind, clamp(place(this.kind, level) + by / 60, 0, 1))
+        : clamp(level + by * (this.kind.step || this.kind.top / 60), 0, this.kind.top)
   }
 
   // ---- state in, pictures out
@@ -632,11 +642,12 @@ export class Explorer {
     this.levelName.textContent = kind.label
     this.levelName.title = kind.doc
     this.about.textContent = kind.doc
-    Object.assign(this.slider, {min: 0, max: Math.max(kind.top, s.level), step: info.fixed ? kind.top / 240
-      : kind.step || kind.top / 300})
-    this.slider.value = s.level; this.number.value = short(s.level); this.number.step = short(kind.step ||
-      kind.top / 60)
-    this.slider.setAttribute('aria-valuetext', `${kind.field} = ${short(s.level)}`)
+    Object.assign(this.slider, kind.log ? {min: 0, max: 1, step: .005} : {min: 0, max: Math.max(kind.top, s.level),
+      step: info.fixed ? kind.top / 240 : kind.step || kind.top / 300})
+    this.slider.value = kind.log ? place(kind, s.level) : s.level
+    this.number.value = short(s.level)
+    this.number.step = short(kind.step || kind.top / 60)
+    this.slider.setAttribute('aria-valuetext', this.frame?.text || `${kind.field} = ${short(s.level)}`)
     // a seed that nothing depends on is not shown
     this.draw.hidden = this.seedGroup.hidden = !this.draws && !s.corruption; this.lock.hidden = !this.draws
     this.whereLabel.hidden = !kind.where
@@ -660,13 +671,13 @@ export class Explorer {
   }
 
   sync_marks() {                                             // how much each model stands, on the slider's track
-    const {info} = this.host, {kind} = this, top = +this.slider.max
+    const {info} = this.host, {kind} = this, top = kind.log ? kind.top : +this.slider.max
     this.track.querySelectorAll('i').forEach(e => e.remove())
     for (const t of info.tolerances || []) {
       if (t.disturbance !== kind.id || t.level > top) continue
       const colour = MODEL_COLOURS[t.model % MODEL_COLOURS.length]
       this.track.append(tag('i', {role: 'img', title: t.text, 'aria-label': t.text,
-        style: `left: calc(8px + (100% - 16px) * ${t.level / top}); border-bottom-color: ${colour}`}))
+        style: `left: calc(8px + (100% - 16px) * ${place({...kind, top}, t.level)}); border-bottom-color: ${colour}`}))
     }
   }
 
@@ -717,7 +728,7 @@ export class Explorer {
     const s = {...this.host.state}, {top, step} = this.kind, points = this.points(s), n = step
       ? Math.floor(top / step) : 12
     const grid = this.host.info.fixed?.levels || Array.from({length: n + 1},
-      (_, i) => +(i * (step || top / 12)).toFixed(6))
+      (_, i) => this.kind.log ? levelAt(this.kind, i / n) : +(i * (step || top / 12)).toFixed(6))
     const missing = grid.filter(v => !points.has(v))
     if (this.busy || this.closed || document.hidden || this.el.classList.contains('failed')) return
     if (this.groups.length && !this.rest.hidden && this.costsOf !== this.costs_key(s)) return this.fill_costs(s)

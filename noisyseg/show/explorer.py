@@ -31,6 +31,7 @@ from ..measure.sensitivity import stages
 from ..mend.tolerances import Tolerance
 from ..measure.metrics import valid_pixels
 from ..nets.adapter import class_names
+from ..perturb import activations, bit_flips, devices, passes  # noqa: F401  whose kinds are in the menu then
 from ..perturb.disturbance import Disturbance
 from ..perturb.laws import MaxGaussian
 from ..perturb.selectors import Selector, as_selector, conv_and_linear, conv_and_norm, kernels_and_scales, weight_sites
@@ -521,9 +522,13 @@ def _manifest(self:NoiseExplorer, samples, levels, seeds, layers):
 
 # %% ../../nbs/show/06_explorer.ipynb #56cccd8f
 @patch
-def _top(self:NoiseExplorer): return next(d['top'] for d in self.info['disturbances'] if d['id'] == self.disturbance)
+def _scale(self:NoiseExplorer):
+    "What the slider's scale is."
+    kind = next(d for d in self.info['disturbances'] if d['id'] == self.disturbance)
+    return {k: kind[k] for k in ('top', 'log', 'mildest')}
 
-def _grid(levels, top):
+def _grid(levels, top, log=False, mildest=None):
+    if levels is None and log: levels = [0, *(float(f'{v:.3g}') for v in np.geomspace(mildest, top, 12))]
     levels = [round(i * top / 12, 6) for i in range(13)] if levels is None else [float(v) for v in levels]
     if levels != sorted(set(levels)) or not levels or levels[0] != 0:
         raise ValueError(f"levels: rising numbers that begin with 0, got {levels}")
@@ -540,7 +545,7 @@ def to_site(self:NoiseExplorer,
 ) -> int:  # bytes written
     "Write a page with the explorer, without a kernel: index.html, explorer.js, manifest.json, a file a sample."
     folder = Path(folder)
-    levels = _grid(levels, self._top())
+    levels = _grid(levels, **self._scale())
     samples = list(samples)
     seeds = list(seeds)
     files = {f'sample{i + 1}.bin': self._file(s, levels, seeds) for i, s in enumerate(samples)}
@@ -574,7 +579,8 @@ def to_html(self:NoiseExplorer,
     levels: list = None,  # rising, from 0; None: twelve steps to the slider's end, and the present level
 ) -> str:  # a page that needs nothing else
     "The sample, the draw and the corruption that are shown, at all levels, as one self-contained page."
-    if levels is None: levels = sorted({*_grid(None, max(self._top(), self.level)), self.level})
+    scale = self._scale()
+    if levels is None: levels = sorted({*_grid(None, **{**scale, 'top': max(scale['top'], self.level)}), self.level})
     manifest = self._manifest([self.sample], _grid(levels, 1), [self.seed], [self.layer] if self.layer else [])
     data = json.dumps(dict(manifest=manifest, files=[base64.b64encode(self._file(self.sample, levels,
             [self.seed])).decode()]))

@@ -279,6 +279,7 @@ def controls(
                 field=disturbance.unit,
                 axis=disturbance.axis_title(), top=max(facts['top'], disturbance.level, *levels),
                 where=disturbance.where is not None, mildest=levels[0] if levels else None,
+                ticks=[[l, disturbance.amount(l)] for l in levels] if disturbance.log else [],
                 # is nothing not beside the mildest level?
                 apart=disturbance.log or more_is_mild and disturbance.nothing < min(levels),
                 fields=[field(k, v) for k, v in _settings(disturbance).items()])
