@@ -528,7 +528,7 @@ def _scale(self:NoiseExplorer):
     return {k: kind[k] for k in ('top', 'log', 'mildest')}
 
 def _grid(levels, top, log=False, mildest=None):
-    if levels is None and log: levels = [0, *(float(f'{v:.3g}') for v in np.geomspace(mildest, top, 12))]
+    if levels is None and log: levels = [0, *(float(f'{v:.3g}') for v in np.geomspace(mildest, top, 12)[:-1]), top]
     levels = [round(i * top / 12, 6) for i in range(13)] if levels is None else [float(v) for v in levels]
     if levels != sorted(set(levels)) or not levels or levels[0] != 0:
         raise ValueError(f"levels: rising numbers that begin with 0, got {levels}")
