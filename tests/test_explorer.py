@@ -234,6 +234,25 @@ def mend(seen):
     seen.wait(lambda: seen.pixels() == disturbed)
 
 
+def age(seen):
+    "A time runs on a logarithmic slider, from now to a year, and comes back"
+    root, page = seen.more().root, seen.page
+    unit = root.locator('.level .unit')
+    root.get_by_label('what disturbs the network').select_option('PhaseChange')
+    seen.wait(lambda: unit.inner_text() == '1 day')
+    seen.slide(1)
+    seen.wait(lambda: unit.inner_text() == '1 year')
+    old = seen.pixels()
+    seen.slide(0.05 + 0.95 * 0.45)
+    seen.wait(lambda: unit.inner_text().endswith('h') and seen.pixels() != old)     # half of the way is hours
+    root.focus()
+    level = float(seen.data('level'))
+    page.keyboard.press('ArrowRight')
+    seen.wait(lambda: 1 < float(seen.data('level')) / level < 1.5)
+    seen.slide(0)
+    seen.levelled(0)
+
+
 @contextmanager
 def live(tmp_path, sources):
     "A notebook with an explorer, run in JupyterLab"
@@ -256,9 +275,12 @@ def test_explorer_in_jupyterlab(tmp_path):
         seen = Seen(page)
         use(seen)
         mend(seen)
+        age(seen)
+        root = seen.root
+        root.get_by_label('what disturbs the network').select_option('MaxGaussian')
+        seen.levelled(0.02)
         corrupt(seen)
         quantize(seen)
-        root = seen.root
         root.get_by_label('what disturbs the network').select_option('MultiplicativeGaussian')
         seen.wait(lambda: root.locator('.level b').inner_text() == 'multiplicative noise')
         # a law that fails is told of, and the explorer lives on

@@ -119,7 +119,7 @@ const short = v => String(+Number(v).toPrecision(3))        // 0.150 -> 0.15
 const FIRST = .05
 const place = (kind, v) => !kind.log ? v / kind.top : v <= kind.mildest ? FIRST * v / kind.mildest
   : FIRST + (1 - FIRST) * Math.log(v / kind.mildest) / Math.log(kind.top / kind.mildest)
-const levelAt = (kind, x) => !kind.log ? x * kind.top : x < FIRST / 2 ? 0 : +(kind.mildest *
+const levelAt = (kind, x) => !kind.log || x >= 1 ? x * kind.top : x < FIRST / 2 ? 0 : +(kind.mildest *
   (kind.top / kind.mildest) ** Math.max(0, (x - FIRST) / (1 - FIRST))).toPrecision(3)
 const percent = v => Number.isNaN(v) ? '–' : (100 * v).toFixed(1)
 const words = name => name.replaceAll('_', ' ')
