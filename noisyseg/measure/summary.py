@@ -97,7 +97,7 @@ def _interval(d, by, confidence, half_of):
 def t_half(
     n,  # how many values, a number or an array
     sd,  # their standard deviation
-    confidence: float = 0.95,
+    confidence: float = 0.95,  # that the mean lies inside, from 0 to 1
 ):  # half of the interval's length; nan for a single value
     "Half of Student's t interval for a mean, where the number of values was fixed before any was seen."
     from scipy import stats  # dear to import, and needed for intervals only
@@ -117,7 +117,7 @@ def _intervals(d, by, unit, confidence, nothing=None, half_of=t_half):
 def anytime_half(
     n,  # how many values so far, a number or an array
     sd,  # their standard deviation
-    confidence: float = 0.95,
+    confidence: float = 0.95,  # that the mean lies inside, from 0 to 1
 ):  # half of the interval's length; infinite after very few values
     "Half of an interval for a mean that holds after every number of values at once, so that one may stop by it."
     n = np.asarray(n, dtype=float)
@@ -196,7 +196,7 @@ def paired_difference(
     unit: str = 'draw',
     by=('level',),  # what a line of the result stands for; 'class' is added for scores of a class
     confidence: float = 0.95,  # of the interval
-) -> pd.DataFrame:  # one line a level: mean of a - b, low, high, half, sd, n, p, and `clear`: low to high leaves out zero
+) -> pd.DataFrame:  # a line a level: mean of a - b, low, high, half, sd, n, p, and `clear`: low to high leaves out zero
     "How much better `a` is than `b`, from paired draws or paired training seeds, with the interval of `summarise`."
     names = list(df['model'].unique()) if isinstance(df, pd.DataFrame) and 'model' in df else []
     if a == b or not {a, b} <= set(names):
