@@ -151,7 +151,7 @@ export class LiveHost {
     const {state: s, manifest: m} = this, own = this.pictures[s.sample]?.own, where = m.python.wheres[s.where]
     const value = v => v === 'inf' ? "float('inf')" : typeof v === 'string' ? `'${v}'` : String(v)
     const fields = [[this.kind.field, s.level], ...Object.entries(s.params)].map(([k, v]) => `${k}=${value(v)}`)
-    const list = v => `[${v.join(', ')}]`
+    const list = v => `[${v.map(o => +o.toPrecision(8)).join(', ')}]`     // enough for float32
     const law = s.disturbance === 'Quantize' ? 'quantization' : 'laws'
     return [
       'import torch',
@@ -220,7 +220,7 @@ class LivePage {
     const total = engines[this.engine].bytes + [...networks, ...pictures].reduce((n, m) => n + m.bytes, 0)
     if (this.manifest.gallery) this.gallery = await mount($('explorer'), this.manifest.gallery)
     if (typeof WebAssembly !== 'object' || typeof Worker !== 'function') {
-      return this.fallBack('This browser has no WebAssembly')
+      return this.fallBack('this browser has no WebAssembly')
     }
     this.say(`Loading the networks, ${mb(total)} MB …`)
     this.networks = new Networks()
