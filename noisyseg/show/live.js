@@ -344,7 +344,8 @@ class LivePage {
     $('python').hidden = false
   }
   async engines() {                                          // another engine is another page: it is loaded anew
-    if (!await navigator.gpu?.requestAdapter()) return
+    const card = await navigator.gpu?.requestAdapter()
+    if (!card || card.info?.isFallbackAdapter) return        // what imitates one is slower than the processor
     const choose = tag('select', {'aria-label': 'what computes', onchange: () => {
       const q = new URLSearchParams(location.search)
       choose.value === 'webgpu' ? q.set('engine', 'webgpu') : q.delete('engine')

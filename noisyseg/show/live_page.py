@@ -289,7 +289,14 @@ def _place_engine(ort, folder, webgpu):
 # %% ../../nbs/show/10_live_page.ipynb #680c4509
 class _CounterPredictor(NoisyPredictor):
     "Predictions under the noise that the page draws: a seed is one of a CounterGenerator."
-    def _inject(self, name, law, where, seed): return super()._inject(name, law, where, CounterGenerator(seed))
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seeds = {}  # seed -> its generator: the same object is the same draw, which is not drawn again
+
+    def _inject(self, name, law, where, seed):
+        generator = self.seeds.setdefault(seed, CounterGenerator(seed))
+        generator.manual_seed(seed)
+        return super()._inject(name, law, where, generator)
 
 def _gallery(explorer, folder, n):
     "Frames that are computed before, for the first `n` pictures."
