@@ -151,7 +151,7 @@ export class LiveHost {
     const {state: s, manifest: m} = this, own = this.pictures[s.sample]?.own, where = m.python.wheres[s.where]
     const value = v => v === 'inf' ? "float('inf')" : typeof v === 'string' ? `'${v}'` : String(v)
     const fields = [[this.kind.field, s.level], ...Object.entries(s.params)].map(([k, v]) => `${k}=${value(v)}`)
-    const list = v => `[${v.join(', ')}]`
+    const list = v => `[${v.map(o => +o.toPrecision(8)).join(', ')}]`     // enough for float32
     const law = s.disturbance === 'Quantize' ? 'quantization' : 'laws'
     return [
       'import torch',
@@ -220,7 +220,7 @@ class LivePage {
     const total = engines[this.engine].bytes + [...networks, ...pictures].reduce((n, m) => n + m.bytes, 0)
     if (this.manifest.gallery) this.gallery = await mount($('explorer'), this.manifest.gallery)
     if (typeof WebAssembly !== 'object' || typeof Worker !== 'function') {
-      return this.fallBack('This browser has no WebAssembly')
+      return this.fallBack('this browser has no WebAssembly')
     }
     this.say(`Loading the networks, ${mb(total)} MB …`)
     this.networks = new Networks()
@@ -344,7 +344,8 @@ class LivePage {
     $('python').hidden = false
   }
   async engines() {                                          // another engine is another page: it is loaded anew
-    if (!await navigator.gpu?.requestAdapter()) return
+    const card = await navigator.gpu?.requestAdapter()
+    if (!card || card.info?.isFallbackAdapter) return        // what imitates one is slower than the processor
     const choose = tag('select', {'aria-label': 'what computes', onchange: () => {
       const q = new URLSearchParams(location.search)
       choose.value === 'webgpu' ? q.set('engine', 'webgpu') : q.delete('engine')

@@ -9,7 +9,8 @@ __all__ = ['PRECISIONS', 'PAGE_LAWS', 'ENGINE', 'ENGINE_SHA512', 'ENGINE_FILES',
            'halved', 'export_graph', 'picture_input', 'fetch_engine', 'export_explorer', 'demo_page', 'main']
 
 # %% ../../nbs/show/10_live_page.ipynb #ba4a7dec
-import argparse, base64, copy, gzip, hashlib, html, io, json, logging, re, shutil, subprocess, tarfile, tempfile, warnings
+import argparse, base64, copy, gzip, hashlib, html, io, json, logging, re, shutil, subprocess, tarfile, tempfile
+import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ def _exporter():
 
 @contextmanager
 def _quiet():
-    "Without what torch says while it exports: of its own deprecations, and pages about what our message says in a line."
+    "Without what torch says while it exports: its own deprecations, and pages on what we say in a line."
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -86,8 +87,8 @@ def _traced(graph, args, name):
     hooks = [m.register_forward_pre_hook(partial(enter, key)) for key, m in graph.model.named_modules()]
     try: return torch.export.export(graph, args, strict=False)
     except Exception as e:
-        raise ValueError(f"{name}: this network cannot be exported. Tracing ended in {at[0]}: {_first_line(e)}. What a "
-                         "network does must not depend on the numbers that it computes; give that module a forward "
+        raise ValueError(f"{name}: this network cannot be exported. Tracing ended in {at[0]}: {_first_line(e)}. What "
+                         "a network does must not depend on the numbers that it computes; give that module a forward "
                          "that does the same without `if`, `.item()` or NumPy") from e
     finally:
         for h in hooks: h.remove()
@@ -288,7 +289,14 @@ def _place_engine(ort, folder, webgpu):
 # %% ../../nbs/show/10_live_page.ipynb #680c4509
 class _CounterPredictor(NoisyPredictor):
     "Predictions under the noise that the page draws: a seed is one of a CounterGenerator."
-    def _inject(self, name, law, where, seed): return super()._inject(name, law, where, CounterGenerator(seed))
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seeds = {}  # seed -> its generator: the same object is the same draw, which is not drawn again
+
+    def _inject(self, name, law, where, seed):
+        generator = self.seeds.setdefault(seed, CounterGenerator(seed))
+        generator.manual_seed(seed)
+        return super()._inject(name, law, where, generator)
 
 def _gallery(explorer, folder, n):
     "Frames that are computed before, for the first `n` pictures."
