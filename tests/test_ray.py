@@ -25,7 +25,7 @@ from noisyseg.measure.jobs import OnRay, connected
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.disturbance import compose
 from noisyseg.perturb.quantization import Quantize
-from noisyseg.measure import sweeps
+from noisyseg.measure import jobs, sweeps
 from noisyseg.measure.evaluation import draw_seed
 from noisyseg.measure.sensitivity import layer_sensitivity
 from noisyseg.measure.store import Store, load_sweep
@@ -55,7 +55,7 @@ def cluster():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)   # workers find this module
-        with connected(two): yield sys.modules['ray'].get_runtime_context().gcs_address
+        with connected(two, keep=True): yield sys.modules['ray'].get_runtime_context().gcs_address
     torch.set_num_threads(threads)
 
 
@@ -104,21 +104,6 @@ def test_all_the_others(cluster, tmp_path):
     assert len(load_sweep(tmp_path/'card-True.parquet')) == len(load_sweep(tmp_path/'card-False.parquet')) > 0
 
 
-def test_workers_have_the_threads_of_the_driver(cluster, monkeypatch):
-    score = lambda df: df[(df['model'] == 'threads') & (df['class'] == '1')]['value'].tolist()
-    kw = dict(draws=1, dl=[(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))])
-    nets = {'threads': Threads(), 'UNet3+': unet3plus_tiny(3)}
-    one = sweep(nets, on='ray', **kw)
-    try:
-        torch.set_num_threads(2)
-        here, there = sweep(nets, on='local', **kw), sweep(nets, on='ray', **kw)
-        same(here, there)
-        same(one, sweep(nets, **kw))   # threads=1 in `two`
-        assert score(there) != score(one)
-    finally: torch.set_num_threads(1)
-    same(one, sweep(nets, on='local', **kw))
-
-
 def test_settings_travel(cluster):
     with torch.autocast('cpu', torch.bfloat16): same(sweep(on='local'), sweep())
 
@@ -128,6 +113,16 @@ def test_models_travel_once_to_each_worker(cluster, tmp_path, whole):
     same(sweep(Net(log=log, pause=0.1), on=OnRay(workers=2, threads=1)), whole)
     assert len(lines(log, 'travelled')) == 2
     assert len({line.split()[1] for line in lines(log, 'evaluated')} - {str(os.getpid())}) == 2
+
+
+def test_workers_wait_for_the_next_sweep(cluster, tmp_path, whole):
+    "`connected(keep=True)`: the same workers, also after a sweep that ended with an error"
+    def workers(name, **kw):
+        same(sweep(Net(log=tmp_path/name, pause=0.1)), whole)
+        return {line.split()[1] for line in lines(tmp_path/name, 'evaluated')} - {str(os.getpid())}
+    first = workers('first')
+    with pytest.raises(ZeroDivisionError): sweep(Net(accident=objects_when_loud))
+    assert workers('second') == first and len(first) == 2
 
 
 def test_warnings_travel(cluster):
@@ -157,17 +152,6 @@ def loud(whole):
             with perturbed(net, law.at(level), generator=draw_seed(0, draw)):
                 if net.noise() > 0.05: found.add((level, draw))
     return found
-
-
-def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
-    store = tmp_path/'s.parquet'
-    with pytest.raises(RuntimeError,
-                       match=r"model 'model', MaxGaussian.*, level 0\.2, draw \d, conv_and_norm.*: its worker died 2 "
-                             r"times"):
-        sweep(Net(accident=dies_when_loud), on=OnRay(workers=2, threads=1, retries=1), store=store)
-    kept = load_sweep(store)
-    assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
-    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
 
 
 def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
@@ -218,6 +202,58 @@ def test_two_drivers_on_one_store(tmp_path, whole):
         same(sweep(on='local', store=tmp_path/name), whole)
 
 
+# --- training grids
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_train_grid(cluster, tmp_path):
+    methods = {'clean': 0., 'noisy': 0.5}
+    frames = {on: train_grid(train, methods, 2, tmp_path/on, on if on == 'local' else two, progress=False)
+              for on in ('local', 'ray')}
+    same_but = dict(columns=['seconds', 'path'])
+    assert_frame_equal(frames['local'].drop(**same_but), frames['ray'].drop(**same_but), check_exact=True)
+    for a, b in zip(frames['local']['path'], frames['ray']['path']):
+        a, b = (load_model(p, Net()).state_dict() for p in (a, b))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    Path(frames['ray']['path'][1]).write_bytes(b'')
+    with pytest.raises(ValueError, match='no readable safetensors'):
+        train_grid(train, methods, 2, tmp_path/'ray', two, progress=False)
+    Path(frames['ray']['path'][1]).unlink()
+    more = train_grid(train, methods, 3, tmp_path/'ray', two, progress=False)
+    assert len(more) == 6 and more['loss'].tolist()[:2] == frames['local']['loss'].tolist()[:2]
+
+
+# --- workers of another kind
+# -------------------------------------------------------------------------------------------------------------------
+
+def test_workers_have_the_threads_of_the_driver(cluster, monkeypatch):
+    score = lambda df: df[(df['model'] == 'threads') & (df['class'] == '1')]['value'].tolist()
+    kw = dict(draws=1, dl=[(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))])
+    nets = {'threads': Threads(), 'UNet3+': unet3plus_tiny(3)}
+    one = sweep(nets, on='ray', **kw)
+    try:
+        torch.set_num_threads(2)
+        same(one, sweep(nets, **kw))   # threads=1 in `two`
+        here, there = sweep(nets, on='local', **kw), sweep(nets, on='ray', **kw)
+        same(here, there)
+        assert score(there) != score(one)
+    finally: torch.set_num_threads(1)
+    same(one, sweep(nets, on='local', **kw))
+
+
+def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
+    store = tmp_path/'s.parquet'
+    with pytest.raises(RuntimeError,
+                       match=r"model 'model', MaxGaussian.*, level 0\.2, draw \d, conv_and_norm.*: its worker died 2 "
+                             r"times"):
+        sweep(Net(accident=dies_when_loud), on=OnRay(workers=1, threads=1, retries=1), store=store)
+    kept = load_sweep(store)
+    assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
+
+
+# --- drivers that are killed
+# -------------------------------------------------------------------------------------------------------------------
+
 def start(store, log, on, tmp_path):
     "A driver in a process of its own, that has measured a few cells"
     code = (f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), '
@@ -239,6 +275,7 @@ def start(store, log, on, tmp_path):
 @pytest.mark.parametrize('own', [True, False], ids=['own Ray', 'a running cluster'])
 def test_a_driver_that_is_killed(cluster, tmp_path, whole, own):
     store, log = tmp_path/'s.parquet', tmp_path/'log'
+    if not own: jobs._waiting[-1].end(sys.modules['ray'])   # the other driver's workers need their CPUs
     p = start(store, log, OnRay(None if own else cluster, workers=2, threads=1), tmp_path)
     workers = {int(line.split()[1]) for line in lines(log, 'evaluated')} - {p.pid}
     family = [psutil.Process(i) for i in workers] + psutil.Process(p.pid).children(recursive=True)
@@ -255,26 +292,6 @@ def test_a_driver_that_is_killed(cluster, tmp_path, whole, own):
     assert sorted(f.name for f in tmp_path.iterdir() if f.name[0] != '.') == ['again', 'log', 'out', 's.parquet',
             's.parquet.grid.json']
     same(load_sweep(store).sort_values(['level', 'draw'], kind='stable', ignore_index=True), whole)
-
-
-# --- training grids
-# ---------------------------------------------------------------------------------------------------------------
-
-def test_train_grid(cluster, tmp_path):
-    methods = {'clean': 0., 'noisy': 0.5}
-    frames = {on: train_grid(train, methods, 2, tmp_path/on, on if on == 'local' else two, progress=False)
-              for on in ('local', 'ray')}
-    same_but = dict(columns=['seconds', 'path'])
-    assert_frame_equal(frames['local'].drop(**same_but), frames['ray'].drop(**same_but), check_exact=True)
-    for a, b in zip(frames['local']['path'], frames['ray']['path']):
-        a, b = (load_model(p, Net()).state_dict() for p in (a, b))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    Path(frames['ray']['path'][1]).write_bytes(b'')
-    with pytest.raises(ValueError, match='no readable safetensors'):
-        train_grid(train, methods, 2, tmp_path/'ray', two, progress=False)
-    Path(frames['ray']['path'][1]).unlink()
-    more = train_grid(train, methods, 3, tmp_path/'ray', two, progress=False)
-    assert len(more) == 6 and more['loss'].tolist()[:2] == frames['local']['loss'].tolist()[:2]
 
 
 # --- without Ray
