@@ -55,7 +55,8 @@ def cluster():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)   # workers find this module
-        with connected(OnRay(workers=3, threads=1), keep=True): yield sys.modules['ray'].get_runtime_context().gcs_address
+        with connected(OnRay(workers=3, threads=1), keep=True):
+            yield sys.modules['ray'].get_runtime_context().gcs_address
     torch.set_num_threads(threads)
 
 
