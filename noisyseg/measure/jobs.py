@@ -349,6 +349,15 @@ class Waiting:
         for w in self.workers: ray.kill(w)
         self.workers.clear()
 
+# %% ../../nbs/measure/07_jobs.ipynb #f254bf71
+def _hired(ray, n, threads, gpus, retries):
+    "Workers, those that wait first, and where they may wait again; None for nowhere."
+    make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=retries)(Worker)
+    waiting = _waiting[-1] if _waiting else None
+    kind = ray.get_runtime_context().get_job_id(), threads, gpus, retries
+    found = waiting.take(ray, kind, n) if waiting else []
+    return found + [make.remote() for _ in range(n - len(found))], waiting
+
 # %% ../../nbs/measure/07_jobs.ipynb #9afab72d
 class Workers:
     "The workers of one run, and what they are at."
@@ -371,11 +380,7 @@ class Workers:
         # in a list it stays a reference; it is held as long as a worker may be started anew
         self.packed = [ray.put(np.frombuffer(packed, np.uint8))]
         self.settings = torch_settings() | {'threads': threads}
-        make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=place.retries)(Worker)
-        kind = ray.get_runtime_context().get_job_id(), threads, gpus, place.retries
-        self.waiting = _waiting[-1] if _waiting else None
-        self.workers = self.waiting.take(ray, kind, n) if self.waiting else []
-        self.workers += [make.remote() for _ in range(n - len(self.workers))]
+        self.workers, self.waiting = _hired(ray, n, threads, gpus, place.retries)
         for worker in self.workers: self.at[worker.kind.remote()] = worker, None, None
 
     def send(self, worker):
