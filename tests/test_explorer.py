@@ -493,7 +493,7 @@ def test_one_wrong_pixel_of_an_absent_class_costs_one_pixel(tmp_path):
 
 
 def test_memory_stays_flat():
-    ("A cell that is run again closes the explorer that it showed; a thousand steps of the slider keep no more than "
+    ("A cell that is run again closes the explorer that it showed; hundreds of steps of the slider keep no more than "
      "the cache")
     import torch
     from ipywidgets.widgets.widget import _instances
@@ -503,18 +503,18 @@ def test_memory_stays_flat():
 
     net, images = unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(2, 3, 16, 16)
     widgets, observers = [], []
-    with cell_runs(50) as runs:
+    with cell_runs(20) as runs:
         for _ in runs:
             e = explorer.NoiseExplorer(net, images, cache_mb=0.01)
             assert e.model_id                                      # it is shown
             widgets.append(len(_instances))
             observers.append(sum(len(v) for by in e._trait_notifiers.values() for v in by.values()))
     assert widgets[-1] == widgets[1] and len(set(observers)) == 1
-    for i in range(1000): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 4000}, have='0'), [])
+    for i in range(400): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 1600}, have='0'), [])
     assert e.lens._bytes <= 0.01 * 2**20 and len(e.lens._cache) <= 21 and len(e.lens._clones) == 1
     e.close()
     e = explorer.NoiseExplorer(net, torch.rand(2, 3, 32, 32), cache_mb=0.1)
-    for i in range(100):
+    for i in range(60):
         e._answer(None, dict(id=i, state={**e.state(), 'seed': i, 'corruption': 'elastic_transform'}, have=None), [])
     assert sum(n for _, n in e.lens._cache.values()) == e.lens._bytes <= 0.1 * 2**20
     e.close()

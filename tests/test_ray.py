@@ -55,7 +55,8 @@ def cluster():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)   # workers find this module
-        with connected(two): yield sys.modules['ray'].get_runtime_context().gcs_address
+        with connected(OnRay(workers=3, threads=1), keep=True):
+            yield sys.modules['ray'].get_runtime_context().gcs_address
     torch.set_num_threads(threads)
 
 
@@ -63,10 +64,59 @@ def cluster():
 def whole(): return sweep(on='local')
 
 
+def start(store, log, on, tmp_path):
+    "A driver in a process of its own, that has measured a few cells"
+    code = (f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), '
+            f'on={on!r}, store={str(store)!r})')
+    env = {'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *sys.path]), 'RAY_ADDRESS': ''}
+    # a Ray that listens to this machine only is met at 127.0.0.1
+    if on.address: env['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'
+    with open(tmp_path/'out', 'w') as out:
+        p = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stdout=out,
+                             stderr=subprocess.STDOUT)
+    until = time.monotonic() + 200
+    while len(lines(log, 'evaluated')) < 14 and p.poll() is None and time.monotonic() < until: time.sleep(0.05)
+    if p.poll() is not None or time.monotonic() > until:
+        p.kill()
+        pytest.fail((tmp_path/'out').read_text())
+    return p
+
+
+def kill_driver(folder, on):
+    "Starts a driver and kills it in the middle of its sweep: its workers, and all processes of its own"
+    log = folder/'log'
+    p = start(folder/'s.parquet', log, on, folder)
+    workers = {int(line.split()[1]) for line in lines(log, 'evaluated')} - {p.pid}
+    found = [psutil.Process(i) for i in workers], psutil.Process(p.pid).children(recursive=True)
+    p.kill()
+    p.wait()
+    return found
+
+
+def goes_on(folder, whole):
+    "The store of a driver that was killed is whole, and the next sweep measures only what is missing"
+    store, again = folder/'s.parquet', folder/'again'
+    kept = len(load_sweep(store).drop_duplicates(['level', 'draw']))
+    assert 0 < kept < 13
+    same(sweep(Net(log=again), store=store), whole)
+    assert len(lines(again, 'evaluated')) == 1 + 2 * (13 - kept)
+    assert sorted(f.name for f in folder.iterdir() if f.name[0] != '.') == ['again', 'log', 'out', 's.parquet',
+            's.parquet.grid.json']
+    same(load_sweep(store).sort_values(['level', 'draw'], kind='stable', ignore_index=True), whole)
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+    "A driver with a Ray of its own that was killed: its folder, when that was, its workers, its other processes"
+    folder = tmp_path_factory.mktemp('killed')
+    workers, family = kill_driver(folder, two)
+    return folder, time.monotonic(), workers, family
+
+
 # --- the same numbers
 # -------------------------------------------------------------------------------------------------------------
 
-def test_listens_to_this_machine_only(cluster):
+def test_listens_to_this_machine_only(killed, cluster):
     found = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections('inet')
              if c.status == psutil.CONN_LISTEN]
     assert found and set(found) <= {'127.0.0.1', '::ffff:127.0.0.1', '::1'}
@@ -104,21 +154,6 @@ def test_all_the_others(cluster, tmp_path):
     assert len(load_sweep(tmp_path/'card-True.parquet')) == len(load_sweep(tmp_path/'card-False.parquet')) > 0
 
 
-def test_workers_have_the_threads_of_the_driver(cluster, monkeypatch):
-    score = lambda df: df[(df['model'] == 'threads') & (df['class'] == '1')]['value'].tolist()
-    kw = dict(draws=1, dl=[(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))])
-    nets = {'threads': Threads(), 'UNet3+': unet3plus_tiny(3)}
-    one = sweep(nets, on='ray', **kw)
-    try:
-        torch.set_num_threads(2)
-        here, there = sweep(nets, on='local', **kw), sweep(nets, on='ray', **kw)
-        same(here, there)
-        same(one, sweep(nets, **kw))   # threads=1 in `two`
-        assert score(there) != score(one)
-    finally: torch.set_num_threads(1)
-    same(one, sweep(nets, on='local', **kw))
-
-
 def test_settings_travel(cluster):
     with torch.autocast('cpu', torch.bfloat16): same(sweep(on='local'), sweep())
 
@@ -128,6 +163,16 @@ def test_models_travel_once_to_each_worker(cluster, tmp_path, whole):
     same(sweep(Net(log=log, pause=0.1), on=OnRay(workers=2, threads=1)), whole)
     assert len(lines(log, 'travelled')) == 2
     assert len({line.split()[1] for line in lines(log, 'evaluated')} - {str(os.getpid())}) == 2
+
+
+def test_workers_wait_for_the_next_sweep(cluster, tmp_path, whole):
+    "`connected(keep=True)`: the same workers, also after a sweep that ended with an error"
+    def workers(name, **kw):
+        same(sweep(Net(log=tmp_path/name, pause=0.1)), whole)
+        return {line.split()[1] for line in lines(tmp_path/name, 'evaluated')} - {str(os.getpid())}
+    first = workers('first')
+    with pytest.raises(ZeroDivisionError): sweep(Net(accident=objects_when_loud))
+    assert workers('second') == first and len(first) == 2
 
 
 def test_warnings_travel(cluster):
@@ -159,17 +204,6 @@ def loud(whole):
     return found
 
 
-def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
-    store = tmp_path/'s.parquet'
-    with pytest.raises(RuntimeError,
-                       match=r"model 'model', MaxGaussian.*, level 0\.2, draw \d, conv_and_norm.*: its worker died 2 "
-                             r"times"):
-        sweep(Net(accident=dies_when_loud), on=OnRay(workers=2, threads=1, retries=1), store=store)
-    kept = load_sweep(store)
-    assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
-    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
-
-
 def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
     store = tmp_path/'s.csv'
     with pytest.raises(ZeroDivisionError, match='too loud') as e: sweep(Net(accident=objects_when_loud), store=store)
@@ -179,7 +213,7 @@ def test_an_error_arrives_as_itself(cluster, tmp_path, whole):
     kept = load_sweep(store)
     assert len(kept) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
     with pytest.raises(RuntimeError, match='Objection: too loud'): sweep(Net(accident=objects_strangely), store=store)
-    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: `goes_on`
 
 
 def test_what_cannot_travel_is_told(cluster):
@@ -204,7 +238,7 @@ def test_ctrl_c_keeps_what_was_measured(cluster, tmp_path, whole):
     before = len(lines(log, 'evaluated'))
     time.sleep(0.3)
     assert len(lines(log, 'evaluated')) == before   # nobody goes on
-    same(sweep(Net(), 'local', store=store), whole)   # on Ray: test_a_driver_that_is_killed
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: `goes_on`
 
 
 def test_two_drivers_on_one_store(tmp_path, whole):
@@ -216,45 +250,6 @@ def test_two_drivers_on_one_store(tmp_path, whole):
                                                        match=f'is being written by process {os.getpid()}'):
             sweep(on='local', store=tmp_path/name)
         same(sweep(on='local', store=tmp_path/name), whole)
-
-
-def start(store, log, on, tmp_path):
-    "A driver in a process of its own, that has measured a few cells"
-    code = (f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), '
-            f'on={on!r}, store={str(store)!r})')
-    env = {'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *sys.path]), 'RAY_ADDRESS': ''}
-    # a Ray that listens to this machine only is met at 127.0.0.1
-    if on.address: env['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'
-    with open(tmp_path/'out', 'w') as out:
-        p = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stdout=out,
-                             stderr=subprocess.STDOUT)
-    until = time.monotonic() + 200
-    while len(lines(log, 'evaluated')) < 14 and p.poll() is None and time.monotonic() < until: time.sleep(0.05)
-    if p.poll() is not None or time.monotonic() > until:
-        p.kill()
-        pytest.fail((tmp_path/'out').read_text())
-    return p
-
-
-@pytest.mark.parametrize('own', [True, False], ids=['own Ray', 'a running cluster'])
-def test_a_driver_that_is_killed(cluster, tmp_path, whole, own):
-    store, log = tmp_path/'s.parquet', tmp_path/'log'
-    p = start(store, log, OnRay(None if own else cluster, workers=2, threads=1), tmp_path)
-    workers = {int(line.split()[1]) for line in lines(log, 'evaluated')} - {p.pid}
-    family = [psutil.Process(i) for i in workers] + psutil.Process(p.pid).children(recursive=True)
-    p.kill()
-    p.wait()
-    # Ray's agents look for their parent now and then
-    gone, alive = psutil.wait_procs([f for f in family if own or f.pid in workers], timeout=120)
-    assert workers and not alive
-    kept = len(load_sweep(store).drop_duplicates(['level', 'draw']))
-    assert 0 < kept < 13
-    again = tmp_path/'again'
-    same(sweep(Net(log=again), store=store), whole)
-    assert len(lines(again, 'evaluated')) == 1 + 2 * (13 - kept)   # only what was missing
-    assert sorted(f.name for f in tmp_path.iterdir() if f.name[0] != '.') == ['again', 'log', 'out', 's.parquet',
-            's.parquet.grid.json']
-    same(load_sweep(store).sort_values(['level', 'draw'], kind='stable', ignore_index=True), whole)
 
 
 # --- training grids
@@ -275,6 +270,63 @@ def test_train_grid(cluster, tmp_path):
     Path(frames['ray']['path'][1]).unlink()
     more = train_grid(train, methods, 3, tmp_path/'ray', two, progress=False)
     assert len(more) == 6 and more['loss'].tolist()[:2] == frames['local']['loss'].tolist()[:2]
+
+
+# --- drivers that are killed
+# -------------------------------------------------------------------------------------------------------------------
+
+def test_a_driver_that_is_killed_with_its_own_ray(killed, cluster, whole):
+    folder, _, workers, _ = killed
+    assert workers
+    goes_on(folder, whole)
+
+
+def test_a_driver_that_is_killed_in_a_running_cluster(cluster, tmp_path, whole):
+    "Its workers end, the cluster goes on"
+    # the cluster has three CPUs, two of which belong to workers that wait
+    workers, _ = kill_driver(tmp_path, OnRay(cluster, workers=1, threads=1))
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    assert workers and not alive
+    goes_on(tmp_path, whole)
+
+
+# --- workers of another kind
+# -------------------------------------------------------------------------------------------------------------------
+
+def test_workers_have_the_threads_of_the_driver(cluster, monkeypatch):
+    score = lambda df: df[(df['model'] == 'threads') & (df['class'] == '1')]['value'].tolist()
+    kw = dict(draws=1, dl=[(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))])
+    nets = {'threads': Threads(), 'UNet3+': unet3plus_tiny(3)}
+    one = sweep(nets, on=OnRay(workers=2), **kw)
+    try:
+        torch.set_num_threads(2)
+        same(one, sweep(nets, **kw))   # threads=1 in `two`
+        here, there = sweep(nets, on='local', **kw), sweep(nets, on='ray', **kw)
+        same(here, there)
+        assert score(there) != score(one)
+    finally: torch.set_num_threads(1)
+    same(one, sweep(nets, on='local', **kw))
+
+
+def test_a_cell_that_kills_its_workers_is_named(cluster, tmp_path, whole):
+    store = tmp_path/'s.parquet'
+    with pytest.raises(RuntimeError,
+                       match=r"model 'model', MaxGaussian.*, level 0\.2, draw \d, conv_and_norm.*: its worker died 2 "
+                             r"times"):
+        sweep(Net(accident=dies_when_loud), on=OnRay(workers=1, threads=1, retries=1), store=store)
+    kept = load_sweep(store)
+    assert 0 < len(kept) < len(whole) and not set(zip(kept['level'], kept['draw'])) & loud(whole)
+    same(sweep(Net(), 'local', store=store), whole)   # on Ray: `goes_on`
+
+
+# --- and at last
+# -------------------------------------------------------------------------------------------------------------------
+
+def test_nothing_is_left_of_a_killed_driver(killed):
+    "The last to end are Ray's agents, which have a minute of patience: that is why the driver was killed so early"
+    _, at, workers, family = killed
+    _, alive = psutil.wait_procs([*workers, *family], timeout=max(1, at + 120 - time.monotonic()))
+    assert len(family) > 3 and not alive
 
 
 # --- without Ray

@@ -366,10 +366,12 @@ def test_links_can_fail(tmp_path):
 
 
 proc = """
-import traceback
-import nbdev.serve_drv
+import functools, traceback
+import nbdev.config, nbdev.serve_drv
 from nbdev.serve import proc_nbs
 
+# read twice for each cell, and parsed each time
+nbdev.config._load_toml = functools.lru_cache(nbdev.config._load_toml)
 process = nbdev.serve_drv.main
 
 def main(task):  # one notebook that fails must not hide the others

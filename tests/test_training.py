@@ -16,31 +16,36 @@ from torch import nn
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.noise import WeightNoise
 
-shared, seed = sys.argv[1] == 'shared', None if sys.argv[2] == 'None' else int(sys.argv[2])
 dist.init_process_group('gloo')
 rank = dist.get_rank()
-torch.manual_seed(0)
-net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
-# the processes see different images, and would draw different seeds
-torch.manual_seed(100 + rank)
-batches = [(torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 8, 8))) for _ in range(3)]
 
 class Spy(Callback):
     order = 100
-    def after_pred(self): self.noisy = net[0].weight.detach().clone()
-    def after_batch(self): self.clean = net[0].weight.detach().clone()
+    def __init__(self, net): self.net = net
+    def after_pred(self): self.noisy = self.net[0].weight.detach().clone()
+    def after_batch(self): self.clean = self.net[0].weight.detach().clone()
 
-# the pattern is on the model's own names, not on DDP's
-spy, noise = Spy(), WeightNoise(MaxGaussian(0.2), seed=seed, shared=shared, where='0.*')
-learn = Learner(DataLoaders(batches, []), nn.parallel.DistributedDataParallel(net), nn.CrossEntropyLoss(), lr=0.1,
-                cbs=[noise, spy])
-with learn.no_bar(), learn.no_logging(): learn.fit(1)
-mine = {'noisy': spy.noisy, 'clean': net[0].weight.detach(), 'injected': noise._clone.injected}
-both = [None, None]
-dist.all_gather_object(both, mine)
-assert torch.equal(both[0]['clean'], both[1]['clean']), 'the processes ended with different weights'
-assert not torch.equal(spy.noisy, spy.clean) and not mine['injected']
-print('same' if torch.equal(both[0]['noisy'], both[1]['noisy']) else 'different', flush=True)
+def run(shared, seed):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    # the processes see different images, and would draw different seeds
+    torch.manual_seed(100 + rank)
+    batches = [(torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 8, 8))) for _ in range(3)]
+    # the pattern is on the model's own names, not on DDP's
+    spy, noise = Spy(net), WeightNoise(MaxGaussian(0.2), seed=seed, shared=shared, where='0.*')
+    learn = Learner(DataLoaders(batches, []), nn.parallel.DistributedDataParallel(net), nn.CrossEntropyLoss(), lr=0.1,
+                    cbs=[noise, spy])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    mine = {'noisy': spy.noisy, 'clean': net[0].weight.detach(), 'injected': noise._clone.injected}
+    both = [None, None]
+    dist.all_gather_object(both, mine)
+    assert torch.equal(both[0]['clean'], both[1]['clean']), 'the processes ended with different weights'
+    assert not torch.equal(spy.noisy, spy.clean) and not mine['injected']
+    return 'same' if torch.equal(both[0]['noisy'], both[1]['noisy']) else 'different'
+
+for case in sys.argv[1:]:
+    how, seed = case.split()
+    print(case, run(how == 'shared', None if seed == 'None' else int(seed)), sep=': ', flush=True)
 dist.destroy_process_group()
 '''
 
@@ -49,14 +54,21 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return str(s.getsockname()[1])
 
-@pytest.mark.parametrize('how, seed, expected', [('shared', '7', 'same'), ('shared', 'None', 'same'),
-                                                 ('own', '7', 'different')])
-def test_two_processes(how, seed, expected):
+CASES = {'shared 7': 'same', 'shared None': 'same', 'own 7': 'different'}
+
+@pytest.fixture(scope='module')
+def said():
+    "What each process says of all cases: they are started once"
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(),
            'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': ''}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER), how, seed],
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER), *CASES],
                            env={**env, 'RANK': str(r)},
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
     outs = [p.communicate(timeout=300) for p in ps]
-    assert [p.returncode for p in ps] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
-    assert all(o[0].splitlines()[-1] == expected for o in outs), outs
+    return [out.splitlines() for out, _ in outs], '\n'.join(err[-2000:] for _, err in outs), [p.returncode for p in ps]
+
+@pytest.mark.parametrize('case', CASES)
+def test_two_processes(said, case):
+    lines, errors, codes = said
+    for found in lines: assert f'{case}: {CASES[case]}' in found, (lines, errors)
+    assert codes == [0, 0], errors

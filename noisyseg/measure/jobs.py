@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/jobs.html.md"""
 # %% auto #0
 __all__ = ['LOCAL_RAY', 'OnRay', 'is_address', 'as_place', 'torch_settings', 'under', 'kind_of_machine', 'whoami', 'pack',
            'unpack', 'portable', 'Worker', 'import_ray', 'only_here', 'own_ray', 'threads_of', 'ray_at', 'connected',
-           'tasks_of', 'Workers', 'Pool', 'Interrupted', 'run_jobs']
+           'tasks_of', 'Waiting', 'Workers', 'Pool', 'Interrupted', 'run_jobs']
 
 # %% ../../nbs/measure/07_jobs.ipynb #5fa878d8
 import copyreg, io, os, platform, socket, sys, tempfile, time, traceback, warnings
@@ -150,10 +150,17 @@ def portable(
 
 # %% ../../nbs/measure/07_jobs.ipynb #04d6aa7e
 class Worker:
-    "A Ray actor: takes the work with its first task, and keeps it. One that Ray started anew takes it again."
+    "A Ray actor: takes the work with the first task of a run, and keeps it. One that Ray started anew takes it again."
     work = None
+    of = None   # whose work that is
 
     def kind(self): return kind_of_machine()
+
+    def take(self, packed):
+        if self.of == packed.hex(): return
+        self.work = None   # memory need not hold the work of two runs
+        self.work = unpack(import_ray().get(packed))
+        self.of = packed.hex()
 
     def run(self,
         packed,  # a list of one: a reference to the work, from `pack`
@@ -166,7 +173,7 @@ class Worker:
         with warnings.catch_warnings(record=True) as told, under(settings):
             warnings.simplefilter('always')
             try:
-                if self.work is None: self.work = unpack(import_ray().get(packed[0]))
+                self.take(packed[0])
                 begun = time.perf_counter()
                 for result in self.work.measure(key, jobs):
                     done.append((result, time.perf_counter() - begun))
@@ -225,6 +232,7 @@ def threads_of(
 
 # %% ../../nbs/measure/07_jobs.ipynb #565a2488
 _joined = []  # addresses of clusters that a block here has connected to
+_waiting = []  # for each `connected` block, the workers that wait in it, or None
 
 # %% ../../nbs/measure/07_jobs.ipynb #dd9c4898
 @contextmanager
@@ -256,10 +264,19 @@ def ray_at(
 @contextmanager
 def connected(
     on='ray',  # as for a sweep; 'local' does nothing
+    keep: bool = False,  # workers of a sweep wait for the next one: until the block ends, they hold their CPUs
 ):
-    "Within, several sweeps share one connection to Ray, or one Ray that is started for them."
+    "Within, several sweeps share one connection to Ray, or one Ray that is started for them, and if you like workers."
     place = as_place(on)
-    with ray_at(place) if place else ExitStack(): yield
+    if place is None:
+        yield
+        return
+    with ray_at(place) as ray:
+        _waiting.append(Waiting() if keep else None)
+        try: yield
+        finally:
+            waiting = _waiting.pop()
+            if waiting: waiting.end(ray)
 
 # %% ../../nbs/measure/07_jobs.ipynb #0c564e94
 def tasks_of(
@@ -302,6 +319,45 @@ def _of_another_kind(theirs):
     found = [f'{k} {v} there, {mine[k]} here' for k, v in theirs.items() if v != mine[k]]
     return f"a worker is of another kind ({', '.join(found)}): last digits may differ from a local run" if found else ''
 
+# %% ../../nbs/measure/07_jobs.ipynb #1c9dec75
+class Waiting:
+    "Workers that wait for the next run: of one kind, since they hold CPUs that those of another kind need."
+    def __init__(self):
+        self.kind = None
+        self.workers = []
+        self.runs = 0   # how many are under way
+
+    def take(self,
+        ray,  # the module
+        kind,  # all that workers must have in common to be exchanged for each other
+        n,  # how many are wanted
+    ):
+        "At most `n` workers of this kind. Those of another kind end."
+        self.runs += 1
+        if kind != self.kind: self.end(ray)
+        self.kind = kind
+        taken = self.workers[:n]
+        del self.workers[:n]
+        return taken
+
+    def give_back(self, ray, workers):
+        "They have nothing left to do. Where another run is under way, which may need their CPUs, they end."
+        self.workers += workers
+        if self.runs > 1: self.end(ray)
+
+    def end(self, ray):
+        for w in self.workers: ray.kill(w)
+        self.workers.clear()
+
+# %% ../../nbs/measure/07_jobs.ipynb #f254bf71
+def _hired(ray, n, threads, gpus, retries):
+    "Workers, those that wait first, and where they may wait again; None for nowhere."
+    make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=retries)(Worker)
+    waiting = _waiting[-1] if _waiting else None
+    kind = ray.get_runtime_context().get_job_id(), threads, gpus, retries
+    found = waiting.take(ray, kind, n) if waiting else []
+    return found + [make.remote() for _ in range(n - len(found))], waiting
+
 # %% ../../nbs/measure/07_jobs.ipynb #9afab72d
 class Workers:
     "The workers of one run, and what they are at."
@@ -319,12 +375,12 @@ class Workers:
         self.name = name
         self.tasks = tasks_of(groups, n)[::-1]
         self.told = set()
+        self.lost = False   # has a worker died too often?
         self.at = {}   # reference -> (worker, key, jobs)
         # in a list it stays a reference; it is held as long as a worker may be started anew
         self.packed = [ray.put(np.frombuffer(packed, np.uint8))]
         self.settings = torch_settings() | {'threads': threads}
-        make = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=place.retries)(Worker)
-        self.workers = [make.remote() for _ in range(n)]
+        self.workers, self.waiting = _hired(ray, n, threads, gpus, place.retries)
         for worker in self.workers: self.at[worker.kind.remote()] = worker, None, None
 
     def send(self, worker):
@@ -332,12 +388,18 @@ class Workers:
         key, jobs = self.tasks.pop()
         self.at[worker.run.remote(self.packed, self.settings, key, jobs)] = worker, key, jobs
 
+    def busy(self): return any(key is not None for _, key, _ in self.at.values())   # None: it has yet to start
+
     def tell(self, text, category=UserWarning):
         if text and text not in self.told: warnings.warn(text, category, stacklevel=2)
         self.told.add(text)
 
-    def close(self):
-        for w in self.workers: self.ray.kill(w)
+    def close(self, free):
+        "The workers end, or wait for the next run if they are `free` and there may be a next one."
+        if self.waiting and free: self.waiting.give_back(self.ray, self.workers)
+        else:
+            for w in self.workers: self.ray.kill(w)
+        if self.waiting: self.waiting.runs -= 1
 
 # %% ../../nbs/measure/07_jobs.ipynb #baf5a4a0
 class Pool(Workers):
@@ -346,16 +408,17 @@ class Pool(Workers):
         "(job, result, how it was made), as they come."
         while self.at:
             ready, _ = self.ray.wait(list(self.at), num_returns=1, timeout=60)
-            if not ready and all(key is None for _, key, _ in self.at.values()):
+            if not ready and not self.busy():
                 self.tell("no worker has started yet: is the cluster full, or too small?")
             for ref in ready: yield from self.receive(ref)
-            if not self.tasks and all(key is None for _, key, _ in self.at.values()): return
+            if not self.tasks and not self.busy(): return
 
     def receive(self, ref):
         worker, _, jobs = self.at.pop(ref)
         try: answer = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as e: raise e.cause if isinstance(e.cause, Exception) else e from None
         except self.ray.exceptions.RayError as e:
+            self.lost = True
             raise RuntimeError(_died(jobs, self.name, self.place.retries, e)) from None
         self.send(worker)
         if jobs is None: self.tell(_of_another_kind(answer))
@@ -405,12 +468,16 @@ def _there(work, groups, name, place):
     packed = pack(work)
     with ray_at(place, len(packed)) as ray:
         pool = Pool(ray, work, packed, groups, place, name)
-        try: yield from pool.results()
+        free = False
+        try:
+            yield from pool.results()
+            free = True
         except GeneratorExit: raise
         except BaseException as e:   # what others have measured meanwhile is kept
             yield from pool.rest(10 if isinstance(e, Exception) else 0)
+            free = not (pool.busy() or pool.lost)
             raise
-        finally: pool.close()
+        finally: pool.close(free)
 
 # %% ../../nbs/measure/07_jobs.ipynb #3d02b110
 def run_jobs(
