@@ -117,8 +117,8 @@ def own_answers(
     "What a network says while nothing disturbs it, as the truth to measure it by."
     batches = Batches(dl, task=task)
     if not batches.task.logits:
-        raise TypeError(f"task: {batches.task!r} does not say that its outputs are logits (batch, classes, …), so there "
-                        f"are no answers to compare; if they are, write `logits = True` in its class")
+        raise TypeError(f"task: {batches.task!r} does not say that its outputs are logits (batch, classes, …), so "
+                        f"there are no answers to compare; if they are, write `logits = True` in its class")
     with untouched([model]): return [(x, batches.task.output(model, x, y).cpu()) for x, y in batches]
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #7b63806f
@@ -147,7 +147,8 @@ class _Agreement:
         self.nats += float(divergence(y, out).double().sum())
         self.n += y.numel() // y.shape[1]
 
-    def rows(self): return [('agreement', '', self.same / self.n, self.n), ('divergence', '', self.nats / self.n, self.n)]
+    def rows(self):
+        return [(name, '', v / self.n, self.n) for name, v in (('agreement', self.same), ('divergence', self.nats))]
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #11a311f8
 def divergence(
