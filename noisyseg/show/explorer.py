@@ -528,7 +528,8 @@ def _manifest(self:NoiseExplorer, samples, levels, seeds, layers):
     fixed = dict(levels=levels, seeds=seeds, before=before, hists=after, texts=[d.level_text(d.level) for d in made],
                  names=[str(d) for d in made])
     return {**self.info, 'groups': [], 'disturbances': [{**kind, 'top': levels[-1]}], 'wheres': [self.where],
-            'corruptions': [], 'layers': layers, 'samples': len(samples), 'state': state, 'width': width, 'height': height, 'fixed': fixed}
+            'corruptions': [], 'layers': layers, 'samples': len(samples), 'state': state,
+            'width': width, 'height': height, 'fixed': fixed}
 
 # %% ../../nbs/show/06_explorer.ipynb #56cccd8f
 @patch
