@@ -40,7 +40,7 @@ def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 def test_tolerance_holds_its_confidence(monkeypatch, share, confidence, chips):
     """Of 100 searches, each with a pilot of its own, at most what the confidence allows claim too much, and they
     find most of the truth: chips lose all when a normal number times the level leaves 0.2"""
-    def simulated(model, dl, disturbance, *, levels, draws, seed, **kwargs):
+    def simulated(model, dl, disturbance, *, levels=(0,), draws=1, seed=0, **kwargs):
         z = np.random.default_rng(seed).standard_normal(draws)        # one draw at all levels, as in a sweep
         rows = [dict(level=l, draw=k, metric='mIoU', value=float(abs(l * z[k]) < 0.2))
                 for l in levels for k in range(draws)]
@@ -52,6 +52,15 @@ def test_tolerance_holds_its_confidence(monkeypatch, share, confidence, chips):
                                 seed=s).level for s in range(100)])
     assert (found > truth).sum() <= stats.binom.ppf(0.999, 100, 1 - confidence)
     assert np.nanmedian(found) > 0.5 * truth and np.isnan(found).mean() < 0.05
+
+def test_what_has_no_level_of_nothing_is_compared_with_the_clean_network(net, scenes):
+    "A composition does something at every level: its quantization stays"
+    both = compose(Quantize(3), MaxGaussian(0.05))
+    found = tolerance(net, scenes, both, drop=0.3, chips=29, levels=[0.01, 0.02], progress=False)
+    clean = sweep(net, scenes, MaxGaussian(), levels=0, progress=False)
+    assert found.clean == clean.loc[clean['metric'] == 'mIoU', 'value'].item() and found.level == 0.02
+    kept = protect(net, scenes[:1], both, by='layer', budget=0.05, draws=1, compare=False, progress=False)
+    assert kept.curve['clean'].iloc[0] > kept.curve['noisy'].iloc[0]
 
 def test_misses_allowed_are_exact():
     "One more miss than allowed would leave the claim open: Clopper and Pearson's lower bound is at the share"

@@ -24,6 +24,7 @@ from ..basics import check_choice, check_share, check_whole, evaluating
 from ..measure.evaluation import Batches, draw_seed
 from ..measure.sensitivity import AnswersTask, layer_sensitivity, own_answers
 from ..measure.summary import main_metric
+from .tolerances import clean_score
 from ..measure.sweeps import sweep
 from ..perturb.disturbance import Disturbance, Law
 from ..perturb.selectors import Selector, Spared, as_selector, select
@@ -290,11 +291,12 @@ def _curve(model, dl, disturbance, where, units, budget, draws, compare, seed, p
     "The score with each share protected, in each order; and what was protected, by worth."
     sizes, total = {s.name: len(s.value()) for s in select(model, where)}, int(units['n'].sum())
     batches, lines, rows = Batches(dl, task=kwargs.get('task')), [], {}
-    def score(selector, d=disturbance):
-        df = sweep(model, batches, d, levels=[d.level], draws=draws, where=selector, seed=seed, progress=False,
-                   **kwargs)
+    def score(selector):
+        df = sweep(model, batches, disturbance, levels=[disturbance.level], draws=draws, where=selector, seed=seed,
+                   progress=False, **kwargs)
         return df.loc[df['metric'] == main_metric(df), 'value'].mean()
-    clean, noisy = score(where, disturbance.at(disturbance.nothing)), score(where)
+    clean = clean_score(model, batches, **kwargs)
+    noisy = score(where)
     for order, some in _orders(units, model, where, compare, seed).items():
         for share in sorted({*SHARES, *([] if budget is None else [budget])}):
             spared = _rows_within(some, share * total, sizes)
