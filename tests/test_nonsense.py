@@ -11,6 +11,7 @@ from torch import nn
 
 import noisyseg as ns
 from noisyseg.data.semi_supervised import semi_folder, semi_scenes
+from noisyseg.measure.sensitivity import layer_sensitivity
 from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import sweep
 from noisyseg.mend.protection import measured_costs, predicted_costs
@@ -53,7 +54,7 @@ MODULES = {
 TAKE_MODULES = {
     'perturbed': lambda m: ns.perturbed(m, law).__enter__(), 'clone_weights': lambda m: ns.clone_weights(m),
     'select': lambda m: select(m), 'quantized': lambda m: quantized(m),
-    'layer_sensitivity': lambda m: ns.layer_sensitivity(m, dls().valid, law),
+    'layer_sensitivity': lambda m: layer_sensitivity(m, dls().valid, law),
     'SAM': lambda m: ns.SAM(torch.optim.SGD(net().parameters(), 0.1), m)}
 
 NONSENSE = {
@@ -118,6 +119,13 @@ NONSENSE = {
     'tolerance: a loss of 2': lambda: ns.tolerance(net7(), dls().valid, law, drop=2),
     'tolerance: data shuffled': lambda: ns.tolerance(net7(), dls().train, law),
     'misses_allowed: 95 %': lambda: misses_allowed(29, confidence=95),
+    'sensitivity: a number for a law': lambda: ns.sensitivity(net7(), dls().valid, 0.1),
+    'sensitivity: at level nothing': lambda: ns.sensitivity(net7(), dls().valid, law.at(0.)),
+    'sensitivity: measured in points': lambda: ns.sensitivity(net7(), dls().valid, law, of='points'),
+    'sensitivity: one group of channels': lambda: ns.sensitivity(net7(), dls().valid, law, channels=1),
+    'until: five points of a hundred': lambda: ns.until(half=5),
+    'until: two draws': lambda: ns.until(half=0.01, least=2),
+    'protect: costs that are guessed': lambda: ns.protect(net7(), dls().valid, law, costs='guessed'),
     'protect: by weight': lambda: ns.protect(net7(), dls().valid, law, by='weight'),
     'protect: a budget of 5': lambda: ns.protect(net7(), dls().valid, law, budget=5),
     'protect: at level nothing': lambda: ns.protect(net7(), dls().valid, law.at(0.), progress=False),
@@ -209,5 +217,5 @@ def test_nonsense_is_answered_with_what_mends_it(what):
 
 def test_every_public_name_has_its_nonsense():
     "Selectors and bases have no arguments to get wrong"
-    spared = {'conv_and_norm', 'conv_and_linear', 'kernels_and_scales', 'Disturbance', 'Law'}
+    spared = {'conv_and_norm', 'conv_and_linear', 'Disturbance', 'Law'}
     assert set(ns.__all__) - spared <= {what.partition(':')[0] for what in NONSENSE}

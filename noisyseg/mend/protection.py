@@ -34,6 +34,9 @@ def _weights_of(disturbance, where):
     "The selector of what may be disturbed, or an error."
     if not isinstance(disturbance, Disturbance) or disturbance.where is where is None:
         raise TypeError(f"disturbance: expected one that acts on weights, such as MaxGaussian(0.05), got {disturbance}")
+    if disturbance.level == disturbance.nothing:
+        raise ValueError(f"disturbance: at level {disturbance.level:g} nothing happens; try "
+                         f"`{disturbance.at(disturbance.levels[0])}`")
     return as_selector(disturbance.where if where is None else where)
 
 def _one(name): return Selector(lambda n, module, weight: n == name, name)
