@@ -391,17 +391,20 @@ def test_hooks_survive_signals():
         count += 1
         raise InterruptedError
     old = signal.signal(signal.SIGALRM, alarm)
+    grad = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)   # for all of it: an interrupted exit of torch.no_grad() would leave it so for good
     try:
         for i in range(60):
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 * (i + 1))
-                with ActivationNoise(0.1).acting(net, None, 0), torch.no_grad():
+                with ActivationNoise(0.1).acting(net, None, 0):
                     for _ in range(50): net(x)
             except InterruptedError: pass
             assert hooks(net) == 0
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+        torch.set_grad_enabled(grad)
     assert count > 30 and signal.getsignal(signal.SIGALRM) is old
 
 

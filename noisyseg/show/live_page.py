@@ -293,10 +293,10 @@ class _CounterPredictor(NoisyPredictor):
         super().__init__(*args)
         self.seeds = {}  # seed -> its generator: the same object is the same draw, which is not drawn again
 
-    def _inject(self, name, law, where, seed):
+    def _inject(self, name, law, where, seed, protected=()):
         generator = self.seeds.setdefault(seed, CounterGenerator(seed))
         generator.manual_seed(seed)
-        return super()._inject(name, law, where, generator)
+        return super()._inject(name, law, where, generator, protected)
 
 def _gallery(explorer, folder, n):
     "Frames that are computed before, for the first `n` pictures."
