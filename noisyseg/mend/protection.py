@@ -210,6 +210,8 @@ class Protection:
     costs: pd.Series  # of each weight tensor, as they were predicted (nats) or measured (share of answers that change)
 
     def __repr__(self):
+        lost = (self.curve['clean'] - self.curve['noisy']).iloc[0]
+        if lost < 0.001: return f'Protection: the disturbance costs {100 * lost:.1f} points here, so nothing can come back'
         whole = ', '.join(list(self.rows)[:3]) + (', …' if len(self.rows) > 3 else '')
         return f'Protection: {self.share:.2%} of the weights ({whole}) bring back {self.regained:.0%} of the loss'
 
