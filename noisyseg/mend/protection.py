@@ -211,7 +211,7 @@ class Protection:
 
     def __repr__(self):
         lost = (self.curve['clean'] - self.curve['noisy']).iloc[0]
-        if lost < 0.001: return f'Protection: the disturbance costs {100 * lost:.1f} points here, so nothing can come back'
+        if lost < 0.001: return f'Protection: nothing can come back, since only {100 * lost:.1f} points are lost'
         whole = ', '.join(list(self.rows)[:3]) + (', …' if len(self.rows) > 3 else '')
         return f'Protection: {self.share:.2%} of the weights ({whole}) bring back {self.regained:.0%} of the loss'
 
