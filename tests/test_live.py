@@ -297,7 +297,10 @@ def test_the_page(site, tmp_path):
         assert 'level=0.2' in link and 'draw=3' in link and 'alpha=1.5' in link and 'per=channel' in link
         live.shown(sample=0, seed=0)
         assert live.pixels() != shown
+        page.wait_for_timeout(250)   # until the address says so, or it would be written over the one that comes now
         page.evaluate('link => { location.hash = new URL(link).hash }', link)
+        # the page hears of its new address only after this; then it draws
+        page.wait_for_function('() => document.querySelector(".nse").dataset.sample === "4"')
         live.settle()
         assert live.pixels() == shown
 
