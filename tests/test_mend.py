@@ -62,6 +62,21 @@ def test_what_has_no_level_of_nothing_is_compared_with_the_clean_network(net, sc
     kept = protect(net, scenes[:1], both, by='layer', budget=0.05, draws=1, compare=False, progress=False)
     assert kept.curve['clean'].iloc[0] > kept.curve['noisy'].iloc[0]
 
+def test_spared_channels_are_spared_in_costs_too(net, scenes):
+    "Groups of channels cost less than their layer, and what is protected already costs nothing"
+    name, law = 'encoder.levels.0.0.conv.weight', MaxGaussian(0.2)
+    n = len(net.get_parameter(name))
+    args = dict(draws=2, progress=False)
+    parts = noisyseg.sensitivity(net, scenes[:1], law, channels=4, where=name, **args)
+    whole = noisyseg.sensitivity(net, scenes[:1], law, where=name, **args)
+    assert parts['measured'].nunique() == 4 and parts['measured'].max() < whole['measured'].item()
+    assert parts['predicted'].sum() == pytest.approx(whole['predicted'].item(), rel=1e-5)
+    all_but_one = Spared(name, {name: range(n - 1)})
+    little = noisyseg.sensitivity(net, scenes[:1], law, where=all_but_one, **args)
+    assert (little[['predicted', 'measured']] < whole[['predicted', 'measured']] / 2).all().all()
+    none = noisyseg.sensitivity(net, scenes[:1], law, where=Spared(all_but_one, {name: [n - 1]}), **args)
+    assert none[['predicted', 'measured']].to_numpy().tolist() == [[0, 0]]
+
 def test_misses_allowed_are_exact():
     "One more miss than allowed would leave the claim open: Clopper and Pearson's lower bound is at the share"
     for n in (29, 46, 61, 100, 333):

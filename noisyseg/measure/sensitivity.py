@@ -23,7 +23,7 @@ from .sweeps import Entry, Grid, check_models, entry_of, run_grid
 from .task import Task, plain_tensors
 from ..nets.adapter import class_count, logits_of, to_classes
 from ..perturb.disturbance import Disturbance
-from ..perturb.selectors import Selector, as_selector, conv_and_linear, conv_and_norm, select
+from ..perturb.selectors import Selector, Spared, as_selector, conv_and_linear, conv_and_norm, select
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #90b5d8b1
 def _split(names, depth, limit):
@@ -56,18 +56,27 @@ def check_groups(
     where,  # which weights may be disturbed at all
 ) -> dict:  # label -> Selector of some of the weights in `where`
     "Layer groups, or an error."
-    if groups is None: return stages(model, where)
+    where = as_selector(where)
+    if groups is None: groups = stages(model, where)
     if isinstance(groups, (list, tuple)): groups = {str(as_selector(g)): g for g in groups}
     if not isinstance(groups, Mapping) or not groups:
         raise TypeError(f"groups: expected a dict label -> selector or name pattern, or a list of them, got {groups!r}")
-    all_names, found = [s.name for s in select(model, where)], {}
+    all_names = [s.name for s in select(model, where)]
+    found = {}
     for label, g in groups.items():
         picked = set(as_selector(g).names(model))
-        found[str(label)] = [n for n in all_names if n in picked]
-        if not found[str(label)]:
+        names = [n for n in all_names if n in picked]
+        found[str(label)] = _sparing(names, str(label), where, as_selector(g))
+        if not names:
             raise ValueError(f"groups: {label!r} has none of the {len(all_names)} weights that "
                              f"where={as_selector(where)} selects, such as {all_names[0]!r}")
-    return {label: _named(names, label) for label, names in found.items()}
+    return found
+
+def _sparing(names, label, *selectors):
+    "These weights; channels that one of the selectors spares stay as they are."
+    rows = {n: [r for s in selectors if isinstance(s, Spared) for r in s.rows.get(n, ())] for n in names}
+    chosen = _named(names, label)
+    return Spared(chosen, rows, label) if any(rows.values()) else chosen
 
 # %% ../../nbs/measure/11_sensitivity.ipynb #990dbdd2
 def layer_sensitivity(

@@ -116,7 +116,8 @@ def predicted_costs(
     if not batches.task.logits:
         raise TypeError(f"task: {batches.task!r} does not say that its outputs are logits (batch, classes, …), whose "
                         f"answers could be drawn: measured_costs(…, of='score') measures instead")
-    sites = select(model, law.where if where is None else where)
+    where = as_selector(law.where if where is None else where)
+    sites = select(model, where)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in flags: p.requires_grad_(True)
@@ -128,7 +129,9 @@ def predicted_costs(
         for p, flag in flags: p.requires_grad_(flag)
     with torch.no_grad():
         costs = {s.name: 0.5 * f * _variance(law, s.value()) for s, f in zip(sites, fisher)}
-    return {name: c.flatten(1).sum(1) if c.ndim > 1 else c for name, c in costs.items()}
+    costs = {name: c.flatten(1).sum(1) if c.ndim > 1 else c for name, c in costs.items()}
+    for name, rows in (where.rows if isinstance(where, Spared) else {}).items(): costs[name][rows] = 0
+    return costs
 
 # %% ../../nbs/mend/02_protection.ipynb #0f736896
 def sensitivity(

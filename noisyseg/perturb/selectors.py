@@ -183,7 +183,10 @@ class Spared(Selector):
         rows: dict,  # name of a weight -> numbers of the channels (rows along dimension 0) that are spared
         label: str = None,  # None: says how many, and of which weights by a checksum
     ):
-        self.base = as_selector(base)
+        base = as_selector(base)
+        kept = base.rows if isinstance(base, Spared) else {}   # what was spared before stays so
+        self.base = base.base if isinstance(base, Spared) else base
+        rows = {name: [*kept.get(name, ()), *rows.get(name, ())] for name in {**kept, **rows}}
         self.rows = {name: sorted({int(r) for r in some}) for name, some in rows.items() if len(some)}
         if low := [name for name, some in self.rows.items() if some[0] < 0]:
             raise ValueError(f"rows: channels count from 0; {low[0]!r} has {self.rows[low[0]][0]}")

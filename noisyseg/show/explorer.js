@@ -96,7 +96,8 @@ const css = `
 
 // ---------------------------------------------------------------- small helpers
 
-function tag(name, attributes = {}, ...children) {          // an HTML element; on… attributes are listeners
+/** An HTML element; attributes that begin with on are listeners. */
+export function tag(name, attributes = {}, ...children) {
   const e = document.createElement(name)
   for (const [k, v] of Object.entries(attributes)) {
     if (k.startsWith('on')) e.addEventListener(k.slice(2), v)

@@ -2,7 +2,7 @@
 
    `LiveHost` answers the explorer with frames of the worker; the rest is what is around it: loading, pictures of the
    visitor's own, the address, and the cell of Python that shows the same. */
-import {Explorer, mount} from './explorer.js'
+import {Explorer, mount, tag} from './explorer.js'
 
 const CLIP = 40                                              // own pictures that are kept, at most
 const STATE = ['level', 'disturbance', 'params', 'where', 'seed', 'lock', 'sample', 'opacity', 'mask', 'hidden',
@@ -10,17 +10,6 @@ const STATE = ['level', 'disturbance', 'params', 'where', 'seed', 'lock', 'sampl
 const $ = id => document.getElementById(id)
 const short = v => String(+Number(v).toPrecision(6))
 const mb = n => (n / 1e6).toFixed(1)
-
-function tag(name, attributes = {}, ...children) {
-  const e = document.createElement(name)
-  for (const [k, v] of Object.entries(attributes)) {
-    if (k.startsWith('on')) e.addEventListener(k.slice(2), v)
-    else if (v === true) e.setAttribute(k, '')
-    else if (v !== false && v != null) e.setAttribute(k, v)
-  }
-  e.append(...children.filter(c => c != null))
-  return e
-}
 
 // ---------------------------------------------------------------- the worker
 
