@@ -75,9 +75,9 @@ def sh():
     return run
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def in_jupyterlab(tmp_path_factory):
-    "For the tests of one file, JupyterLab on a copy of the project, and a browser: (project, page, url, token)"
+    "JupyterLab on a copy of the project, and a browser, for all tests: (project, page, url, token)"
     from test_lab import browser_page, browser_path, jupyterlab
     browser_path()
     home = tmp_path_factory.mktemp('lab')
@@ -116,6 +116,7 @@ SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|\btab\b', ray=r"\bray\b|on='r
              slow=r'copy_project\(tmp_path_factory')   # what many tests use: the site, the wheel, an environment
 DURATIONS = root/'tests'/'durations.json'     # seconds of tests that took over one; NOISYSEG_RECORD=1 writes it
 SLOW = 1.
+TOGETHER = {'test_explorer': 'test_lab', 'test_monitor': 'test_lab'}   # one JupyterLab, one browser
 
 
 def known_durations(): return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
@@ -141,6 +142,12 @@ def marks_of(item, durations):
     return found | ({'slow'} if slow else set())
 
 
+def group_of(nodeid):
+    "What runs in one process: the tests of a file, or of files that share a JupyterLab; each notebook by itself"
+    file = Path(nodeid.partition('::')[0]).stem
+    return local_id(nodeid) if file == 'test_tooling_notebooks' else TOGETHER.get(file, file)
+
+
 def pytest_collection_modifyitems(items):
     """Longest first, so that no process is left alone with a long test at the end.
 
@@ -149,13 +156,20 @@ def pytest_collection_modifyitems(items):
     durations, total = known_durations(), {}
     for item in items:
         for name in marks_of(item, durations): item.add_marker(name)
-        alone = item.path.name == 'test_tooling_notebooks.py'
-        group = item.nodeid if alone else item.path.stem
-        if not alone: item.add_marker(pytest.mark.xdist_group(group))
-        item.group = group
-        total[group] = total.get(group, 0) + durations.get(local_id(item.nodeid), .1)
+        item.group = group_of(item.nodeid)
+        total[item.group] = total.get(item.group, 0) + durations.get(local_id(item.nodeid), .1)
     for item in items: item.group_seconds = total[item.group]   # also of those that -k will leave out
     items.sort(key=lambda item: -item.group_seconds)   # stable: the order within a file stays
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Hands out whole groups. (xdist 3.8 looks for its own marks of groups in vain with pytest 9.2.)"
+    if config.getvalue('dist') != 'loadgroup': return None
+    from xdist.scheduler import LoadScopeScheduling
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return group_of(nodeid)
+    return Groups(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):

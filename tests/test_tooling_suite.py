@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import root
+from conftest import local_id, root
 
 own = """
 import signal, os
@@ -54,9 +54,25 @@ def test_longest_first(request):
     assert [seconds for _, seconds in runs] == sorted((seconds for _, seconds in runs), reverse=True)
 
 
+shared = '''
+import os
+import pytest
+@pytest.mark.parametrize('i', range(8))
+def test_it(i):
+    with open('workers', 'a') as f: f.write(os.environ['PYTEST_XDIST_WORKER'] + ' ')
+'''
+
+
+def test_those_of_a_file_share_a_process(pytest_in, tmp_path):
+    "And with it what they set up: a browser, Ray, trained networks"
+    said = pytest_in(shared, '-n', '2', '--dist', 'loadgroup', '--no-loadscope-reorder')
+    workers = (tmp_path/'workers').read_text().split()
+    assert '8 passed' in said and len(workers) == 8 and len(set(workers)) == 1
+
+
 def test_what_make_check_leaves_out(request):
     "Tests with a browser, with Ray, with killed processes and whole notebooks are marked, and no others of the tooling"
-    items = {item.nodeid.removeprefix('tests/'): item for item in request.session.items}
+    items = {local_id(item.nodeid): item for item in request.session.items}
     marked = lambda name, mark: any(o.name == mark for o in items[name].iter_markers())
     for name, mark in {'test_lab.py::test_tour_in_jupyterlab': 'browser', 'test_tooling_notebooks.py::'
                        'test_runs[basics.ipynb]': 'slow'}.items():
