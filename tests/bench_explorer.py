@@ -48,7 +48,8 @@ def explorer(plan):
     for name in ('playwright', 'jupyterlab', 'pytest'):
         if importlib.util.find_spec(name) is None: yield skipped('the slider', f'{name} is not installed'); return
     from test_explorer import Seen, cells, drag, live
-    with tempfile.TemporaryDirectory() as folder, live(Path(folder), [*cells, MEMORY]) as page:
+    from test_lab import opened
+    with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as lab, live(lab, [*cells, MEMORY]) as page:
         seen, where = Seen(page), '128², in JupyterLab'
         page.wait_for_timeout(3000)
         move = lambda n: seen.root.evaluate(f'(root) => ({LATENCY})({{root, moves: {n}}})')

@@ -1,4 +1,5 @@
 "Shared by the tests: where the project is, its notebooks in reading order, and a copy of it to break things in."
+import contextlib
 import functools
 import inspect
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,15 +77,79 @@ def sh():
     return run
 
 
+class Server:
+    "Forks a process for each notebook and script (warm_server.py): torch and fastai are imported once, not each time"
+    def __init__(self):
+        cmd = [sys.executable, root/'tests'/'warm_server.py']
+        self.process = subprocess.Popen(cmd, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout.readline() == 'ready\n'
+
+    def run(self, *jobs):
+        "For each job its exit status and what it said. However this ends, what they started ends too"
+        print(json.dumps([{**job, 'out': str(job['out'])} for job in jobs]), file=self.process.stdin, flush=True)
+        pids, statuses = self.process.stdout.readline().split(), None
+        try: statuses = self.process.stdout.readline().split()
+        finally:
+            for pid in pids:
+                try: os.killpg(int(pid), signal.SIGKILL)
+                except ProcessLookupError: pass
+            if statuses is None: self.process.stdout.readline()
+        return [(int(s), Path(job['out']).read_text(errors='replace')) for s, job in zip(statuses, jobs)]
+
+    def notebook(self, path, out, flags=''): return self.run(dict(path=str(path), flags=flags, out=out))[0]
+
+    def script(self, source, folder, *envs, args=()):
+        "A script in several processes at a time, each with some variables of the environment"
+        (folder/'script.py').write_text(source)
+        jobs = [dict(script=str(folder/'script.py'), args=[str(a) for a in args], env=env, out=folder/f'said-{i}')
+                for i, env in enumerate(envs)]
+        return self.run(*jobs)
+
+    def pair(self, source, folder, args=()):
+        "A script in two processes, as `torchrun` would set up their environment: exit statuses, and what they said"
+        said = self.script(source, folder, *ranks(), args=args)
+        return [s for s, _ in said], [text for _, text in said]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def ranks(n=2):
+    "The environments of `n` processes that are to meet on this machine"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                   GLOO_SOCKET_IFNAME='lo', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    return [{**meeting, 'RANK': str(i), 'LOCAL_RANK': str(i)} for i in range(n)]
+
+
 @pytest.fixture(scope='session')
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+shared = contextlib.ExitStack()   # what the files of a group share; it is closed after the group's last test
+_lab = []
+
+
+@pytest.fixture
 def in_jupyterlab(tmp_path_factory):
-    "JupyterLab on a copy of the project, and a browser, for all tests: (project, page, url, token)"
-    from test_lab import browser_page, browser_path, jupyterlab
-    browser_path()
-    home = tmp_path_factory.mktemp('lab')
-    project = copy_project(home/'project')
-    with jupyterlab(project, home) as (url, token), browser_page(home/'profile') as page:
-        yield project, page, url, token
+    "JupyterLab on a copy of the project, and a browser, once for a group: (project, page, url, token)"
+    from test_lab import opened
+    if not _lab:
+        _lab.append(shared.enter_context(opened(tmp_path_factory.mktemp('lab'))))
+        shared.callback(_lab.clear)
+    return _lab[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    "After the last test of a group, what its files shared is closed"
+    if nextitem is None or nextitem.group != item.group: shared.close()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -111,8 +177,8 @@ def pytest_runtest_call(item):
 
 
 # what `make check` leaves out, by what a test or a fixture that it uses speaks of
-SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|\btab\b', ray=r"\bray\b|on='ray'",
-             kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn',
+SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|opened\(|\btab\b', ray=r"\bray\b|on='ray'",
+             kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn|server\.(pair|script)',
              slow=r'copy_project\(tmp_path_factory')   # what many tests use: the site, the wheel, an environment
 DURATIONS = root/'tests'/'durations.json'     # seconds of tests that took over one; NOISYSEG_RECORD=1 writes it
 SLOW = 1.

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
 
@@ -16,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from conftest import ranks
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -84,7 +83,6 @@ from torch.distributed.fsdp import fully_shard
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.checkpoints import load_model, save_model
-os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2], RANK='0', WORLD_SIZE='1')
 dist.init_process_group('gloo')
 make = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
 path = save_model(make(), sys.argv[1])
@@ -102,12 +100,9 @@ load_model(save_model(ddp, sys.argv[1]), make())
 dist.destroy_process_group()
 '''
 
-def test_shards_are_refused_and_ddp_is_unwrapped(tmp_path):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    run = subprocess.run([sys.executable, '-c', FSDP, str(tmp_path/'net'), str(port)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_shards_are_refused_and_ddp_is_unwrapped(server, tmp_path):
+    [(code, said)] = server.script(FSDP, tmp_path, *ranks(1), args=[tmp_path/'net'])
+    assert code == 0, said
 
 
 # --- extra state, dtypes, ties --------------------------------------------------------------------------------------

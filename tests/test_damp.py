@@ -3,10 +3,6 @@
 import copy
 import os
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 
 import fastai.callback.progress  # noqa: F401  gives Learner its no_bar
 import pytest
@@ -296,14 +292,6 @@ os._exit(0)   # gloo's threads may outlive it, and abort an orderly exit
 '''
 
 
-def test_two_processes():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2',
-           'CUDA_VISIBLE_DEVICES': ''}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER)], env={**env, 'RANK': str(r)},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    outs = [p.communicate(timeout=300) for p in ps]
-    assert [p.returncode for p in ps] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
-    assert all(o[0].splitlines()[-1] == 'fine' for o in outs), outs
+def test_two_processes(server, tmp_path):
+    codes, said = server.pair(WORKER, tmp_path)
+    assert codes == [0, 0] and all('fine' in text.splitlines() for text in said), (codes, said)

@@ -1,16 +1,12 @@
 """Two real processes on the CPU, by `learn.distrib_ctx` and Accelerate, against the same script in one process.
 
-One script runs everything that succeeds and then lets one process fail, so that processes are started but once."""
+One script runs everything that succeeds; at the same time, in two other processes, it lets one fail."""
 import filecmp
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from conftest import ranks
 
 pytest.importorskip('accelerate', reason='pip install noisyseg[distributed]')
 
@@ -205,10 +201,13 @@ def main(out):
         return
     AcceleratorState._reset_state()   # the precision is settled once for a process
     torch.save(record(fit(damp(2), SAMCallback(0.1), ctx=dict(mixed_precision='bf16'))), out/f'bf16-{rank}.pt')
-    AcceleratorState._reset_state()
-    failure(out)
 
-if __name__ == '__main__': main(Path(sys.argv[1]))
+if __name__ == '__main__':
+    out = Path(os.environ['OUT'])
+    failure(out) if os.environ.get('WHAT') == 'failure' else main(out)
+    if torch.distributed.is_initialized(): torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)   # gloo's threads may outlive it, and abort an orderly exit
 '''
 
 EQUAL = ['plain', 'noise', 'noise_epoch', 'damp', 'damp_4', 'damp_sync', 'sam', 'sam_global', 'asam', 'noise_and_sam',
@@ -216,33 +215,20 @@ EQUAL = ['plain', 'noise', 'noise_epoch', 'damp', 'damp_4', 'damp_sync', 'sam', 
          'mlpmatch_parts', 'workers']
 ONLY_TWO = ['own_noise', 'drawn_seed', 'mlpmatch_own', 'batch_norm', 'bf16']
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
-
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    "Folders `two` and `one` with what the script wrote in two processes and in one."
+def runs(server, tmp_path_factory):
+    """Folders `two` and `one` with what the script wrote in two processes and in one, and how its failure ended.
+
+    The failure is two processes of its own, because one of them waits for half a minute."""
     top = tmp_path_factory.mktemp('distributed')
-    (top/'script.py').write_text(SCRIPT)
     for name in ('one', 'two'): (top/name).mkdir()
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR',
-                                                            'MASTER_PORT')}
-    env |= dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo', PYTHONWARNINGS='ignore')
-    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port',
-                free_port()]
-    jobs = [subprocess.Popen([sys.executable, *more, str(top/'script.py'), str(top/name)], env=env,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for name, more in (('one', []), ('two', torchrun))]
-    deadline, said = time.time() + 400, []
-    try:
-        for job in jobs: said.append(job.communicate(timeout=max(1, deadline - time.time()))[0])
-    finally:
-        for job in jobs: job.kill()
-    assert jobs[0].returncode == 0, said[0][-3000:]
-    assert (top/'two'/'failure-0.json').exists(), said[1][-6000:]
-    return top, jobs[1].returncode, said[1]
+    alone = dict.fromkeys(('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'))
+    envs = [{**alone, 'CUDA_VISIBLE_DEVICES': '', 'OUT': str(top/'one')},
+            *({**env, 'OUT': str(top/'two'), 'WHAT': what} for what in ('all', 'failure') for env in ranks())]
+    one, *two, waited, failed = server.script(SCRIPT, top, *envs)
+    for code, said in (one, *two): assert code == 0, said[-3000:]
+    assert (top/'two'/'failure-0.json').exists(), waited[1][-6000:]
+    return top, [failed[0], waited[0]], failed[1] + waited[1]
 
 def load(runs, name): return [torch.load(runs[0]/f) for f in (f'two/{name}-0.pt', f'two/{name}-1.pt')]
 def alone(runs, name): return torch.load(runs[0]/f'one/{name}-0.pt')
@@ -310,11 +296,11 @@ def test_validation_counts_each_image_once_and_predictions_come_in_order(runs):
         torch.testing.assert_close(a[k], one[k], rtol=0, atol=atol)
 
 def test_when_one_process_fails_all_have_clean_weights(runs):
-    top, returncode, said = runs
+    top, codes, said = runs
     waited, failed = (json.loads((top/f'two/failure-{r}.json').read_text()) for r in range(2))
     assert failed['error'].startswith('ZeroDivisionError') and failed['seconds'] < 20
     assert waited['error'].startswith('RuntimeError') and 20 < waited['seconds'] < 90   # its patience was 30 s
     for found in (waited, failed):
         assert not found['injected'] and not found['climbed'] and len(found['digests']) == 2 and found[
                 'digest'] == found['digests'][-1]
-    assert waited['digest'] == failed['digest'] and returncode != 0 and 'ZeroDivisionError' in said
+    assert waited['digest'] == failed['digest'] and all(codes) and 'ZeroDivisionError' in said

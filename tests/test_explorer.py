@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import copy_project, root
-from test_lab import browser_page, browser_path, jupyterlab, ours, problems, run_notebook, served, write_notebook
+from conftest import root
+from test_lab import browser_page, browser_path, ours, problems, run_notebook, served, write_notebook
 
 cells = ['from noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.perturb.disturbance import Law\nfrom '
          'dataclasses '
@@ -254,24 +254,23 @@ def age(seen):
 
 
 @contextmanager
-def live(tmp_path, sources):
-    "A notebook with an explorer, run in JupyterLab"
-    browser_path()
-    project = copy_project(tmp_path/'project')
+def live(lab, sources):
+    "A notebook with an explorer, run in JupyterLab (conftest's `in_jupyterlab`)"
+    project, page, url, token = lab
     write_notebook(project/'nbs'/'live.ipynb', *sources)
-    with jupyterlab(project, tmp_path) as (url, token), browser_page(tmp_path/'profile') as page:
-        page.set_viewport_size(dict(width=1300, height=1500))
-        found = run_notebook(page, url, token, 'nbs/live.ipynb', 120)
-        assert not list(problems(found))
-        try: yield page
-        except BaseException:
-            page.screenshot(path=Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))/'explorer.png')
-            raise
+    page.complaints.clear()
+    page.set_viewport_size(dict(width=1300, height=1500))
+    found = run_notebook(page, url, token, 'nbs/live.ipynb', 120)
+    assert not list(problems(found))
+    try: yield page
+    except BaseException:
+        page.screenshot(path=Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))/'explorer.png')
+        raise
 
 
 @pytest.mark.timeout(400)
-def test_explorer_in_jupyterlab(tmp_path):
-    with live(tmp_path, cells) as page:
+def test_explorer_in_jupyterlab(in_jupyterlab):
+    with live(in_jupyterlab, cells) as page:
         seen = Seen(page)
         use(seen)
         mend(seen)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import root
+from conftest import copy_project, root
 
 tour = os.environ.get('NOISYSEG_TOUR', 'nbs/tutorials/tour.ipynb')
 patience = int(os.environ.get('NOISYSEG_TOUR_SECONDS', 840))
@@ -69,12 +69,27 @@ def jupyterlab(project, home):
         except subprocess.TimeoutExpired: server.kill()
 
 
+running = []
+
+
+@contextmanager
+def playwright():
+    "Playwright, once in a process: it cannot be started again while it runs"
+    from playwright.sync_api import sync_playwright
+    if running:
+        yield running[0]
+        return
+    with sync_playwright() as p:
+        running.append(p)
+        try: yield p
+        finally: running.clear()
+
+
 @contextmanager
 def browser_page(profile):
     "A page of a headless Chromium with a fresh profile"
-    from playwright.sync_api import sync_playwright
     path = browser_path()
-    with sync_playwright() as p:
+    with playwright() as p:
         context = p.chromium.launch_persistent_context(profile, executable_path=path, args=flags,
                                                        viewport=dict(width=1400, height=1000))
         page = context.new_page()
@@ -84,6 +99,15 @@ def browser_page(profile):
                 f'{m.text} ({m.location.get("url", "")})'))
         try: yield page
         finally: context.close()
+
+
+@contextmanager
+def opened(home):
+    "JupyterLab on a copy of the project, and a browser: (project, page, url, token)"
+    browser_path()
+    project = copy_project(home/'project')
+    with jupyterlab(project, home) as (url, token), browser_page(home/'profile') as page:
+        yield project, page, url, token
 
 
 def write_notebook(path, *sources):

@@ -2,10 +2,6 @@
  "processes, failures.")
 import copy
 import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import fastai.callback.all  # noqa: F401  gives Learner its fit_one_cycle, no_bar, …
 import numpy as np
@@ -339,9 +335,7 @@ def test_frame_and_levels():
 # ---- two processes
 
 WORKER = '''
-import copy, os, sys
-sys.path[:0] = [os.environ['TESTS']]
-import torch, torch.distributed as dist
+import copy, os, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from test_mlpmatch import batch, method, net
 dist.init_process_group('gloo')
@@ -380,18 +374,9 @@ os._exit(0)   # gloo's threads may outlive it, and abort an orderly exit
 '''
 
 
-def test_two_processes():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2',
-           'CUDA_VISIBLE_DEVICES': '',
-           'TESTS': os.path.dirname(__file__)}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER)], env={**env, 'RANK': str(r)},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    outs = [p.communicate(timeout=300) for p in ps]
-    assert [p.returncode for p in ps] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
-    assert all(o[0].splitlines()[-1] == 'fine' for o in outs), outs
+def test_two_processes(server, tmp_path):
+    codes, said = server.pair(f'import sys\nsys.path[:0] = [{os.path.dirname(__file__)!r}]\n{WORKER}', tmp_path)
+    assert codes == [0, 0] and all('fine' in text.splitlines() for text in said), (codes, said)
 
 
 # ---- a GPU, where there is one

@@ -17,10 +17,11 @@ needs_cells = ('law', 'method', 'corruption')   # these need some data, and take
 
 # imports once, and forks for each plug: `python -c fork FOLDER PLUG FOLDER PLUG …`
 fork = """
-import os, runpy, sys, warnings
+import gc, os, runpy, sys, warnings
 warnings.simplefilter('ignore')
 from noisyseg import *
 import noisyseg.show.pseudo_label_panel
+gc.freeze()   # or each child takes apart what was imported as it ends
 for folder, plug in zip(sys.argv[1::2], sys.argv[2::2]):
     sys.stdout.flush()
     if not os.fork():

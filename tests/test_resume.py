@@ -22,7 +22,7 @@ POINTS = ('opened', 'half written', 'written', 'synced', 'replaced')
 OTHERS = ('checkpoint', 'disk full', 'file too large', 'read-only', 'sigterm', 'other run', 'finished')
 
 DRIVER = '''
-import json, os, random, resource, shutil, signal, sys, tempfile, time, traceback, warnings
+import gc, json, os, random, resource, shutil, signal, sys, tempfile, time, traceback, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
@@ -335,6 +335,7 @@ def finished():
     finish('damp', path, end, *[At(i, stop) for i in range(10)])
     return 'returned without training'
 
+gc.freeze()   # what was imported is nothing that a child need look through
 report = {}
 sections = {m: partial(killed, m) for m in methods} | {p: partial(at_point, p) for p in points} | {
     'checkpoint': checkpoint, 'disk full': disk_full, 'file too large': partial(survives, 'file too large', too_large),

@@ -5,8 +5,6 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -366,7 +364,8 @@ def test_links_can_fail(tmp_path):
 
 
 proc = """
-import functools, traceback
+import functools, os, sys, traceback
+os.chdir(sys.argv[1])
 import nbdev.config, nbdev.serve_drv
 from nbdev.serve import proc_nbs
 
@@ -384,10 +383,12 @@ proc_nbs(n_workers=0)
 
 
 @pytest.fixture(scope='module')
-def processed(tmp_path_factory):
+def processed(server, tmp_path_factory):
     "The notebooks as nbdev hands them to Quarto: what `nbdev-proc-nbs` does, less its search for quarto"
-    project = copy_project(tmp_path_factory.mktemp('docs')/'project')
-    subprocess.run([sys.executable, '-c', proc], cwd=project, check=True)
+    folder = tmp_path_factory.mktemp('docs')
+    project = copy_project(folder/'project')
+    [(code, said)] = server.script(proc, folder, {'PYTHONPATH': str(project)}, args=[project])
+    assert code == 0, said
     return project/'_proc'
 
 

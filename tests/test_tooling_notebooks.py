@@ -2,13 +2,9 @@
 import ast
 import builtins
 import importlib
-import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import derive
 import pytest
@@ -18,36 +14,6 @@ from fastcore.nbio import mk_cell, new_nb, write_nb
 order = {module: i for i, (_, module) in enumerate(derive.modules())}
 module_of = dict(derive.modules())
 each = pytest.mark.parametrize('path', notebooks(), ids=nb_id)
-
-
-class Server:
-    "Forks a process for each notebook (notebook_server.py), so that torch and fastai are imported once, not each time"
-    def __init__(self):
-        cmd = [sys.executable, root/'tests'/'notebook_server.py']
-        self.process = subprocess.Popen(cmd, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self.process.stdout.readline() == 'ready\n'
-
-    def run(self, path, out, flags=''):
-        "The exit status of a notebook and what it printed. However this ends, what the notebook started ends too"
-        print(json.dumps(dict(path=str(path), flags=flags, out=str(out))), file=self.process.stdin, flush=True)
-        pid, status = int(self.process.stdout.readline()), None
-        try: status = int(self.process.stdout.readline())
-        finally:
-            try: os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
-            if status is None: self.process.stdout.readline()
-        return status, out.read_text(errors='replace')
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
-@pytest.fixture(scope='session')
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 def in_a_browser():
@@ -61,7 +27,7 @@ def test_runs(path, server, tmp_path):
     flags = os.environ.get('NOISYSEG_FLAGS', '')
     if nb_id(path) == 'tutorials/tour.ipynb' and in_a_browser() and not flags:
         pytest.skip('test_tour_in_jupyterlab runs every cell of it')
-    status, said = server.run(path, tmp_path/'said', flags)
+    status, said = server.notebook(path, tmp_path/'said', flags)
     if status or 'Success.' not in said:
         pytest.fail(f'{nb_id(path)} ended with status {status}:\n{said}', pytrace=False)
 
@@ -72,7 +38,7 @@ def test_notebooks_share_nothing(server, tmp_path):
     folder.mkdir()
     def status(name, *sources):
         write_nb(new_nb([mk_cell(o, 'code') for o in sources]), folder/f'{name}.ipynb')
-        return server.run(folder/f'{name}.ipynb', tmp_path/name)
+        return server.notebook(folder/f'{name}.ipynb', tmp_path/name)
     import_some = 'import builtins, os, torch; builtins.left = 1; torch.manual_seed(3); os.environ["LEFT"] = "1"'
     assert status('first', import_some) == (0, 'Success.\n')
     nothing = 'import builtins, os, torch; assert not hasattr(builtins, "left") and "LEFT" not in os.environ'

@@ -1,10 +1,4 @@
 "Weight noise in two real processes: the same noise for all, or each its own, and the same clean weights."
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
 WORKER = '''
@@ -49,26 +43,16 @@ for case in sys.argv[1:]:
 dist.destroy_process_group()
 '''
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
-
 CASES = {'shared 7': 'same', 'shared None': 'same', 'own 7': 'different'}
 
 @pytest.fixture(scope='module')
-def said():
+def said(server, tmp_path_factory):
     "What each process says of all cases: they are started once"
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(),
-           'WORLD_SIZE': '2', 'CUDA_VISIBLE_DEVICES': ''}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(WORKER), *CASES],
-                           env={**env, 'RANK': str(r)},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    outs = [p.communicate(timeout=300) for p in ps]
-    return [out.splitlines() for out, _ in outs], '\n'.join(err[-2000:] for _, err in outs), [p.returncode for p in ps]
+    codes, texts = server.pair(WORKER, tmp_path_factory.mktemp('training'), args=CASES)
+    return [text.splitlines() for text in texts], codes
 
 @pytest.mark.parametrize('case', CASES)
 def test_two_processes(said, case):
-    lines, errors, codes = said
-    for found in lines: assert f'{case}: {CASES[case]}' in found, (lines, errors)
-    assert codes == [0, 0], errors
+    lines, codes = said
+    for found in lines: assert f'{case}: {CASES[case]}' in found, lines
+    assert codes == [0, 0], lines

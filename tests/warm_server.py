@@ -1,0 +1,66 @@
+"""Runs notebooks and scripts, each in a process of its own that need not import torch and fastai once more.
+
+It imports them once and waits. Each line on stdin is a list of jobs that run at the same time. For each it forks a
+child with its output in the file `out`. A job with a `path` does what the command `nbdev-test PATH --flags FLAGS` does;
+one with a `script` what `python SCRIPT ARGS` does, with `env` in its environment (without what is null there). The
+answer is two lines: the children's process ids, which are also those of their process groups, and their exit statuses.
+"""
+import gc
+import json
+import os
+import runpy
+import sys
+import warnings
+
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
+warnings.simplefilter('ignore')
+import fastai.vision.all  # noqa: E402, F401
+import matplotlib.pyplot  # noqa: E402, F401
+import pandas  # noqa: E402, F401
+import plotly.graph_objects  # noqa: E402, F401
+import scipy.stats  # noqa: E402, F401
+import torch  # noqa: E402, F401
+import torchmetrics  # noqa: E402, F401
+import torchvision  # noqa: E402, F401
+from nbdev.test import nbdev_test  # noqa: E402
+
+warnings.resetwarnings()
+gc.collect()
+gc.freeze()   # half a million objects that each child would else look through, and take apart as it ends: two seconds
+
+
+def run_script(script, args, env):
+    "In the child: a script, in an environment of its own"
+    warnings.simplefilter('ignore')
+    for name, value in env.items():
+        if value is None: os.environ.pop(name, None)
+        else: os.environ[name] = value
+    sys.argv[:] = [script, *args]
+    runpy.run_path(script, run_name='__main__')
+
+
+def run(out, path=None, flags='', script=None, args=(), env=None):
+    "In the child: a notebook or a script, with all that it prints in a file"
+    os.setsid()
+    for fd, file, mode in (0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY | os.O_CREAT | os.O_APPEND):
+        opened = os.open(file, mode)
+        os.dup2(opened, fd)
+        os.close(opened)
+    os.dup2(1, 2)
+    if path: nbdev_test(path, flags=flags, n_workers=0)
+    else: run_script(script, args, env or {})
+
+
+def main():
+    print('ready', flush=True)
+    for line in sys.stdin:
+        pids = []
+        for job in json.loads(line):
+            pid = os.fork()
+            if not pid: return run(**job)            # and leaves as a program does: with its exit handlers
+            pids.append(pid)
+        print(*pids, flush=True)
+        print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+
+
+if __name__ == '__main__': main()
