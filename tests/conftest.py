@@ -1,6 +1,7 @@
 "Shared by the tests: where the project is, its notebooks in reading order, and a copy of it to break things in."
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import math
@@ -180,8 +181,8 @@ def pytest_runtest_call(item):
 SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|opened\(|\btab\b', ray=r"\bray\b|on='ray'",
              kill=r'SIGKILL|\.kill\(|torch\.distributed|nproc|mp\.spawn|server\.(pair|script)',
              slow=r'copy_project\(tmp_path_factory')   # what many tests use: the site, the wheel, an environment
-DURATIONS = root/'tests'/'durations.json'     # seconds of tests that took over one; NOISYSEG_RECORD=1 writes it
-SLOW = 1.
+DURATIONS = root/'tests'/'durations.json'     # seconds of the slow tests; NOISYSEG_RECORD=1 writes it
+SLOW = .5
 TOGETHER = {'test_explorer': 'test_lab', 'test_monitor': 'test_lab'}   # one JupyterLab, one browser
 
 
@@ -228,6 +229,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -item.group_seconds)   # stable: the order within a file stays
 
 
+def pytest_collection_finish():
+    "All is imported: half a million objects that need not be looked through again and again"
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "Hands out whole groups. (xdist 3.8 looks for its own marks of groups in vain with pytest 9.2.)"
@@ -244,5 +251,5 @@ def pytest_terminal_summary(terminalreporter):
     seconds = {}
     for report in (r for found in terminalreporter.stats.values() for r in found if hasattr(r, 'duration')):
         seconds[local_id(report.nodeid)] = seconds.get(local_id(report.nodeid), 0) + report.duration
-    lasting = {k: round(v, 1) for k, v in sorted(seconds.items()) if v > 1}
+    lasting = {k: round(v, 1) for k, v in sorted(seconds.items()) if v > SLOW}
     DURATIONS.write_text(json.dumps(lasting, indent=0, ensure_ascii=False) + '\n')

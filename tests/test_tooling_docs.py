@@ -387,7 +387,7 @@ def processed(server, tmp_path_factory):
     "The notebooks as nbdev hands them to Quarto: what `nbdev-proc-nbs` does, less its search for quarto"
     folder = tmp_path_factory.mktemp('docs')
     project = copy_project(folder/'project')
-    [(code, said)] = server.script(proc, folder, {'PYTHONPATH': str(project)}, args=[project])
+    [(code, said)] = server.script(proc, folder, {}, args=[project])
     assert code == 0, said
     return project/'_proc'
 

@@ -1,10 +1,10 @@
 """Runs notebooks and scripts, each in a process of its own that need not import torch and fastai once more.
 
-It imports them once and waits. Each line on stdin is a list of jobs that run at the same time. For each it forks a
-child with its output in the file `out`. A job with a `path` does what the command `nbdev-test PATH --flags FLAGS` does;
-one with a `script` what `python SCRIPT ARGS` does, with `env` in its environment (without what is null there). The
-answer is two lines: the children's process ids, which are also those of their process groups, and their exit statuses.
-"""
+It imports them once, with what else many notebooks import of others (nothing of noisyseg), and waits. Each line on
+stdin is a list of jobs that run at the same time. For each it forks a child with its output in the file `out`. A job
+with a `path` does what the command `nbdev-test PATH --flags FLAGS` does; one with a `script` what `python SCRIPT ARGS`
+does, with `env` in its environment (without what is null there). The answer is two lines: the children's process ids,
+which are also those of their process groups, and their exit statuses."""
 import gc
 import json
 import os
@@ -14,12 +14,26 @@ import warnings
 
 sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
 warnings.simplefilter('ignore')
+import fastai.callback.all  # noqa: E402, F401
 import fastai.vision.all  # noqa: E402, F401
+import fastcore.test  # noqa: E402, F401
+import IPython.display  # noqa: E402, F401
+import ipywidgets  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import pandas  # noqa: E402, F401
-import plotly.graph_objects  # noqa: E402, F401
+import PIL.Image  # noqa: E402, F401
+import plotly.express  # noqa: E402, F401
+import plotly.io  # noqa: E402, F401
+import plotly.subplots  # noqa: E402, F401
+import pyarrow  # noqa: E402, F401
+import safetensors.torch  # noqa: E402, F401
+import scipy.io  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
+import sklearn.datasets  # noqa: E402, F401
+import timm  # noqa: E402, F401
 import torch  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401   torch.optim imports it when first used
+import torch.distributed  # noqa: E402, F401
 import torchmetrics  # noqa: E402, F401
 import torchvision  # noqa: E402, F401
 from nbdev.test import nbdev_test  # noqa: E402
@@ -36,6 +50,7 @@ def run_script(script, args, env):
         if value is None: os.environ.pop(name, None)
         else: os.environ[name] = value
     sys.argv[:] = [script, *args]
+    sys.path.insert(0, '')                           # what lies in the current folder first, as for `python -c`
     runpy.run_path(script, run_name='__main__')
 
 
