@@ -235,6 +235,9 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure(): gc.unfreeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "Hands out whole groups. (xdist 3.8 looks for its own marks of groups in vain with pytest 9.2.)"

@@ -10,12 +10,18 @@ from conftest import local_id, root
 
 own = """
 import signal, os
+import pytest
+@pytest.fixture(autouse=True)
+def worker():
+    with open('workers', 'a') as f: f.write(os.environ.get('PYTEST_XDIST_WORKER', 'alone') + ' ')
 def test_first(): raise KeyboardInterrupt
 def test_second():
     os.kill(os.getpid(), signal.SIGINT)
     while True: pass
 def test_third(): pass
 def test_killed(): assert signal.SIGKILL
+@pytest.mark.parametrize('i', range(6))
+def test_more(i): pass
 """
 
 
@@ -31,13 +37,19 @@ def pytest_in(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('how', [['-n', '1'], ['-p', 'no:xdist']], ids=['in a process', 'alone'])
-def test_a_keyboard_interrupt_is_a_failure(pytest_in, how):
+def test_a_keyboard_interrupt_is_a_failure(pytest_in):
     "A test that lets one out has failed, whether it was raised or came as a signal; the next ones run"
-    said = pytest_in(own, *how, '-k', 'first or third')
-    assert '1 failed, 1 passed' in said and 'a KeyboardInterrupt came out of this test' in said
-    said = pytest_in(own, *how, '-k', 'second or third')
-    assert '1 failed, 1 passed' in said
+    for which in 'first', 'second':
+        said = pytest_in(own, '-p', 'no:xdist', '-k', f'{which} or third')
+        assert '1 failed, 1 passed' in said and 'a KeyboardInterrupt came out of this test' in said
+
+
+def test_those_of_a_file_share_a_process(pytest_in, tmp_path):
+    "And with it what they set up: a browser, Ray, trained networks. There, too, an interrupt is a failure"
+    said = pytest_in(own, '-n', '2', '--dist', 'loadgroup', '--no-loadscope-reorder')
+    assert '2 failed, 8 passed' in said and 'a KeyboardInterrupt came out of this test' in said
+    workers = (tmp_path/'workers').read_text().split()
+    assert len(workers) == 10 and len(set(workers)) == 1
 
 
 def test_two_of_them_stop_it(pytest_in):
@@ -52,22 +64,6 @@ def test_longest_first(request):
             itertools.groupby(request.session.items, lambda item: item.group)]
     assert len(dict(runs)) == len(runs)
     assert [seconds for _, seconds in runs] == sorted((seconds for _, seconds in runs), reverse=True)
-
-
-shared = '''
-import os
-import pytest
-@pytest.mark.parametrize('i', range(8))
-def test_it(i):
-    with open('workers', 'a') as f: f.write(os.environ['PYTEST_XDIST_WORKER'] + ' ')
-'''
-
-
-def test_those_of_a_file_share_a_process(pytest_in, tmp_path):
-    "And with it what they set up: a browser, Ray, trained networks"
-    said = pytest_in(shared, '-n', '2', '--dist', 'loadgroup', '--no-loadscope-reorder')
-    workers = (tmp_path/'workers').read_text().split()
-    assert '8 passed' in said and len(workers) == 8 and len(set(workers)) == 1
 
 
 def test_what_make_check_leaves_out(request):

@@ -5,11 +5,14 @@ stdin is a list of jobs that run at the same time. For each it forks a child wit
 with a `path` does what the command `nbdev-test PATH --flags FLAGS` does; one with a `script` what `python SCRIPT ARGS`
 does, with `env` in its environment (without what is null there). The answer is two lines: the children's process ids,
 which are also those of their process groups, and their exit statuses."""
+import atexit
 import gc
 import json
 import os
 import runpy
 import sys
+import threading
+import traceback
 import warnings
 
 sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
@@ -40,7 +43,7 @@ from nbdev.test import nbdev_test  # noqa: E402
 
 warnings.resetwarnings()
 gc.collect()
-gc.freeze()   # half a million objects that each child would else look through, and take apart as it ends: two seconds
+gc.freeze()   # half a million objects that each child would else look through
 
 
 def run_script(script, args, env):
@@ -66,16 +69,40 @@ def run(out, path=None, flags='', script=None, args=(), env=None):
     else: run_script(script, args, env or {})
 
 
+def status_of(job):
+    "In the child: does the job; gives the exit status that a program would have"
+    try: run(**job)
+    except SystemExit as e:
+        if e.code is None or isinstance(e.code, int): return e.code or 0
+        print(e.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def leave(status):
+    "Ends as a program does, with its threads and exit handlers, but takes nothing apart: that would be two seconds"
+    for t in threading.enumerate():
+        if t is not threading.current_thread() and not t.daemon: t.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main():
     print('ready', flush=True)
     for line in sys.stdin:
         pids = []
         for job in json.loads(line):
             pid = os.fork()
-            if not pid: return run(**job)            # and leaves as a program does: with its exit handlers
+            if not pid: leave(status_of(job))
             pids.append(pid)
         print(*pids, flush=True)
         print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+    leave(0)
 
 
 if __name__ == '__main__': main()
