@@ -24,7 +24,6 @@ import noisyseg
 from ..basics import check_whole
 from ..basics import write_atomic
 from ..data.corruptions import CORRUPTIONS, Corruption
-from ..data.datasets import scenes
 from ..data.files import distinct_palette, to_rgb
 from ..measure.evaluation import Batches
 from ..measure.sensitivity import stages
@@ -38,11 +37,11 @@ from ..perturb.selectors import (Selector, as_selector, conv_and_linear, conv_an
                                          weight_sites)
 from .predictor import (NoisyPredictor, controls, disturbance_of, menu_of, not_corruptible,
                                      values_of)
-from ..train.checkpoints import load_model
 
 # %% ../../nbs/show/06_explorer.ipynb #f5d4eff2
 def demo_models() -> dict:  # 'clean-trained' and 'noise-trained' -> UNet3Plus for 128×128 scenes
     "The two small networks that come with the package; their cards say how they were trained."
+    from noisyseg.train.checkpoints import load_model   # dear to import, with all its factories
     folder = Path(noisyseg.__file__).parent/'show'/'models'
     return {name: load_model(folder/f'scenes_{file}.safetensors') for name,
             file in (('clean-trained', 'clean'), ('noise-trained', 'noise_trained'))}
@@ -61,7 +60,9 @@ def _models(models):
 def _samples(data, n):
     "The first `n` images and masks (or None) of data in any form that NoiseExplorer takes, and facts about them."
     check_whole('samples', n, 1)
-    if data is None: data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
+    if data is None:
+        from noisyseg.data.datasets import scenes   # dear to import
+        data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
     if isinstance(data, torch.Tensor): return _checked(data[:n], None), {}
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data):
         return _checked(data[0][:n], data[1][:n]), {}
