@@ -16,7 +16,9 @@ from noisyseg.train.checkpoints import load_model, read_card
 
 root = Path(__file__).parents[1]
 NETWORKS = {'clean-trained': 'small-clean-0', 'noise-trained': 'small-middle-0'}
-PICTURES = ('cat', 'astronaut', 'portrait')
+PICTURES = ('cat', 'astronaut')
+# where sliders end, for there all is lost
+TOPS = dict(MaxGaussian=0.06, RelativeGaussian=0.6, AbsoluteGaussian=0.03, MultiplicativeGaussian=1.)
 LAWS = [MaxGaussian(0.02), RelativeGaussian(0.1), AbsoluteGaussian(0.01), MultiplicativeGaussian(0.2), Quantize(6)]
 ABOUT = ("Two networks find people, cats, dogs, horses, cows and sheep in photographs. They are small, and make "
          "mistakes. One was trained as usual, the other with noise in its weights: drag the noise and watch the cat "
@@ -28,7 +30,7 @@ from noisyseg.train.checkpoints import load_model
 # in a copy of noisyseg's repository
 networks = {'clean-trained': 'small-clean-0', 'noise-trained': 'small-middle-0'}
 models = {k: load_model(f'nbs/studies/voc_weight_noise/{v}.safetensors') for k, v in networks.items()}
-images = torch.cat([picture_input(f'nbs/live/{name}.png', lite0_stats) for name in ('cat', 'astronaut', 'portrait')])"""
+images = torch.cat([picture_input(f'nbs/live/{name}.png', lite0_stats) for name in ('cat', 'astronaut')])"""
 
 
 def photo_page(folder, **kwargs):
@@ -37,8 +39,8 @@ def photo_page(folder, **kwargs):
     images = torch.cat([picture_input(root/'nbs'/'live'/f'{name}.png', lite0_stats) for name in PICTURES])
     classes = read_card(files['clean-trained'])['classes']
     return export_explorer({name: load_model(f) for name, f in files.items()}, images, folder, LAWS, classes=classes,
-                           palette=distinct_palette(len(classes)), stats=lite0_stats, title='Watch the cat dissolve',
-                           about=ABOUT, python=SETUP, **kwargs)
+                           palette=distinct_palette(len(classes)), stats=lite0_stats, tops=TOPS,
+                           title='Watch the cat dissolve', about=ABOUT, python=SETUP, **kwargs)
 
 
 def pages(folder, ort=None, **kwargs):

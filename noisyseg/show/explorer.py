@@ -21,7 +21,7 @@ from IPython import get_ipython
 from torch import nn
 
 import noisyseg
-from ..basics import check_whole
+from ..basics import check_number, check_whole
 from ..basics import write_atomic
 from ..data.corruptions import CORRUPTIONS, Corruption
 from ..data.files import distinct_palette, to_rgb
@@ -182,10 +182,12 @@ class NoiseExplorer(ExplorerState):
         cache_mb: float = 64,  # memory for predictions and corrupted pictures
         corruptions: list = True,  # names for the menu; True: all, if images can be corrupted; False: none
         tolerances=None,  # what `tolerance` found, or a dict name of a model -> that: marks on the slider's track
+        tops: dict = None,  # disturbance's name -> level at which its slider ends; the others end as their classes say
         **state,  # further traits to begin with: seed, sample, corruption, severity, opacity, hidden, layer, …
     ):
         given = _disturbances(disturbance)
         self._menu = menu_of(given)
+        self._tops = _ends(tops, self._menu)
         models = _models(models)
         (x, y), about = _samples(data, samples)
         asked = dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats)
@@ -209,12 +211,31 @@ class NoiseExplorer(ExplorerState):
         self._truth = None
         super().close()
 
+# %% ../../nbs/show/06_explorer.ipynb #4629c2f9
+def _ends(tops, menu):
+    "Where sliders end, checked."
+    tops = dict(tops or {})
+    for name, top in tops.items():
+        if name not in menu:
+            raise ValueError(f"tops: expected names of disturbances in the menu, {', '.join(menu)}; got {name!r}: "
+                             "tops={'MaxGaussian': 0.1}")
+        check_number(f'tops[{name!r}]', top, 1e-6)
+    return tops
+
+@patch
+def kind(self:NoiseExplorer,
+    name: str,  # in the menu of disturbances
+) -> dict:  # as `controls` gives it
+    "What the front end must know of a disturbance, with the end of the slider that was asked for."
+    known = controls(self._menu[name], name)
+    return {**known, 'top': self._tops.get(name, known['top'])}
+
 # %% ../../nbs/show/06_explorer.ipynb #2260b05a
 @patch
 def _info(self:NoiseExplorer, about, models, wheres, corruptions):
     "What there is: for the menus and panels, for JSON."
     return dict(self._facts(about), groups=_sizes(self._groups, models), channels=self.lens.images.shape[1],
-                wheres=wheres, layers=_layers(models), disturbances=[controls(d, k) for k, d in self._menu.items()],
+                wheres=wheres, layers=_layers(models), disturbances=[self.kind(k) for k in self._menu],
                 corruptions=_offered(corruptions, self._not_corruptible))
 
 # %% ../../nbs/show/06_explorer.ipynb #ae6cbff8
@@ -265,7 +286,7 @@ def _facts(self:NoiseExplorer, about):
 @patch
 def _take_defaults(self:NoiseExplorer):
     "Another disturbance has other settings: those that it does not know give way to its own; so does an odd level."
-    form = controls(self._menu[self.disturbance], self.disturbance)
+    form = self.kind(self.disturbance)
     known = {f['name']: f['default'] for f in form['fields']}
     if set(self.params) - set(known): self.params = known
     if self.level > form['top'] or form['step'] and self.level % form['step']: self.level = float(form['level'])

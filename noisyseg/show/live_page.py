@@ -381,7 +381,9 @@ def export_explorer(
     # address of the engine of another page, seen from this one: '../ort'; None: this page has its own
     engine: str = None,
     beside: dict = None,  # text -> address of other pages to link to
-    **facts,  # classes, palette, ignore_index and stats, where the data do not say them: as for NoiseExplorer
+    # classes, palette, ignore_index and stats, where the data do not say them, and tops, where sliders are to end: as
+    # for NoiseExplorer
+    **facts,
 ) -> int:  # bytes that a visitor loads at first
     "Write a page that runs these networks in the visitor's browser: one folder of files, without a kernel."
     if precision not in PRECISIONS: raise ValueError(f"precision= is 'half' or 'float', got {precision!r}")
@@ -434,7 +436,7 @@ def _write(explorer, laws, folder, precision, gallery, python, engines):
 def _manifest(explorer, laws, networks):
     "What the page must know beside its files."
     x, where = explorer.lens.images.float(), next(iter(explorer.lens.wheres))
-    shown = [_control(law) for law in laws]
+    shown = [{**c, 'top': explorer._tops.get(c['id'], c['top'])} for c in map(_control, laws)]
     known = [{i['name'] for i in f['inputs']} for f in networks]
     layers = [k for k in explorer.info['layers'] if all(k in names for names in known)]
     params = {f['name']: f['default'] for f in shown[0]['fields']}
