@@ -58,8 +58,8 @@ docs: set-up ## build the site into _docs/ (needs quarto)
 docs-check: set-up ## test what can be tested of the site and README without quarto
 	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)
 
-live: set-up ## the page that runs networks in a browser, into _live/ (needs npm); elsewhere: make live LIVE=folder
-	@$(PY) -m noisyseg.show.live_page $(LIVE)
+live: set-up ## the pages that run networks in a browser, into _live/ (needs npm); elsewhere: make live LIVE=folder
+	@$(PY) .ci/live.py $(LIVE)
 
 lint: set-up ## ruff over notebooks, modules and tests
 	$(PY) -m ruff check

@@ -7,10 +7,10 @@ Docs: https://noisyseg.github.io/noisyseg/basics.html.md"""
 # %% auto #0
 __all__ = ['check_whole', 'check_number', 'check_share', 'check_choice', 'evaluating', 'seed_for', 'whole_file', 'write_atomic',
            'remove_parts', 'locked', 'digest', 'state_digest', 'versions', 'unwrapped', 'plain_name', 'expect_module',
-           'offline']
+           'valid_part', 'offline']
 
 # %% ../nbs/basics.ipynb #adb43524
-import glob, hashlib, math, operator, os, platform, socket, threading
+import glob, hashlib, math, operator, os, platform, socket, sys, threading
 from collections import Counter
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -241,6 +241,14 @@ def expect_module(
     if callable(model): raise TypeError(said + "a function: call it, as in `unet3plus_tiny(n_classes)`, and pass the "
                                                "network")
     raise TypeError(said + f"{kind} ({model!r:.60}): pass a network, such as `unet3plus_tiny(n_classes=3)`")
+
+# %% ../nbs/basics.ipynb #747fbe36
+def valid_part(
+    dl,  # fastai's DataLoaders, or any loader or list of batches
+):  # their validation loader; any other as it came
+    "The loader to measure on."
+    fastai = sys.modules.get('fastai.data.core')
+    return dl.valid if fastai and isinstance(dl, fastai.DataLoaders) else dl
 
 # %% ../nbs/basics.ipynb #16b4cc24
 _offline = Counter()   # thread -> how many blocks it is in

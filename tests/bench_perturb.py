@@ -42,16 +42,16 @@ def same_noise(clean, expected, got, plan):
 def compare(model, name, plan):
     model, law, g = model.to(plan.device), MaxGaussian(0.05, alpha=2.), plan.generator
     modules = {k: m for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))}
-    clone, table = (clone_weights(model, conv_and_norm, rng=rng) for rng in ('normal', 'table'))
+    clone, blocks, table = (clone_weights(model, conv_and_norm, rng=rng) for rng in ('normal', 'blocks', 'table'))
     weights = lambda: [m.weight.detach().clone() for m in modules.values()]
     clean = weights()
 
     kept = naive_inject(modules, 0.05, 2., g())
     expected = weights()
     naive_recover(modules, kept)
-    for c in (clone, table):
+    for c in (clone, blocks, table):
         c.inject(law, g())
-        assert c is table or same_noise(clean, expected, weights(), plan), 'the noise differs from the plain loop'
+        assert c is not clone or same_noise(clean, expected, weights(), plan), 'the noise differs from the plain loop'
         c.recover()
         assert all(map(torch.equal, clean, weights())), 'recovery is not exact'
 
@@ -68,6 +68,7 @@ def compare(model, name, plan):
     def draw_alone():
         for z in draw: z.normal_(generator=generator)
     times = plan.in_turns({'naive': naive, 'kept': lambda: ours(clone), 'table': lambda: ours(table),
+                           'blocks': lambda: ours(blocks),
                            'context': context, 'draw': draw_alone,
                            'rescale': lambda: slider.rescale(next(level))}, warm_up=2)
     slider.recover()
@@ -77,6 +78,7 @@ def compare(model, name, plan):
     floor = f'{per_weight("draw"):.1f} ns a weight go into drawing the numbers'
     for key, what, note, target in (('kept', 'a kept clone: inject, recover', floor, 7.),
                                     ('context', 'with perturbed(…)', '', None),
+                                    ('blocks', "rng='blocks': inject, recover", 'drawn by all cores at once', None),
                                     ('table', "rng='table': inject, recover",
                                      'stretches of a table of normal numbers instead of new ones', 2.6),
                                     ('rescale', 'rescale of a fixed draw', "a step of the explorer's slider", 0.5)):

@@ -50,8 +50,8 @@ def step(plan):
     torch.manual_seed(0)
     model, law = unet3plus_resnet34(21, pretrained=False).to(plan.device), MaxGaussian(0.05)
     x, y = torch.randn(4, 3, 128, 128, device=plan.device), torch.randint(21, (4, 128, 128), device=plan.device)
-    nets = {k: Net(model) for k in ('clean', 'normal', 'table')}
-    clones = {rng: clone_weights(nets[rng].model, rng=rng) for rng in ('normal', 'table')}
+    nets = {k: Net(model) for k in ('clean', 'normal', 'blocks', 'table')}
+    clones = {rng: clone_weights(nets[rng].model, rng=rng) for rng in ('normal', 'blocks', 'table')}
     nets['clean'].plain(x, y)
     for rng, c in clones.items():
         noise_step(nets[rng], c, law.at(0.), plan.generator(), x, y)

@@ -90,7 +90,7 @@ def test_whatever_happens_in_blocks_the_weights_come_back(blocks, change, order,
 def test_a_law_may_write_into_its_arguments():
     "Neither the clone nor the draw changes by it, in any dtype, with numbers from the table too"
     for dtype in (torch.float32, torch.float64, torch.float16):
-        for rng in ('normal', 'table'):
+        for rng in ('normal', 'blocks', 'table'):
             net = nn.Conv2d(3, 4, 3).to(dtype)
             before, clone = net.weight.detach().clone(), clone_weights(net, rng=rng)
             clone.inject(in_place, 0)

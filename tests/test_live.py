@@ -27,7 +27,7 @@ from noisyseg.perturb.quantization import Quantize
 from noisyseg.perturb.selectors import conv_and_norm, kernels_and_scales
 from noisyseg.show import live_page
 from noisyseg.show.explorer import demo_models
-from noisyseg.show.live_page import demo_page, export_explorer, fetch_engine, halved, picture_input
+from noisyseg.show.live_page import _place_engine, demo_page, export_explorer, fetch_engine, halved, picture_input
 
 pytestmark = pytest.mark.browser
 SHOTS = Path(os.environ.get('NOISYSEG_SCREENSHOTS', root/'test-screenshots'))
@@ -113,11 +113,12 @@ class Live:
 
 
 @contextmanager
-def opened(folder, tmp_path, hash='', prepare=None):
+def opened(folder, tmp_path, hash='', prepare=None, page='index.html'):
+    address = page
     with served(folder) as url, browser_page(tmp_path/'profile') as page:
         if prepare: page.add_init_script(prepare)
         try:
-            live = Live(page, f'{url}/index.html{hash}')
+            live = Live(page, f'{url}/{address}{hash}')
             live.url = url
             yield live
         except BaseException:
@@ -321,6 +322,33 @@ def test_the_page(site, tmp_path):
             page.set_viewport_size(dict(width=width, height=900))
             assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
         assert live.asked[loaded:] == [] and not page.complaints     # once loaded it asks for nothing
+
+
+@pytest.mark.timeout(240)
+def test_photographs(engine, tmp_path, monkeypatch):
+    "The site's second page, on the engine of the first: a cat is a cat, and it dissolves as PyTorch says it does"
+    monkeypatch.syspath_prepend(root/'.ci')
+    monkeypatch.chdir(root)   # the copied cell is for a copy of the repository
+    from live import NETWORKS, photo_page
+    folder = tmp_path/'site'
+    _place_engine(engine, folder, webgpu=False)
+    args = dict(engine='../ort', beside={'Scenes': '../index.html'}, webgpu=False, gallery=0)
+    assert photo_page(folder/'photos', **args) < 9e6
+    assert max(p.stat().st_size for p in (folder/'photos').glob('network*')) < 4e6
+    with opened(folder, tmp_path, page='photos/index.html') as live:
+        live.settle()
+        assert live.page.inner_text('nav') == 'Scenes' and len(live.js('live.host.manifest.networks')) == len(NETWORKS)
+        changed = []
+        for level in 0., 0.02:
+            live.shown(level=level, seed=1)
+            held = {}
+            exec(compile(live.js('live.host.python()'), 'the copied cell', 'exec'), held)
+            for name, classes in zip(NETWORKS, live.frame()):
+                assert (held['masks'][name].flatten() == classes).float().mean() > .9995, (name, level)
+            changed.append(torch.stack(live.frame()))
+        assert (changed[0] == 1).float().mean() > .5   # class 1 is the cat, and the picture is full of it
+        assert (changed[0] != changed[1]).float().mean() > .02
+        assert not live.page.complaints
 
 
 def own_pictures(live, tmp_path):

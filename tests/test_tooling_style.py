@@ -171,7 +171,7 @@ def loaded():
 import json, sys
 slow = ['torch', 'fastai', 'pandas', 'matplotlib', 'plotly', 'ipywidgets', 'torchvision', 'ray']
 there = dict()
-for line in {['import noisyseg', *HEART]!r}:
+for line in {['import noisyseg', *HEART, EXPLORER]!r}:
     exec(line)
     there[line] = [o for o in slow if o in sys.modules]
 print(json.dumps(there))"""
@@ -183,6 +183,8 @@ HEART = ['from noisyseg import perturbed, MaxGaussian',
          'from noisyseg import MaxGaussian, AbsoluteGaussian, MultiplicativeGaussian, RelativeGaussian, Quantize',
          'from noisyseg import perturbed, MaxGaussian, SAM']
 
+EXPLORER = 'from noisyseg.show.explorer import NoiseExplorer'
+
 
 def test_importing_noisyseg_costs_next_to_nothing(loaded):
     "It loads neither torch nor fastai, nor anything else that is slow"
@@ -193,6 +195,11 @@ def test_importing_noisyseg_costs_next_to_nothing(loaded):
 def test_the_heart_needs_torch_only(loaded, line):
     "In a training loop of your own, weight noise and SAM bring torch, and neither fastai nor what draws figures"
     assert loaded[line] == ['torch']
+
+
+def test_the_explorer_needs_no_fastai(loaded):
+    "Whoever explores a network of their own waits for the widget, not for what trains and what loads data sets"
+    assert not {'fastai', 'torchvision', 'matplotlib', 'ray'} & set(loaded[EXPLORER])
 
 
 def test_readme_is_short():

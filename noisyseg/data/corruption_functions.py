@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 
 # %% ../../nbs/data/12_corruption_functions.ipynb #1c0a8124
 FAMILIES = ('noise', 'blur', 'weather', 'digital')
@@ -254,6 +253,7 @@ def _fog(x, c, g):
 # %% ../../nbs/data/12_corruption_functions.ipynb #a81473db
 def _edges(a, low=50, high=150):
     "Canny's edges of an image of bytes, (h, w) -> bool"
+    from scipy import ndimage   # dear to import
     dx, dy = (ndimage.sobel(a, axis, float, mode='nearest') for axis in (1, 0))
     size = np.abs(dx) + np.abs(dy)
     ax = np.abs(dx)
@@ -270,6 +270,7 @@ def _edges(a, low=50, high=150):
 # %% ../../nbs/data/12_corruption_functions.ipynb #adecaf2f
 def _water(drops):
     "Shading of drops (bytes, (h, w)), from 0 to 1: by the distance to their edges, equalised and embossed"
+    from scipy import ndimage
     edge = _edges(drops)
     d = ndimage.distance_transform_edt(~edge).clip(max=20) if edge.any() else np.full(drops.shape, 20.)
     d = (ndimage.uniform_filter(d, 3, mode='mirror') + 1e-3).astype(np.uint8)

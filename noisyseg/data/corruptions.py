@@ -15,12 +15,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import ItemTransform
 from fastcore.basics import patch
+from fasttransform import ItemTransform
 from torch import Tensor
 
-from ..basics import check_whole
+from ..basics import check_whole, valid_part
 from .corruption_functions import ALL_19, CORRUPTIONS, FAMILIES, STANDARD_15, corruption, to_bytes
 from ..perturb.disturbance import Disturbance
 
@@ -175,7 +174,7 @@ class CorruptedBatches:
     ):
         if not isinstance(corruption, Corruption):
             raise TypeError(f"corruption: expected one such as Corruption('fog', 3), got {corruption!r}")
-        self.dl = dl.valid if isinstance(dl, DataLoaders) else dl
+        self.dl = valid_part(dl)
         # what others ask a loader for, its order included: a shuffled set would give an image another number on each
         # pass
         for a in ('vocab', 'palette', 'ignore_index', 'n_classes', 'stats', 'shuffle', 'sampler'):
@@ -205,7 +204,7 @@ def batches(self:Corruption,
     seed: int = 0,  # added to the corruption's own
 ):  # an iterable of batches, the same ones on each pass
     "The batches, corrupted; at severity 0 as they are."
-    if self.severity == 0: return batches.valid if isinstance(batches, DataLoaders) else batches
+    if self.severity == 0: return valid_part(batches)
     return CorruptedBatches(batches, dataclasses.replace(self, seed=(self.seed + seed) % 2**63))
 
 # %% ../../nbs/data/13_corruptions.ipynb #14d59c03

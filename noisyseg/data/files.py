@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from PIL import Image, ImageOps
 from fastcore.foundation import L
-from fastai.data.transforms import get_files, image_extensions
 
 from ..basics import check_whole
 
@@ -315,6 +314,7 @@ def files_by_name(
         if not folder.is_dir():
             raise MissingData(f"{folder}: the folder of {kind}s is not there; `Path({str(folder)!r}).absolute()` says "
                               f"where it was looked for")
+        from fastai.data.transforms import get_files, image_extensions   # dear to import, and needed for folders only
         found = get_files(folder, extensions={*image_extensions, '.npy', '.heic', '.avif', '.webp'})
         named = [(f.relative_to(folder).with_suffix('').as_posix(), f) for f in found]
     elif isinstance(files, Iterable): named = [(Path(f).stem, Path(f)) for f in files]

@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/evaluation.html.md"""
 __all__ = ['open_loader', 'Batches', 'untouched', 'draw_seed', 'scores']
 
 # %% ../../nbs/measure/03_evaluation.ipynb #39becb21
-import random, sys
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from ..basics import digest, evaluating, seed_for
+from ..basics import digest, evaluating, seed_for, valid_part
 from .task import Task, task_of
 
 # %% ../../nbs/measure/03_evaluation.ipynb #b4bfa4b2
@@ -25,8 +25,7 @@ def open_loader(
     dl,  # a loader, DataLoaders, a list, a generator
 ) -> tuple:  # the loader, its length (None: not known, or to be read only once), and an iterator
     "A loader that yields the same batches each time, or an error."
-    fastai = sys.modules.get('fastai.data.core')   # who never imported it has no DataLoaders, and need not wait for it
-    if fastai and isinstance(dl, fastai.DataLoaders): dl = dl.valid
+    dl = valid_part(dl)
     if getattr(dl, 'shuffle', False) is True or isinstance(getattr(dl, 'sampler', None), RandomSampler):
         raise ValueError("dl: this loader shuffles, so each measurement would see other batches. "
                          "Pass dls.valid, or dl.new(shuffle=False, drop_last=False)")

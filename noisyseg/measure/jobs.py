@@ -20,7 +20,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from fastprogress.fastprogress import ConsoleProgressBar, printing, progress_bar
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -493,6 +492,7 @@ def run_jobs(
     place, groups = as_place(on), [(key, list(jobs)) for key, jobs in groups if len(jobs)]
     total, n = sum(len(jobs) for _, jobs in groups), 0
     if not total: return
+    from fastprogress.fastprogress import ConsoleProgressBar, printing, progress_bar   # dear to import
     bar = progress_bar(range(total)) if progress else None
     if bar: bar.update(0)
     results = _here(work, groups, name) if place is None else _there(work, groups, name, place)

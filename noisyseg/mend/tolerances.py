@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy import stats
 
 from ..basics import check_share, check_whole
 from ..measure.card import Untouched
@@ -33,7 +32,8 @@ def misses_allowed(
     for name, v in dict(share=share, confidence=confidence).items():
         if not 0 < v < 1: raise ValueError(f"{name}: expected a number between 0 and 1, got {v!r}; {name}=0.9 is 90 %")
     k = np.arange(check_whole('n', n, 1))
-    return int(np.sum(stats.binom.cdf(k, n, 1 - share) <= 1 - confidence + 1e-12)) - 1
+    from scipy.stats import binom   # dear to import
+    return int(np.sum(binom.cdf(k, n, 1 - share) <= 1 - confidence + 1e-12)) - 1
 
 # %% ../../nbs/mend/01_tolerances.ipynb #62037f80
 STEPS = (0.3, 0.5, 0.7, 0.85, 0.93, 1.0, 1.08, 1.17, 1.3, 1.5, 1.8, 2.2)  # of the pilot's guess

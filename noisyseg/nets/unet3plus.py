@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/nets/unet3plus.html.md"""
 # %% auto #0
 __all__ = ['FACTORIES', 'pool_to', 'resize_to', 'Level', 'gate', 'UNet3Plus', 'factory', 'unet3plus_paper', 'unet3plus_resnet',
            'unet3plus_resnet34', 'unet3plus_seed', 'unet3plus_small', 'unet3plus_tiny', 'unet3plus_slim',
-           'unet3plus_timm', 'from_published', 'ConvBlock', 'PlainEncoder', 'resnet_encoder']
+           'unet3plus_timm', 'unet3plus_lite0', 'from_published', 'ConvBlock', 'PlainEncoder', 'resnet_encoder']
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #e439f508
 import inspect, math, re
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from ..basics import check_choice, check_whole, expect_module
 from .fast.bnrelu import batch_norm_relu, folded
 from .encoders import (ConvBlock, FastEncoder, PlainEncoder, encoder_channels, encoder_maps,
-                                    may_fuse, resnet_encoder, slim_resnet_encoder, timm_encoder)
+                                    lite0_encoder, may_fuse, resnet_encoder, slim_resnet_encoder, timm_encoder)
 from .fast.observers import watched
 from .fast.upconv import conv_by_taps, conv_of_upsampled, new_map, taps_gradients, taps_win
 
@@ -384,6 +384,15 @@ def unet3plus_timm(n_classes: int, in_channels: int = 3, width: int = 64, encode
                    pretrained: bool = False, encoder_args: dict = None, **kwargs) -> UNet3Plus:
     "UNet3+ on any encoder of timm's. `encoder_args` go to `timm_encoder`, `kwargs` to `UNet3Plus`."
     return UNet3Plus(timm_encoder(encoder, in_channels, pretrained, **(encoder_args or {})), n_classes, width,
+                     in_channels=in_channels, **kwargs)
+
+# %% ../../nbs/nets/03_unet3plus.ipynb #2de02e45
+@factory
+def unet3plus_lite0(n_classes: int, in_channels: int = 3, width: int = 16, pretrained: bool = True,
+                    encoder_args: dict = None, **kwargs) -> UNet3Plus:
+    ("UNet3+ on EfficientNet-Lite0 with ImageNet weights: 3.5 million weights, for images normalised by `lite0_stats`. "
+     "`encoder_args` go to `lite0_encoder`, `kwargs` to `UNet3Plus`.")
+    return UNet3Plus(lite0_encoder(in_channels, pretrained, **(encoder_args or {})), n_classes, width,
                      in_channels=in_channels, **kwargs)
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #952a0fd3

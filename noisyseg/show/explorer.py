@@ -21,10 +21,9 @@ from IPython import get_ipython
 from torch import nn
 
 import noisyseg
-from ..basics import check_whole
+from ..basics import check_number, check_whole
 from ..basics import write_atomic
 from ..data.corruptions import CORRUPTIONS, Corruption
-from ..data.datasets import scenes
 from ..data.files import distinct_palette, to_rgb
 from ..measure.evaluation import Batches
 from ..measure.sensitivity import stages
@@ -38,11 +37,11 @@ from ..perturb.selectors import (Selector, as_selector, conv_and_linear, conv_an
                                          weight_sites)
 from .predictor import (NoisyPredictor, controls, disturbance_of, menu_of, not_corruptible,
                                      values_of)
-from ..train.checkpoints import load_model
 
 # %% ../../nbs/show/06_explorer.ipynb #f5d4eff2
 def demo_models() -> dict:  # 'clean-trained' and 'noise-trained' -> UNet3Plus for 128×128 scenes
     "The two small networks that come with the package; their cards say how they were trained."
+    from noisyseg.train.checkpoints import load_model   # dear to import, with all its factories
     folder = Path(noisyseg.__file__).parent/'show'/'models'
     return {name: load_model(folder/f'scenes_{file}.safetensors') for name,
             file in (('clean-trained', 'clean'), ('noise-trained', 'noise_trained'))}
@@ -61,7 +60,9 @@ def _models(models):
 def _samples(data, n):
     "The first `n` images and masks (or None) of data in any form that NoiseExplorer takes, and facts about them."
     check_whole('samples', n, 1)
-    if data is None: data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
+    if data is None:
+        from noisyseg.data.datasets import scenes   # dear to import
+        data = scenes(n_train=1, n_valid=max(n, 1), size=128, bs=8, augment=False)
     if isinstance(data, torch.Tensor): return _checked(data[:n], None), {}
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data):
         return _checked(data[0][:n], data[1][:n]), {}
@@ -181,10 +182,12 @@ class NoiseExplorer(ExplorerState):
         cache_mb: float = 64,  # memory for predictions and corrupted pictures
         corruptions: list = True,  # names for the menu; True: all, if images can be corrupted; False: none
         tolerances=None,  # what `tolerance` found, or a dict name of a model -> that: marks on the slider's track
+        tops: dict = None,  # disturbance's name -> level at which its slider ends; the others end as their classes say
         **state,  # further traits to begin with: seed, sample, corruption, severity, opacity, hidden, layer, …
     ):
         given = _disturbances(disturbance)
         self._menu = menu_of(given)
+        self._tops = _ends(tops, self._menu)
         models = _models(models)
         (x, y), about = _samples(data, samples)
         asked = dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats)
@@ -208,12 +211,31 @@ class NoiseExplorer(ExplorerState):
         self._truth = None
         super().close()
 
+# %% ../../nbs/show/06_explorer.ipynb #4629c2f9
+def _ends(tops, menu):
+    "Where sliders end, checked."
+    tops = dict(tops or {})
+    for name, top in tops.items():
+        if name not in menu:
+            raise ValueError(f"tops: expected names of disturbances in the menu, {', '.join(menu)}; got {name!r}: "
+                             "tops={'MaxGaussian': 0.1}")
+        check_number(f'tops[{name!r}]', top, 1e-6)
+    return tops
+
+@patch
+def kind(self:NoiseExplorer,
+    name: str,  # in the menu of disturbances
+) -> dict:  # as `controls` gives it
+    "What the front end must know of a disturbance, with the end of the slider that was asked for."
+    known = controls(self._menu[name], name)
+    return {**known, 'top': self._tops.get(name, known['top'])}
+
 # %% ../../nbs/show/06_explorer.ipynb #2260b05a
 @patch
 def _info(self:NoiseExplorer, about, models, wheres, corruptions):
     "What there is: for the menus and panels, for JSON."
     return dict(self._facts(about), groups=_sizes(self._groups, models), channels=self.lens.images.shape[1],
-                wheres=wheres, layers=_layers(models), disturbances=[controls(d, k) for k, d in self._menu.items()],
+                wheres=wheres, layers=_layers(models), disturbances=[self.kind(k) for k in self._menu],
                 corruptions=_offered(corruptions, self._not_corruptible))
 
 # %% ../../nbs/show/06_explorer.ipynb #ae6cbff8
@@ -264,7 +286,7 @@ def _facts(self:NoiseExplorer, about):
 @patch
 def _take_defaults(self:NoiseExplorer):
     "Another disturbance has other settings: those that it does not know give way to its own; so does an odd level."
-    form = controls(self._menu[self.disturbance], self.disturbance)
+    form = self.kind(self.disturbance)
     known = {f['name']: f['default'] for f in form['fields']}
     if set(self.params) - set(known): self.params = known
     if self.level > form['top'] or form['step'] and self.level % form['step']: self.level = float(form['level'])

@@ -265,6 +265,19 @@ def _unpack(packed, folder, webgpu):
         for name in _engine_names(webgpu):
             write_atomic(folder/name, archive.extractfile(f'package/dist/{name}').read())
 
+# %% ../../nbs/show/10_live_page.ipynb #6978a815
+def _engines(webgpu): return {k: names for k, names in ENGINE_FILES.items() if k == 'wasm' or webgpu}
+
+def _known_engine(page, address, webgpu):
+    "What a page must know of an engine that lies at this address, seen from the page."
+    missing = [f for m, p in _engines(webgpu).values() for f in (m, f'{p}.gz') if not (page/address/f).is_file()]
+    if missing:
+        raise FileNotFoundError(f"engine: expected {missing[0]} in {str(page/address)!r}, where a page that was "
+                                "exported before has it; engine=None gives this page one of its own")
+    return {k: dict(module=f'{address}/{module}', binary=f'{address}/{program}.gz',
+                    bytes=(page/address/f'{program}.gz').stat().st_size)
+            for k, (module, program) in _engines(webgpu).items()}
+
 # %% ../../nbs/show/10_live_page.ipynb #ae6f3bb8
 def _found_engine(ort, webgpu):
     "The folder that holds the engine's files: `ort` itself, or one of those that npm makes in it."
@@ -274,17 +287,16 @@ def _found_engine(ort, webgpu):
     raise FileNotFoundError(f"ort: expected a folder with {', '.join(names)} (of {ENGINE}), got {str(ort)!r}: "
                             "`fetch_engine('ort')` makes one")
 
-def _place_engine(ort, folder, webgpu):
+def _place_engine(ort, page, webgpu):
     "The engine from the folder `ort`, or by npm, with its programs packed; gives what the page must know."
+    folder = page/'ort'
     folder.mkdir(parents=True, exist_ok=True)
-    engines = {k: names for k, names in ENGINE_FILES.items() if k == 'wasm' or webgpu}
     with tempfile.TemporaryDirectory() as tmp:
         at = fetch_engine(tmp, webgpu) if ort is None else _found_engine(ort, webgpu)
-        for module, program in engines.values():
+        for module, program in _engines(webgpu).values():
             write_atomic(folder/module, (at/module).read_bytes())
             write_atomic(folder/f'{program}.gz', gzip.compress((at/program).read_bytes(), 6, mtime=0))
-    return {k: dict(module=f'ort/{module}', binary=f'ort/{program}.gz', bytes=(folder/f'{program}.gz').stat().st_size)
-            for k, (module, program) in engines.items()}
+    return _known_engine(page, 'ort', webgpu)
 
 # %% ../../nbs/show/10_live_page.ipynb #680c4509
 class _CounterPredictor(NoisyPredictor):
@@ -337,14 +349,16 @@ def _python(wheres, setup):
 # %% ../../nbs/show/10_live_page.ipynb #3cd66d82
 STATIC = ('live.js', 'live_worker.js', 'noise.js', 'explorer.js')
 
-def _front(folder, title, about):
+def _front(folder, title, about, beside):
     "The page itself: its HTML and its modules."
     source = Path(noisyseg.__file__).parent/'show'
     for name in STATIC: write_atomic(folder/name, (source/name).read_bytes())
     text = (source/'live.html').read_text(encoding='utf-8')
     values = dict(title=title, about=about, home='https://noisyseg.github.io/noisyseg')
     for k, v in values.items(): text = text.replace('{{' + k + '}}', html.escape(v))
-    write_atomic(folder/'index.html', text)
+    links = [f'<a href="{html.escape(address)}">{html.escape(name)}</a>' for name, address in beside.items()]
+    nav = f'<nav aria-label="other pages" class="row">{" ".join(links)}</nav>' if links else ''
+    write_atomic(folder/'index.html', text.replace('{{beside}}', nav))
 
 # %% ../../nbs/show/10_live_page.ipynb #9cd4fdc5
 ABOUT = ("Each weight of these networks is a little off, as on a chip that computes with currents or with light. "
@@ -364,7 +378,12 @@ def export_explorer(
     title: str = 'Drag the noise',  # of the page
     about: str = ABOUT,  # a sentence below it
     python: str = None,  # lines that make `models` and `images`, for the cell that the page copies
-    **facts,  # classes, palette, ignore_index and stats, where the data do not say them: as for NoiseExplorer
+    # address of the engine of another page, seen from this one: '../ort'; None: this page has its own
+    engine: str = None,
+    beside: dict = None,  # text -> address of other pages to link to
+    # classes, palette, ignore_index and stats, where the data do not say them, and tops, where sliders are to end: as
+    # for NoiseExplorer
+    **facts,
 ) -> int:  # bytes that a visitor loads at first
     "Write a page that runs these networks in the visitor's browser: one folder of files, without a kernel."
     if precision not in PRECISIONS: raise ValueError(f"precision= is 'half' or 'float', got {precision!r}")
@@ -372,8 +391,12 @@ def export_explorer(
     ours = {k: halved(m, precision == 'half', k) for k, m in _models(models).items()}
     if len(ours) > 4: raise ValueError(f"models: a page shows at most four, got {len(ours)}: make two pages")
     explorer = NoiseExplorer(ours, images, laws, wheres, samples=samples, corruptions=False, **facts)
-    try: return _write(explorer, laws, Path(folder), precision, ort, webgpu, gallery, title, about, python)
+    try:
+        engines = partial(_placed, ort, engine, webgpu)
+        manifest = _write(explorer, laws, Path(folder), precision, gallery, python, engines)
     finally: explorer.close()
+    _front(Path(folder), title, about, beside or {})
+    return manifest['engines']['wasm']['bytes'] + sum(f['bytes'] for k in ('networks', 'pictures') for f in manifest[k])
 
 # %% ../../nbs/show/10_live_page.ipynb #9a4382a4
 def _place_files(explorer, folder, precision):
@@ -395,23 +418,25 @@ def _place_files(explorer, folder, precision):
     return dict(networks=networks, pictures=pictures, wheres={k: [p[k] for p in picked] for k in wheres})
 
 # %% ../../nbs/show/10_live_page.ipynb #57c39a3e
-def _write(explorer, laws, folder, precision, ort, webgpu, gallery, title, about, python):
-    "All files of the page; gives the bytes of the first load."
+def _placed(ort, engine, webgpu, page):
+    "The engine of a page: its own, or another page's."
+    return _place_engine(ort, page, webgpu) if engine is None else _known_engine(page, engine, webgpu)
+
+def _write(explorer, laws, folder, precision, gallery, python, engines):
+    "All files that the page loads; gives its manifest."
     folder.mkdir(parents=True, exist_ok=True)
-    engines = _place_engine(ort, folder/'ort', webgpu)
-    manifest = dict(_place_files(explorer, folder, precision), engines=engines,
+    manifest = dict(engines=engines(folder), **_place_files(explorer, folder, precision),
                     python=_python(explorer.lens.wheres, python))
     manifest |= _manifest(explorer, laws, manifest['networks'])
     manifest['gallery'] = _gallery(explorer, folder/'gallery', min(gallery, len(manifest['pictures'])))
     write_atomic(folder/'manifest.json', json.dumps(manifest, separators=(',', ':')) + '\n')
-    _front(folder, title, about)
-    return engines['wasm']['bytes'] + sum(f['bytes'] for f in (*manifest['networks'], *manifest['pictures']))
+    return manifest
 
 # %% ../../nbs/show/10_live_page.ipynb #64509f2c
 def _manifest(explorer, laws, networks):
     "What the page must know beside its files."
     x, where = explorer.lens.images.float(), next(iter(explorer.lens.wheres))
-    shown = [_control(law) for law in laws]
+    shown = [{**c, 'top': explorer._tops.get(c['id'], c['top'])} for c in map(_control, laws)]
     known = [{i['name'] for i in f['inputs']} for f in networks]
     layers = [k for k in explorer.info['layers'] if all(k in names for names in known)]
     params = {f['name']: f['default'] for f in shown[0]['fields']}
@@ -435,13 +460,14 @@ images = torch.cat([x for x, _ in scenes(n_train=1, n_valid=8, size=128, bs=8, a
 def demo_page(
     folder,  # made if it is not there
     ort=None,  # a folder with the files of onnxruntime-web; None: fetch them by npm
+    beside: dict = None,  # text -> address of other pages to link to
 ) -> int:  # bytes that a visitor loads at first
     "The live page with the networks that come with the package, on procedural scenes."
     data = scenes(n_train=1, n_valid=8, size=128, bs=8, augment=False)
     about = ("Two networks find discs, boxes and stars. One was trained as usual, the other with noise in its weights. "
              "On chips that compute with currents or with light, weights are never exact: drag the noise and see "
              "which one holds.")
-    return export_explorer(demo_models(), data, folder, about=about, ort=ort, python=SETUP)
+    return export_explorer(demo_models(), data, folder, about=about, ort=ort, python=SETUP, beside=beside)
 
 # %% ../../nbs/show/10_live_page.ipynb #ba17c4f8
 def main(

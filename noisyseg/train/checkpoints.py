@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np, safetensors, torch
-from fastai.torch_core import num_distrib, rank_distrib
 from torch import Tensor, nn
 
 from ..basics import (expect_module, offline, plain_name, remove_parts, state_digest, unwrapped, versions,
@@ -137,6 +136,7 @@ def save_model(
     model = unwrapped(_network(learn))
     path, beside = _paths(path)
     expect_clean(model)
+    from fastai.torch_core import num_distrib, rank_distrib   # dear to import
     # without waiting, so that `if rank_distrib() == 0: save_model(...)` can't hang
     if num_distrib() > 1 and rank_distrib(): return path
     if not path.parent.is_dir():

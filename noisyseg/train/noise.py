@@ -72,7 +72,8 @@ class WeightNoise(Method):
         gradient: str = 'noisy',  # 'noisy': recover after backward; 'recovered': before it, as the published code does
         seed: int = None,  # of the noise; None takes one from torch's global generator. Kept in .seed
         shared: bool = True,  # distributed: the same noise in all processes, or each its own
-        rng: str = 'normal',  # 'normal': every number drawn anew; 'table': stretches of a fixed table; cheaper
+        # 'normal': every number drawn anew; 'blocks': by all cores at once; 'table': stretches of a fixed table
+        rng: str = 'normal',
     ):
         if not callable(law):
             part = '. What of it acts on weights is its `.law`' if 'law' in dir(law) else ''
@@ -85,7 +86,7 @@ class WeightNoise(Method):
         self.gradient = check_choice('gradient', gradient, 'noisy', 'recovered')
         self.seed = seed if seed is None else check_whole('seed', seed)
         self.shared = shared
-        self.rng = check_choice('rng', rng, 'normal', 'table')
+        self.rng = check_choice('rng', rng, 'normal', 'blocks', 'table')
         self._generators = None
         self._fresh = True
 
