@@ -7,8 +7,9 @@ ARGS ?=
 LIVE ?= _live
 PY := $(VENV)/bin/python
 
-# figures are saved as text/html too, without 5 MB of plotly.js in each; this environment's own kernel, not one from ~
-export PLOTLY_RENDERER := plotly_mimetype+notebook_connected
+# figures are saved as what they are, and .ci/figures.py adds a picture: not as HTML, which would hold them once more and
+# fetch plotly.js from a foreign host; this environment's own kernel, not one from ~
+export PLOTLY_RENDERER := plotly_mimetype
 export JUPYTER_PREFER_ENV_PATH := 1
 # what fastai's import says of itself on today's torch and pandas, and nobody who runs a notebook can change
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning,ignore:The 'mode.chained_assignment' option:Warning
@@ -45,10 +46,11 @@ demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-
 bench: set-up ## measured costs beside the plain way and beside peers: one table, also for the page nbs/benchmarks.ipynb; all of it: ARGS=--full
 	@$(PY) tests/bench.py $(ARGS)
 
-export: set-up ## after editing notebooks: write modules and README from them, and clean them
+export: set-up ## after editing notebooks: write modules and README from them, clean them, draw their figures
 	$(VENV)/bin/nbdev-export
 	$(VENV)/bin/nbdev-clean
 	@$(PY) .ci/derive.py
+	@$(PY) .ci/figures.py
 
 docs: set-up ## build the site into _docs/ (needs quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
