@@ -55,10 +55,11 @@ export: set-up ## after editing notebooks: write modules and README from them, c
 docs: set-up ## build the site into _docs/ (needs quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
 		echo "run this again. 'make docs-check' tests the site's sources without it."; exit 1; }
-	NOISYSEG_DOCMENTS=0 $(VENV)/bin/nbdev-docs
+	$(PY) .ci/pages.py
 
-docs-check: set-up ## test what can be tested of the site and README without quarto
-	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)
+docs-check: set-up ## test what can be tested of the site and README without quarto; and _docs/, if it is built
+	@$(PY) -m pytest tests/test_tooling_docs.py tests/test_tooling_site.py $(ARGS)
+	@[ ! -d _docs ] || $(PY) .ci/check_site.py _docs
 
 live: set-up ## the page that runs networks in a browser, into _live/ (needs npm); elsewhere: make live LIVE=folder
 	@$(PY) -m noisyseg.show.live_page $(LIVE)
