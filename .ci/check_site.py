@@ -1,8 +1,8 @@
 """Is the built site fit to be deployed? `python .ci/check_site.py _docs` says what is wrong, and ends with status 1.
 
-Looked at, in each page: links inside the site and their anchors; that nothing is fetched from a foreign host; its weight;
-its canonical address, card for sharing and icon; and that the search knows each name. A link that a reader clicks may
-lead anywhere: no other host is asked here either."""
+Looked at, in each page: links inside the site and their anchors; that nothing is fetched from a foreign host; its
+weight; its canonical address, card for sharing and icon; and that the search knows each name. A link that a reader
+clicks may lead anywhere: no other host is asked here either."""
 import json
 import posixpath
 import re

@@ -43,7 +43,8 @@ def real(
     module,  # 'perturb.clone'
 ):
     "The object of that name in the package"
-    return functools.reduce(getattr, name.split('.'), importlib.import_module(f'{derive.settings["lib_name"]}.{module}'))
+    there = importlib.import_module(f'{derive.settings["lib_name"]}.{module}')
+    return functools.reduce(getattr, name.split('.'), there)
 
 
 def definition(o):
@@ -99,14 +100,22 @@ def signature(
 
 def kind(annotation, lookup):
     "A type as HTML, with links for the names of this package"
-    def linked(m):
-        url = lookup.doc(m[0]) if m[0] in lookup.syms else None
-        return f'<a href="{url}">{m[0]}</a>' if url else m[0]
-    text = html.escape(annotation, quote=False).replace('|', '&#124;')
-    return f'<code>{re.sub(r"[A-Za-z_][A-Za-z_.0-9]*", linked, text)}</code>'
+    def linked(name):
+        url = lookup.doc(name) if name in lookup.syms else None
+        return f'<a href="{url}">{literal(name)}</a>' if url else literal(name)
+    found = re.split(r'([A-Za-z_][A-Za-z_.0-9]*)', annotation)
+    return f'<code>{"".join(linked(o) if i % 2 else literal(o) for i, o in enumerate(found))}</code>'
 
 
-def cell(text): return re.sub(r'\s+', ' ', text or '').replace('|', '\\|').strip()
+def literal(text):
+    "As HTML in which markdown finds nothing to do: no curly quotes, no emphasis, no column of a table"
+    return re.sub(r'[^\w\s]|_', lambda m: f'&#{ord(m[0])};', re.sub(r'\s+', ' ', text).strip(' '))
+
+
+def cell(text):
+    "A comment as a cell of a table in markdown, with straight quotes"
+    parts = re.split('(`[^`]*`)', re.sub(r'\s+', ' ', text or '').strip())
+    return ''.join(o if i % 2 else o.replace("'", "\\'") for i, o in enumerate(parts)).replace('|', '\\|')
 
 
 def table(rows, comments, returns, lookup):
@@ -116,7 +125,7 @@ def table(rows, comments, returns, lookup):
     result = (comments.get('return') or {}).get('docment')
     if not described and not (returns and result): return ''
     # as HTML: what is in backticks becomes a link where a public name is the same
-    code = lambda text: f'<code>{html.escape(cell(text), quote=False)}</code>'
+    code = lambda text: f'<code>{literal(text)}</code>'
     lines = [(code(o), kind(t, lookup) if t else '', code(d) if d is not None else '', cell(said(o)))
              for o, t, d in described]
     if returns and returns != 'None' or result:
@@ -124,7 +133,8 @@ def table(rows, comments, returns, lookup):
     names = 'parameter', 'type', 'default', 'what it is'
     shown = [i for i in range(4) if any(o[i] for o in lines)]
     row = lambda o: '| ' + ' | '.join(o[i] for i in shown) + ' |'
-    return '\n'.join([row(names), row(['---'] * 4), *map(row, lines)])
+    widths = ['-' * o for o in (14, 20, 14, 52)]               # pandoc takes them as shares of the page
+    return '\n'.join([row(names), row(widths), *map(row, lines)])
 
 
 def prose(o):
@@ -139,7 +149,8 @@ def reference(name, module):
     o, lookup = real(name, module), NbdevLookup()
     o = o.fget if isinstance(o, property) else o
     source = lookup.code(name)
-    head = ['---', f'[source]({source}){{style="float:right; font-size:smaller"}}' if source else '', f'### {name}']
+    link = f'[source]({source}){{style="float:right; font-size:smaller"}}' if source else ''
+    head = ['---', link, '### ' + name.replace('__', r'\_\_')]
     if not callable(o): return '\n\n'.join(filter(None, [*head, prose(o)]))
     rows, comments, returns = parts(o)
     body = [f'```python\n{signature(name, rows)}\n```', prose(o), table(rows, comments, returns, lookup)]
@@ -217,20 +228,20 @@ def still(data, up, folder):
     "A picture of matplotlib's as HTML"
     png = base64.b64decode(data[figures.PNG])
     picture = store(folder, f'{hashlib.sha256(png).hexdigest()[:16]}.png', png)
-    kind = 'chart' if is_chart(png) else 'paper'
-    return f'<img class="noisyseg-{kind}" src="{up}{picture}" loading="lazy" alt="the picture that this cell draws">'
+    return (f'<img class="{ground(picture, folder)}" src="{up}{picture}" loading="lazy" '
+            f'alt="the picture that this cell draws">')
 
 
 class Shown(Processor):
     """Outputs as the site needs them.
 
-    Quarto adds scripts from a foreign host to each page with an output of HTML; as HTML in markdown it is shown without.
-    Links to pages of the site become relative, so that a copy of it leads nowhere else."""
+    Quarto adds scripts from a foreign host to each page with an output of HTML; as HTML in markdown it comes without
+    them. Links to pages of the site become relative, so that a copy of it leads nowhere else."""
     folder = proc
 
     def begin(self): self.up = '../' * (len(below_nbs(self.nb).parts) - 1)
 
-    def local(self, text): return re.sub(rf'{re.escape(derive.settings["doc_url"])}/(?=[\w/.-]*)', self.up or './', text)
+    def local(self, text): return text.replace(f'{derive.settings["doc_url"]}/', self.up or './')
 
     def output(self, data):
         plain = ''.join(data.get('text/plain', ''))
@@ -288,7 +299,7 @@ def symbols_page(folder=None):
     found, text = symbols(folder), ''
     modules = dict(derive.modules())
     for letter in sorted({o[0][0].upper() for o in found}):
-        text += f'## {letter}\n\n| name | module | what it is |\n|---|---|---|\n'
+        text += f'## {letter}\n\n| name | module | what it is |\n|{"-" * 26}|{"-" * 18}|{"-" * 56}|\n'
         text += ''.join(f'| [`{name}`]({page(nb)}#{anchor(name)}) | {modules[nb]} | {cell(line)} |\n'
                         for name, nb, line in found if name[0].upper() == letter) + '\n'
     about = f'All {len(found)} public names of noisyseg, each with one line and a link to its page.'
@@ -302,21 +313,30 @@ def pictures(nb):
         for o in c.get('outputs', []):
             data = o.get('data', {})
             if figures.PNG in data: yield base64.b64decode(''.join(data[figures.PNG]))
-        linked = re.findall(r'!\[[^]]*\]\(([^)]+[.]png)\)', ''.join(c['source'])) if c['cell_type'] == 'markdown' else []
-        for o in linked: yield ((root/'nbs'/nb).parent/o).resolve().read_bytes()
+        if c['cell_type'] != 'markdown': continue
+        for o in re.findall(r'!\[[^]]*\]\(([^)]+[.]png)\)', ''.join(c['source'])):
+            yield ((root/'nbs'/nb).parent/o).resolve().read_bytes()
 
 
 def first_picture(nb, folder):
     "Where a notebook's first picture lies, as a link; None where it has none"
     png = next(pictures(nb), None)
     if png is None: return None
-    return store(folder, f'{figures.digest_drawn(base64.b64encode(png)) or hashlib.sha256(png).hexdigest()[:16]}.png', png)
+    drawn = figures.digest_drawn(base64.b64encode(png))
+    return store(folder, f'{drawn or hashlib.sha256(png).hexdigest()[:16]}.png', png)
 
 
-def tile(nb, picture):
+def ground(picture, folder):
+    "The class of a stored picture, for style sheets: has it no ground, is it a chart on white paper, or a picture"
+    png = (folder/picture).read_bytes()
+    if figures.digest_drawn(base64.b64encode(png)): return 'noisyseg-clear'
+    return 'noisyseg-chart' if is_chart(png) else 'noisyseg-paper'
+
+
+def tile(nb, picture, folder):
     name, about = derive.title(root/'nbs'/nb)
-    return (f'<a class="tile" href="{page(nb)}"><img src="{picture}" loading="lazy" alt=""><strong>{html.escape(name)}'
-            f'</strong><span>{html.escape(plain(about))}</span></a>')
+    return (f'<a class="tile" href="{page(nb)}"><img class="{ground(picture, folder)}" src="{picture}" loading="lazy" '
+            f'alt=""><strong>{html.escape(name)}</strong><span>{html.escape(plain(about))}</span></a>')
 
 
 def plain(markdown):
@@ -329,7 +349,7 @@ def gallery_page(folder):
     text = ''
     for name, groups in derive.sections().items():
         found = [(nb, first_picture(nb, folder)) for group in groups.values() for nb, _ in group]
-        tiles = ''.join(tile(nb, picture) for nb, picture in found if picture)
+        tiles = ''.join(tile(nb, picture, folder) for nb, picture in found if picture)
         if tiles: text += f'## {name.capitalize()}\n\n' + raw_html(f'<div class="gallery">{tiles}</div>') + '\n'
     about = 'A picture from each notebook that has one: what you will see there.'
     return FRONT.format(title='Gallery', about=about, more='search: false\n') + text
@@ -354,7 +374,9 @@ def results_page(folder):
         name, about = derive.title(root/'nbs'/nb)
         (found, limit), picture = answer(nb), first_picture(nb, folder)
         text += f'## [{name}]({nb})\n\n{found}\n\n'
-        if picture: text += f'![From the study: {plain(about)}]({picture})\n\n'
+        if picture:
+            image = f'<img class="result {ground(picture, folder)}" src="{picture}" alt="{html.escape(plain(about))}">'
+            text += raw_html(f'<a href="{page(nb)}">{image}</a>') + '\n'
         text += f'*How far it goes.* {limit}\n\n'
     about = 'What each study found, and how far that goes: two sentences and a picture of each.'
     lead = 'Each heading leads to the study, with its protocol, all numbers and what the papers report.\n\n'

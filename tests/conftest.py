@@ -86,6 +86,22 @@ def in_jupyterlab(tmp_path_factory):
         yield project, page, url, token
 
 
+PAGES = """
+import sys
+sys.path.insert(0, '.ci')
+import pages
+pages.process()
+"""
+
+
+@pytest.fixture(scope='session')
+def processed(tmp_path_factory):
+    "The sources of the site: notebooks as nbdev hands them to Quarto, made pages, pictures"
+    project = copy_project(tmp_path_factory.mktemp('docs')/'project')
+    subprocess.run([sys.executable, '-c', PAGES], cwd=project, check=True)
+    return project/'_proc'
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     "Fixtures can see in `request.node.failed` whether their test failed"

@@ -5,8 +5,6 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,7 +12,7 @@ import derive
 import pandas as pd
 import pytest
 import yaml
-from conftest import copy_project, nb_id, notebooks, project_files, read_nb, root
+from conftest import nb_id, notebooks, project_files, read_nb, root
 from fastcore.nbio import mk_cell, write_nb
 from nbdev.config import nbpath2html
 from test_lab import browser_page
@@ -121,7 +119,7 @@ known = {
     'project': 'title type render execute-dir output-dir lib-dir resources brand preview pre-render post-render',
     'format': 'html commonmark',
     'format.html': 'theme css toc toc-depth code-copy code-tools include-in-header include-before-body '
-                   'include-after-body format-links '
+                   'include-after-body format-links canonical-url html-math-method '
                    'respect-user-color-scheme link-external-newwindow lightbox',
     'format.html.theme': 'light dark',
     'format.html.format-links': 'format text icon',
@@ -131,6 +129,8 @@ known = {
                'body-footer margin-header margin-footer page-navigation back-to-top-navigation bread-crumbs '
                'page-footer image image-alt open-graph '
                'twitter-card llms-txt reader-mode announcement',
+    'website.twitter-card': 'title description image image-alt image-height image-width creator site card-style',
+    'website.open-graph': 'title description image image-alt image-height image-width locale site-name',
     'website.navbar': 'title logo logo-alt logo-href background foreground search pinned collapse collapse-below left '
                       'right',
     'website.navbar.left': nav, 'website.navbar.left.menu': nav, 'website.navbar.right': nav,
@@ -365,32 +365,6 @@ def test_links_can_fail(tmp_path):
     assert [a or b for a, b in links(page)] == ['one.ipynb', 'two.png', 'three.png'] and anchors(page) == {'a-b'}
 
 
-proc = """
-import functools, traceback
-import nbdev.config, nbdev.serve_drv
-from nbdev.serve import proc_nbs
-
-# read twice for each cell, and parsed each time
-nbdev.config._load_toml = functools.lru_cache(nbdev.config._load_toml)
-process = nbdev.serve_drv.main
-
-def main(task):  # one notebook that fails must not hide the others
-    try: process(task)
-    except Exception: task[1].with_suffix('.error').write_text(traceback.format_exc())
-
-nbdev.serve_drv.main = main
-proc_nbs(n_workers=0)
-"""
-
-
-@pytest.fixture(scope='module')
-def processed(tmp_path_factory):
-    "The notebooks as nbdev hands them to Quarto: what `nbdev-proc-nbs` does, less its search for quarto"
-    project = copy_project(tmp_path_factory.mktemp('docs')/'project')
-    subprocess.run([sys.executable, '-c', proc], cwd=project, check=True)
-    return project/'_proc'
-
-
 @pytest.fixture(scope='module')
 def as_page():
     "nbconvert's way from a notebook to HTML; it compiles its templates once"
@@ -404,8 +378,6 @@ def test_page_converts(path, processed, as_page):
     "Each processed notebook is there, and is a notebook that nbconvert can show, with no directive left in it"
     import nbformat  # here, since it takes seconds to import
     page = processed/nb_id(path)
-    error = page.with_suffix('.error')
-    if error.exists(): pytest.fail(error.read_text(), pytrace=False)
     nb = json.loads(page.read_text())
     nb['metadata'].pop('execution', None)                # nbdev's own marks, which nbformat's schema does not know
     for c in nb['cells']: c.pop('has_sd', None), c['metadata'].pop('execution', None)
@@ -444,7 +416,8 @@ def named_files(cfg):
         if isinstance(o, dict): o = [v for k, v in o.items() if k not in ('id', 'title', 'text', 'section')]
         return [t for v in o for t in texts(v)] if isinstance(o, list) else [o]
     html = cfg['format']['html']
-    found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body']])
+    found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body'],
+                   html['theme'], cfg['website']['favicon'], cfg['website']['image']])
     return sorted({o for o in found if isinstance(o, str) and not re.match(r'[a-z]+:', o)
                    and re.search(r'\.[a-z]+$', o)})
 
@@ -465,7 +438,8 @@ def test_resources(processed):
 def test_resources_can_fail(tmp_path):
     "In an empty folder all of it is missing"
     missing = unmatched(quarto_yml(), tmp_path)
-    assert {'images/**', 'explorer/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'page_links.html',
+    assert {'images/**', 'explorer/**', 'figures/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'results.md',
+            'page_links.html', 'live_figures.html', 'fonts.scss', 'images/favicon.svg',
             'tutorials/tour.ipynb'} <= set(missing)
     (tmp_path/'images').mkdir()
     (tmp_path/'images'/'hero.png').touch()
