@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import derive
 import pandas as pd
@@ -216,7 +216,8 @@ def test_page_links(page, tmp_path):
     if page is None:
         assert not colab and hrefs == ['../LICENSE', '../index.html', 'laws.html']
         return
-    assert colab == [f'https://colab.research.google.com/github/noisyseg/noisyseg/blob/main/nbs/{page}']
+    assert colab == [f'https://mybinder.org/v2/gh/noisyseg/noisyseg/main?labpath={quote(f"nbs/{page}", safe="")}',
+                     f'https://colab.research.google.com/github/noisyseg/noisyseg/blob/main/nbs/{page}']
     repo = f'{settings["git_url"]}/blob/{settings["branch"]}'
     assert hrefs == [f'{repo}/LICENSE', '../index.html' if deep else f'{repo}/index.html', 'laws.html']
 
@@ -227,13 +228,16 @@ def test_workflows():
     steps = {name: [o.get('run') for job in read(name).values() for o in job['steps']]
              for name in ('test.yml', 'docs.yml')}
     assert '.ci/run' in steps['test.yml'] and '.ci/lowest' in steps['test.yml']
-    assert read('test.yml')['test']['strategy']['matrix']['python'] == ['3.11', '3.12', '3.13']
+    assert read('test.yml')['test']['strategy']['matrix']['python'] == settings['tested_pythons'].split()
     docs = read('docs.yml')['publish']['steps']
     done = [o.get('run') or o['uses'].split('@')[0] for o in docs]
     order = [done.index(o) for o in ('make docs', 'make live LIVE=_docs/live', 'make docs-check',
                                      'actions/upload-pages-artifact')]
     assert order == sorted(order)
     assert docs[done.index('make docs-check')]['env'] == {'NOISYSEG_SITE': '_docs'}
+    quarto = docs[done.index('quarto-dev/quarto-actions/setup')]
+    assert re.fullmatch(r'\d+[.]\d+[.]\d+', quarto['with']['version'])
+    assert '.ci/check_site.py _docs' in (root/'Makefile').read_text()
     assert re.search(r'^make test\b', (root/'.ci'/'run').read_text(), re.M)
 
 
