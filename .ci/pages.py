@@ -109,7 +109,7 @@ def kind(annotation, lookup):
 
 def literal(text):
     "As HTML in which markdown finds nothing to do: no curly quotes, no emphasis, no column of a table"
-    return re.sub(r'[^\w\s]|_', lambda m: f'&#{ord(m[0])};', re.sub(r'\s+', ' ', text).strip(' '))
+    return re.sub(r'[^\w\s]|_', lambda m: f'&#{ord(m[0])};', re.sub(r'\s+', ' ', text))
 
 
 def cell(text):
