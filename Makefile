@@ -7,8 +7,9 @@ ARGS ?=
 LIVE ?= _live
 PY := $(VENV)/bin/python
 
-# figures are saved as text/html too, without 5 MB of plotly.js in each; this environment's own kernel, not one from ~
-export PLOTLY_RENDERER := plotly_mimetype+notebook_connected
+# figures are saved as what they are, and .ci/figures.py adds a picture: not as HTML, which would hold them once more and
+# fetch plotly.js from a foreign host; this environment's own kernel, not one from ~
+export PLOTLY_RENDERER := plotly_mimetype
 export JUPYTER_PREFER_ENV_PATH := 1
 # what fastai's import says of itself on today's torch and pandas, and nobody who runs a notebook can change
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning,ignore:The 'mode.chained_assignment' option:Warning
@@ -45,18 +46,20 @@ demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-
 bench: set-up ## measured costs beside the plain way and beside peers: one table, also for the page nbs/benchmarks.ipynb; all of it: ARGS=--full
 	@$(PY) tests/bench.py $(ARGS)
 
-export: set-up ## after editing notebooks: write modules and README from them, and clean them
+export: set-up ## after editing notebooks: write modules and README from them, clean them, draw their figures
 	$(VENV)/bin/nbdev-export
 	$(VENV)/bin/nbdev-clean
 	@$(PY) .ci/derive.py
+	@$(PY) .ci/figures.py
 
 docs: set-up ## build the site into _docs/ (needs quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and"; \
 		echo "run this again. 'make docs-check' tests the site's sources without it."; exit 1; }
-	NOISYSEG_DOCMENTS=0 $(VENV)/bin/nbdev-docs
+	$(PY) .ci/pages.py
 
-docs-check: set-up ## test what can be tested of the site and README without quarto
-	@$(PY) -m pytest tests/test_tooling_docs.py $(ARGS)
+docs-check: set-up ## test what can be tested of the site and README without quarto; and _docs/, if it is built
+	@$(PY) -m pytest tests/test_tooling_docs.py tests/test_tooling_site.py $(ARGS)
+	@[ ! -d _docs ] || $(PY) .ci/check_site.py _docs
 
 live: set-up ## the pages that run networks in a browser, into _live/ (needs npm); elsewhere: make live LIVE=folder
 	@$(PY) .ci/live.py $(LIVE)

@@ -25,8 +25,13 @@ setup(
     classifiers=[
         f'Development Status :: {cfg["status"]} - {stages[cfg["status"]]}',
         'Intended Audience :: Science/Research',
+        'Intended Audience :: Developers',
+        'Framework :: Jupyter',
+        'Operating System :: OS Independent',
         'Programming Language :: Python :: 3 :: Only',
+        *(f'Programming Language :: Python :: {o}' for o in cfg['tested_pythons'].split()),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     install_requires=lines('requirements'),
     extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},

@@ -126,12 +126,16 @@ def _entry(nb, text, indent):
     return f'{indent}- text: {json.dumps(text, ensure_ascii=False)}\n{indent}  href: {nb}\n'
 
 
+BEFORE = dict(studies=('results.md', 'Results in a minute'))       # made by .ci/pages.py when the site is built
+
+
 def sidebars():
     "The sidebars of the site as lines of _quarto.yml: one a section, with the names of modules"
     lines = ''
     for name, folders in sections().items():
         heading = name.capitalize() if name in ('tutorials', 'studies') else f'{settings["lib_name"]}.{name}'
         lines += f'    - id: {name}\n      title: {heading}\n      style: floating\n      contents:\n'
+        if name in BEFORE: lines += _entry(*BEFORE[name], ' ' * 8)
         for folder, found in folders.items():
             indent = ' ' * 8
             if folder:

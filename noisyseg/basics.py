@@ -1,4 +1,4 @@
-"""Small things that several parts need: checks, seeds, whole files, fingerprints, wrapped networks.
+"""Small tools that several parts need: checks, seeds, atomic files, fingerprints, wrapped networks.
 
 Docs: https://noisyseg.github.io/noisyseg/basics.html.md"""
 

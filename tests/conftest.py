@@ -153,6 +153,25 @@ def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.group != item.group: shared.close()
 
 
+PAGES = """
+import os, sys
+os.chdir(sys.argv[1])
+sys.path.insert(0, '.ci')
+import pages
+pages.process()
+"""
+
+
+@pytest.fixture(scope='session')
+def processed(server, tmp_path_factory):
+    "The sources of the site: notebooks as nbdev hands them to Quarto, made pages, pictures"
+    folder = tmp_path_factory.mktemp('docs')
+    project = copy_project(folder/'project')
+    [(code, said)] = server.script(PAGES, folder, {}, args=[project])
+    assert code == 0, said
+    return project/'_proc'
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     "Fixtures can see in `request.node.failed` whether their test failed"
@@ -183,7 +202,8 @@ SIGNS = dict(browser=r'browser_page\(|jupyterlab\(|opened\(|\btab\b', ray=r"\bra
              slow=r'copy_project\(tmp_path_factory')   # what many tests use: the site, the wheel, an environment
 DURATIONS = root/'tests'/'durations.json'     # seconds of the slow tests; NOISYSEG_RECORD=1 writes it
 SLOW = .5
-TOGETHER = {'test_explorer': 'test_lab', 'test_monitor': 'test_lab'}   # one JupyterLab, one browser
+TOGETHER = {'test_explorer': 'test_lab', 'test_monitor': 'test_lab',   # one JupyterLab, one browser
+            'test_tooling_site': 'test_tooling_docs'}                   # one set of the site's sources
 
 
 def known_durations(): return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}

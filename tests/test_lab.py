@@ -48,7 +48,7 @@ def jupyterlab(project, home):
     folders = {f'JUPYTER_{o}_DIR': str(home/o.lower()) for o in ('CONFIG', 'DATA', 'RUNTIME')}
     env = {**os.environ, **folders, 'JUPYTER_PREFER_ENV_PATH': '1', 'JUPYTER_TOKEN': token,
            'IPYTHONDIR': str(home/'ipython'),
-           'PLOTLY_RENDERER': 'plotly_mimetype+notebook_connected', 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings')}
+           'PLOTLY_RENDERER': 'plotly_mimetype', 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings')}
     cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1',
            f'--ServerApp.port={port}',
            '--ServerApp.port_retries=0', f'--ServerApp.root_dir={project}', '--LabApp.expose_app_in_browser=True',

@@ -6,13 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import derive
 import pandas as pd
 import pytest
 import yaml
-from conftest import copy_project, nb_id, notebooks, project_files, read_nb, root
+from conftest import nb_id, notebooks, project_files, read_nb, root
 from fastcore.nbio import mk_cell, write_nb
 from nbdev.config import nbpath2html
 from test_lab import browser_page
@@ -119,7 +119,7 @@ known = {
     'project': 'title type render execute-dir output-dir lib-dir resources brand preview pre-render post-render',
     'format': 'html commonmark',
     'format.html': 'theme css toc toc-depth code-copy code-tools include-in-header include-before-body '
-                   'include-after-body format-links '
+                   'include-after-body format-links canonical-url html-math-method '
                    'respect-user-color-scheme link-external-newwindow lightbox',
     'format.html.theme': 'light dark',
     'format.html.format-links': 'format text icon',
@@ -129,6 +129,8 @@ known = {
                'body-footer margin-header margin-footer page-navigation back-to-top-navigation bread-crumbs '
                'page-footer image image-alt open-graph '
                'twitter-card llms-txt reader-mode announcement',
+    'website.twitter-card': 'title description image image-alt image-height image-width creator site card-style',
+    'website.open-graph': 'title description image image-alt image-height image-width locale site-name',
     'website.navbar': 'title logo logo-alt logo-href background foreground search pinned collapse collapse-below left '
                       'right',
     'website.navbar.left': nav, 'website.navbar.left.menu': nav, 'website.navbar.right': nav,
@@ -214,7 +216,8 @@ def test_page_links(page, tmp_path):
     if page is None:
         assert not colab and hrefs == ['../LICENSE', '../index.html', 'laws.html']
         return
-    assert colab == [f'https://colab.research.google.com/github/noisyseg/noisyseg/blob/main/nbs/{page}']
+    assert colab == [f'https://mybinder.org/v2/gh/noisyseg/noisyseg/main?labpath={quote(f"nbs/{page}", safe="")}',
+                     f'https://colab.research.google.com/github/noisyseg/noisyseg/blob/main/nbs/{page}']
     repo = f'{settings["git_url"]}/blob/{settings["branch"]}'
     assert hrefs == [f'{repo}/LICENSE', '../index.html' if deep else f'{repo}/index.html', 'laws.html']
 
@@ -225,13 +228,16 @@ def test_workflows():
     steps = {name: [o.get('run') for job in read(name).values() for o in job['steps']]
              for name in ('test.yml', 'docs.yml')}
     assert '.ci/run' in steps['test.yml'] and '.ci/lowest' in steps['test.yml']
-    assert read('test.yml')['test']['strategy']['matrix']['python'] == ['3.11', '3.12', '3.13']
+    assert read('test.yml')['test']['strategy']['matrix']['python'] == settings['tested_pythons'].split()
     docs = read('docs.yml')['publish']['steps']
     done = [o.get('run') or o['uses'].split('@')[0] for o in docs]
     order = [done.index(o) for o in ('make docs', 'make live LIVE=_docs/live', 'make docs-check',
                                      'actions/upload-pages-artifact')]
     assert order == sorted(order)
     assert docs[done.index('make docs-check')]['env'] == {'NOISYSEG_SITE': '_docs'}
+    quarto = docs[done.index('quarto-dev/quarto-actions/setup')]
+    assert re.fullmatch(r'\d+[.]\d+[.]\d+', quarto['with']['version'])
+    assert '.ci/check_site.py _docs' in (root/'Makefile').read_text()
     assert re.search(r'^make test\b', (root/'.ci'/'run').read_text(), re.M)
 
 
@@ -363,35 +369,6 @@ def test_links_can_fail(tmp_path):
     assert [a or b for a, b in links(page)] == ['one.ipynb', 'two.png', 'three.png'] and anchors(page) == {'a-b'}
 
 
-proc = """
-import functools, os, sys, traceback
-os.chdir(sys.argv[1])
-import nbdev.config, nbdev.serve_drv
-from nbdev.serve import proc_nbs
-
-# read twice for each cell, and parsed each time
-nbdev.config._load_toml = functools.lru_cache(nbdev.config._load_toml)
-process = nbdev.serve_drv.main
-
-def main(task):  # one notebook that fails must not hide the others
-    try: process(task)
-    except Exception: task[1].with_suffix('.error').write_text(traceback.format_exc())
-
-nbdev.serve_drv.main = main
-proc_nbs(n_workers=0)
-"""
-
-
-@pytest.fixture(scope='module')
-def processed(server, tmp_path_factory):
-    "The notebooks as nbdev hands them to Quarto: what `nbdev-proc-nbs` does, less its search for quarto"
-    folder = tmp_path_factory.mktemp('docs')
-    project = copy_project(folder/'project')
-    [(code, said)] = server.script(proc, folder, {}, args=[project])
-    assert code == 0, said
-    return project/'_proc'
-
-
 @pytest.fixture(scope='module')
 def as_page():
     "nbconvert's way from a notebook to HTML; it compiles its templates once"
@@ -405,8 +382,6 @@ def test_page_converts(path, processed, as_page):
     "Each processed notebook is there, and is a notebook that nbconvert can show, with no directive left in it"
     import nbformat  # here, since it takes seconds to import
     page = processed/nb_id(path)
-    error = page.with_suffix('.error')
-    if error.exists(): pytest.fail(error.read_text(), pytrace=False)
     nb = json.loads(page.read_text())
     nb['metadata'].pop('execution', None)                # nbdev's own marks, which nbformat's schema does not know
     for c in nb['cells']: c.pop('has_sd', None), c['metadata'].pop('execution', None)
@@ -445,7 +420,8 @@ def named_files(cfg):
         if isinstance(o, dict): o = [v for k, v in o.items() if k not in ('id', 'title', 'text', 'section')]
         return [t for v in o for t in texts(v)] if isinstance(o, list) else [o]
     html = cfg['format']['html']
-    found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body']])
+    found = texts([cfg['website']['navbar'], cfg['website']['sidebar'], html['css'], html['include-after-body'],
+                   html['theme'], cfg['website']['favicon'], cfg['website']['image']])
     return sorted({o for o in found if isinstance(o, str) and not re.match(r'[a-z]+:', o)
                    and re.search(r'\.[a-z]+$', o)})
 
@@ -466,7 +442,8 @@ def test_resources(processed):
 def test_resources_can_fail(tmp_path):
     "In an empty folder all of it is missing"
     missing = unmatched(quarto_yml(), tmp_path)
-    assert {'images/**', 'explorer/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'page_links.html',
+    assert {'images/**', 'explorer/**', 'figures/**', 'llms.txt', 'explorer/index.html', 'styles.css', 'results.md',
+            'page_links.html', 'live_figures.html', 'fonts.scss', 'images/favicon.svg',
             'tutorials/tour.ipynb'} <= set(missing)
     (tmp_path/'images').mkdir()
     (tmp_path/'images'/'hero.png').touch()

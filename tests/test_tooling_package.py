@@ -15,6 +15,8 @@ from importlib.metadata import distribution, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+import release
+import yaml
 from conftest import copy_project, notebooks, project_files, root
 from fastcore.docments import docments
 from packaging.requirements import Requirement
@@ -49,6 +51,62 @@ def test_facts_are_the_same_everywhere():
     assert project['urls'] == dict(Repository=cfg['git_url'], Documentation=cfg['doc_url'])
     quarto = (root/'_quarto.yml').read_text()
     for key in 'description', 'git_url', 'doc_url', 'branch': assert cfg[key] in quarto, key
+    citation = yaml.safe_load((root/'CITATION.cff').read_text())
+    assert [citation[k] for k in ('title', 'version', 'abstract', 'license', 'repository-code', 'url')] == [
+        cfg[k] for k in ('lib_name', 'version', 'description', 'license', 'git_url', 'doc_url')]
+    assert citation['cff-version'] == '1.2.0' and citation['authors'] == [{'name': cfg['author']}]
+
+
+def test_release_workflow():
+    "What is published is what was built and checked; a person agrees, and there is no password"
+    jobs = yaml.safe_load((root/'.github'/'workflows'/'release.yml').read_text())['jobs']
+    runs = [o.get('run', '') for o in jobs['build']['steps']]
+    order = [next(i for i, o in enumerate(runs) if said in o) for said in (
+        '.ci/release.py', 'python -m build', 'twine check --strict', 'dist/*.whl')]
+    assert order == sorted(order)
+    publish = jobs['publish']
+    assert publish['needs'] == 'build' and publish['environment'] and publish['permissions']['id-token'] == 'write'
+    uses = [o['uses'].split('@')[0] for o in publish['steps'] if 'uses' in o]
+    assert 'pypa/gh-action-pypi-publish' in uses and not any('python -m build' in o.get('run', '')
+                                                             for o in publish['steps'])
+    assert 'secrets.' not in (root/'.github'/'workflows'/'release.yml').read_text()
+
+
+def test_a_tag_that_differs_is_no_release(project):
+    "Each place with another version is named; unreleased changes stand in the way; the notes are those of the version"
+    version = cfg['version']
+    log = project/'CHANGELOG.md'
+    log.write_text(re.sub('^## Unreleased$', f'## {version}', log.read_text(), count=1, flags=re.M))
+    assert release.differences(f'v{version}', project) == []
+    found = release.differences('v9.9.9', project)
+    assert len(found) == 4 and any('CITATION.cff' in o for o in found)
+    log.write_text(f'# Changes\n\n## Unreleased\n\nNew.\n\n## {version}\n\nFirst.\n')
+    assert release.differences(f'v{version}', project) == [f'CHANGELOG.md says Unreleased, the tag v{version}']
+    assert release.notes(version, project) == 'First.'
+
+
+def test_dependabot_and_binder():
+    "Actions and pins are kept fresh; Binder has PyTorch in the versions that settings.ini promises"
+    updates = yaml.safe_load((root/'.github'/'dependabot.yml').read_text())['updates']
+    assert {o['package-ecosystem'] for o in updates} == {'github-actions', 'pip'}
+    binder = yaml.safe_load((root/'.binder'/'environment.yml').read_text())['dependencies']
+    lowest = {o.name: min(s.version for s in o.specifier) for o in lines('requirements')}
+    assert {f'pytorch-cpu>={lowest["torch"]}', f'torchvision>={lowest["torchvision"]}'} <= set(binder)
+    assert os.access(root/'.binder'/'postBuild', os.X_OK)
+
+
+def test_notice_speaks_of_all_that_is_shipped():
+    "Weights and constants in the package, weights in the repository; each is there"
+    text = (root/'NOTICE').read_text()
+    folders = {p.parent.relative_to(root).as_posix() for p in project_files()
+               if p.suffix in ('.safetensors', '.pth', '.onnx') or 'profiles' in p.parent.parts}
+    for folder in folders: assert f'{folder}/' in text, folder
+    for o in re.findall(r'^  ([\w/]+/)   ', text, re.M): assert (root/o).is_dir(), o
+
+
+def test_no_py_typed():
+    "Types here are for readers (`sizes: list = None`), and no checker has seen them: py.typed would promise more"
+    assert not list(package.rglob('py.typed'))
 
 
 def test_pyproject_is_thin():
@@ -186,6 +244,7 @@ def test_wheel_in_an_empty_environment(empty):
             'requires_python'] == f'>={cfg["min_python"]}'
     assert ','.join(meta['keywords']).split(',') == cfg['keywords'].split()
     assert meta['description'].strip() == (root/'README.md').read_text().strip()
+    assert {f'Programming Language :: Python :: {o}' for o in cfg['tested_pythons'].split()} <= set(meta['classifier'])
     needs = [Requirement(o) for o in meta['requires_dist']]
     assert {(o.name, o.specifier) for o in needs if not o.marker} == {(o.name, o.specifier)
             for o in lines('requirements')}
@@ -219,7 +278,7 @@ def test_wheel_holds_the_package(built):
     names = ZipFile(built['wheel']).namelist()
     assert {f'noisyseg/{m.replace(".", "/")}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
-    assert any(o.endswith('licenses/LICENSE') for o in names)
+    assert all(any(o.endswith(f'licenses/{name}') for o in names) for name in ('LICENSE', 'NOTICE'))
     assert {f'noisyseg/show/{o}' for o in ('explorer.js', 'live.js', 'live_worker.js', 'noise.js', 'live.html',
                                            'models/scenes_clean.safetensors',
                                            'models/scenes_noise_trained.json')} <= set(names)

@@ -1,4 +1,4 @@
-"""60,000 pictures of 32 pixels in ten classes as batches, and any other set with a folder for each class.
+"""60,000 pictures of 32×32 pixels in ten classes as batches, and any other data set with one folder for each class.
 
 Docs: https://noisyseg.github.io/noisyseg/data/cifar.html.md"""
 

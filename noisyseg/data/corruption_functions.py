@@ -1,4 +1,4 @@
-"""The nineteen corruptions that robustness is commonly measured with, each at five severities.
+"""The nineteen corruptions commonly used to measure robustness, each at five severities.
 
 Docs: https://noisyseg.github.io/noisyseg/data/corruption_functions.html.md"""
 

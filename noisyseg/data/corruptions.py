@@ -1,4 +1,4 @@
-"""Corrupted images from a name, a severity and a seed: for a picture, a batch or a loader, with their masks.
+"""Corrupted images from a name, a severity and a seed, for a picture, a batch or a loader, with their masks.
 
 Docs: https://noisyseg.github.io/noisyseg/data/corruptions.html.md"""
 

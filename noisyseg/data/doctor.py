@@ -1,4 +1,4 @@
-"""`check_dataset` reads everything once, before anybody trains: errors, findings, and how often each class occurs.
+"""`check_dataset` reads everything once before you train: errors, findings, and how often each class occurs.
 
 Docs: https://noisyseg.github.io/noisyseg/data/doctor.html.md"""
 

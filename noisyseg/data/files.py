@@ -1,4 +1,4 @@
-"""Read images and masks, pair them, colour them, and name the file that is at fault when something is wrong.
+"""Read images and masks, pair them, colour them, and name the file at fault when something is wrong.
 
 Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 

@@ -1,4 +1,4 @@
-"""A folder of images and one of masks become loaders, or an error that says how to mend them.
+"""A folder of images and one of masks become loaders, or an error that says how to fix them.
 
 Docs: https://noisyseg.github.io/noisyseg/data/own.html.md"""
 

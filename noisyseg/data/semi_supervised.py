@@ -1,4 +1,4 @@
-"""`semi` makes a semi-supervised task of any data set: a few images keep their masks, the others give views.
+"""`semi` turns any data set into a semi-supervised task: a few images keep their masks, the others are seen in several views.
 
 Docs: https://noisyseg.github.io/noisyseg/data/semi_supervised.html.md"""
 

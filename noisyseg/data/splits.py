@@ -1,4 +1,4 @@
-"""Few masks, many images: which images are labelled, which are not, and that no image is in both.
+"""Few masks, many images: which images are labelled, which are not, and a check that no image is in both.
 
 Docs: https://noisyseg.github.io/noisyseg/data/splits.html.md"""
 

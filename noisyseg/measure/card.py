@@ -1,4 +1,4 @@
-"""Every model under every disturbance, in one call: noise, attacks, few bits, corrupted inputs, and the price.
+"""Every model under every disturbance, in one call: noise, attacks, few bits, corrupted inputs, and the training cost.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/card.html.md"""
 

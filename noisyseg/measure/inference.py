@@ -1,4 +1,4 @@
-"""Masks and scores at the image's own size, in one pass or by sliding window, and every pixel counted once.
+"""Masks and scores at the image's own size, in one pass or with sliding windows, with every pixel counted once.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/inference.html.md"""
 

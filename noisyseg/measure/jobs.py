@@ -1,4 +1,4 @@
-"""Many small measurements, here or on Ray, with the same results bit for bit; a dead worker costs its task.
+"""Many small measurements, here or on Ray, with the same results bit for bit; a dead worker costs only its task.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/jobs.html.md"""
 

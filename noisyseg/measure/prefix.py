@@ -1,4 +1,4 @@
-"""Many draws of noise in one part of a network: what comes before it is computed once and kept.
+"""Many draws of noise in one part of a network: everything before that part is computed once and kept.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/prefix.html.md"""
 

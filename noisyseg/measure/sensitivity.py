@@ -1,4 +1,4 @@
-"""Which part of a network is sensitive, and whether an attack is strong or the weights are small.
+"""Find out which part of a network is sensitive, and whether an attack is strong or the weights are just small.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/sensitivity.html.md"""
 

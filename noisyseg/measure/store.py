@@ -1,4 +1,4 @@
-"""The rows of a sweep on disk, as they come: always a complete file, continued by the next call, never mixed up.
+"""The rows of a sweep on disk, as they arrive: always a complete file, which the next call continues, and never a mixture.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/store.html.md"""
 

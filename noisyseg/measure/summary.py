@@ -1,4 +1,4 @@
-"""From the rows of a sweep to means with an interval that answers the question that was asked.
+"""From the rows of a sweep to means with the interval that answers your question.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/summary.html.md"""
 

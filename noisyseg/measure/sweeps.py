@@ -1,4 +1,4 @@
-"""Models under disturbances of every kind, level by level: one tidy table, and an interrupted sweep loses nothing.
+"""Models under disturbances of every kind, level by level, in one tidy table; an interrupted sweep loses nothing.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/sweeps.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a batch must be, what a network's output means, and how it is scored: masks, classes, and yours.
+"""What a batch must be, what a network's output means, and how it is scored: masks, classes, and your own task.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/task.html.md"""
 

@@ -1,4 +1,4 @@
-"""Residual blocks without their branch, and encoder maps without some channels, for as long as a block lasts.
+"""Residual blocks without their branch, and encoder maps without some channels, for as long as a `with` block lasts.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/blocks.html.md"""
 

@@ -1,4 +1,4 @@
-"""ResNet-20 and ResNet-18 for images of 32 pixels: the networks of the weight-noise, DAMP and SAM papers.
+"""ResNet-20 and ResNet-18 for images of 32×32 pixels: the networks of the weight-noise, DAMP and SAM papers.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/classifiers.html.md"""
 

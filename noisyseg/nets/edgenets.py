@@ -1,4 +1,4 @@
-"""Two encoders for phones under one decoder, and the weights that their authors trained on VOC and Cityscapes.
+"""Two encoders for phones with one decoder, and the weights that their authors trained on VOC and Cityscapes.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/edgenets.html.md"""
 

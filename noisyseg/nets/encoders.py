@@ -1,4 +1,4 @@
-"""From images to feature maps at five scales: the UNet3+ paper's own encoder, any torchvision ResNet, or yours.
+"""From images to feature maps at five scales: the UNet3+ paper's own encoder, any torchvision ResNet, or your own.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/encoders.html.md"""
 

@@ -1,4 +1,4 @@
-"""A fifth of the channels, looked at with five dilations side by side; and the weights that its authors trained.
+"""A fifth of the channels, processed with five dilations in parallel, and the weights that its authors trained.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/espnets.html.md"""
 

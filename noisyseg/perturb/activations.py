@@ -1,4 +1,4 @@
-"""What goes into a layer and what comes out: converters with few bits, noise, clipping.
+"""Disturb what goes into a layer and what comes out of it: converters with few bits, noise, clipping.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/activations.html.md"""
 

@@ -1,4 +1,4 @@
-"""Clone the weights, inject noise, recover them bit for bit: the three steps that everything else here is built on.
+"""Clone the weights, inject noise, recover the weights bit for bit: everything else here is built on these three steps.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/clone.html.md"""
 

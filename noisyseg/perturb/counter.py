@@ -1,4 +1,4 @@
-"""Noise that any program can draw anew: a seed, a weight's name and a formula give the same numbers, bit for bit.
+"""Noise that any program can reproduce: a seed, a weight's name and a formula give the same numbers, bit for bit.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/counter.html.md"""
 

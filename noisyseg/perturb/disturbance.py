@@ -1,4 +1,4 @@
-"""What hurts a network, as one small object that says all that others need to know about it.
+"""Anything that hurts a network, as one small object that says everything that other code needs to know about it.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/disturbance.html.md"""
 

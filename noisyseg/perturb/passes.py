@@ -1,4 +1,4 @@
-"""Noise that is drawn anew in each forward pass, beside the noise of one chip.
+"""Noise that is redrawn in each forward pass, compared with the noise of one chip.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/passes.html.md"""
 

@@ -1,4 +1,4 @@
-"""Weights in a few bits: the grid, rounding a trained network to it, and training one that has seen it.
+"""Weights in a few bits: the grid, rounding a trained network to it, and training a network with it.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/quantization.html.md"""
 

@@ -1,4 +1,4 @@
-"""Drag the noise and watch the masks: a trained network comes apart, class by class, beside one that holds.
+"""Drag the noise and watch the masks: one trained network falls apart, class by class, beside another that holds.
 
 Docs: https://noisyseg.github.io/noisyseg/show/explorer.html.md"""
 

@@ -1,4 +1,4 @@
-"""One folder with your networks: whoever opens its page drags the noise on pictures of their own, without any Python.
+"""One folder with your networks: anyone who opens its page can drag the noise on their own pictures, without Python.
 
 Docs: https://noisyseg.github.io/noisyseg/show/live_page.html.md"""
 

@@ -1,4 +1,4 @@
-"""A dashboard for a fit that runs: curves, a held-out mask with and without noise, time left, a Stop button.
+"""A dashboard for a running fit: curves, a held-out mask with and without noise, time left, a Stop button.
 
 Docs: https://noisyseg.github.io/noisyseg/show/monitor.html.md"""
 

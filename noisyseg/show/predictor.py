@@ -1,4 +1,4 @@
-"""What the explorer asks for: single predictions of a disturbed network, fast, and the controls of a disturbance.
+"""What the explorer runs on: fast single predictions of a disturbed network, and the controls of a disturbance.
 
 Docs: https://noisyseg.github.io/noisyseg/show/predictor.html.md"""
 

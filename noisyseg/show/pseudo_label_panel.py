@@ -1,4 +1,4 @@
-"""What the network believes of unlabelled images while it trains, how sure it is, and how often it is right.
+"""What the network predicts for unlabelled images while it trains, how sure it is, and how often it is right.
 
 Docs: https://noisyseg.github.io/noisyseg/show/pseudo_label_panel.html.md"""
 

@@ -1,4 +1,4 @@
-"""One file for a colleague: figures that zoom, tables, pictures, where the numbers come from; no server.
+"""One file for a colleague, without a server: figures that zoom, tables, pictures, and where the numbers come from.
 
 Docs: https://noisyseg.github.io/noisyseg/show/report.html.md"""
 

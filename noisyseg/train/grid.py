@@ -1,4 +1,4 @@
-"""Every method with every seed, here or on Ray: a checkpoint for each, and what is there is not trained again.
+"""Every method with every seed, here or on Ray: one checkpoint for each run, and finished runs are not trained again.
 
 Docs: https://noisyseg.github.io/noisyseg/train/grid.html.md"""
 

@@ -1,4 +1,4 @@
-"""From logits to one number that can go downhill: focal, IoU and MS-SSIM, their sum, and deep supervision.
+"""From logits to one number to minimize: focal, IoU and MS-SSIM losses, their sum, and deep supervision.
 
 Docs: https://noisyseg.github.io/noisyseg/train/losses.html.md"""
 

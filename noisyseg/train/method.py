@@ -1,4 +1,4 @@
-"""What a way of training is, and the one callback that asks it: write yours in a cell.
+"""What a training method is, and the one callback that runs it; write your own in a cell.
 
 Docs: https://noisyseg.github.io/noisyseg/train/method.html.md"""
 

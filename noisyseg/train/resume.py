@@ -1,4 +1,4 @@
-"""A fit that was killed goes on in mid-epoch to the same numbers, bit for bit.
+"""A fit that was killed resumes in mid-epoch and reaches the same numbers, bit for bit.
 
 Docs: https://noisyseg.github.io/noisyseg/train/resume.html.md"""
 

@@ -1,4 +1,4 @@
-"""Tensors and plain data of any shape in one file, without pickle: whole, or refused.
+"""Tensors and nested plain data in one file, without pickle; a damaged file is refused.
 
 Docs: https://noisyseg.github.io/noisyseg/train/serialization.html.md"""
 

@@ -1,4 +1,4 @@
-"""Batch normalisation and ReLU of maps whose channels come last in memory: in training, accurately.
+"""Accurate batch normalisation and ReLU in training, for maps whose channels come last in memory.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/fast/bnrelu.html.md"""
 

@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, so that the next pass need not ask for it again.
+"""Freed memory stays with the process, so that the next pass need not request it again.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/fast/memory.html.md"""
 

@@ -1,4 +1,4 @@
-"""May a layer be computed without being called? Not while a hook, a compiler, torch.func or you want to see it.
+"""May a layer be computed without being called? Not while a hook, a compiler, torch.func or you need to see the call.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/fast/observers.html.md"""
 

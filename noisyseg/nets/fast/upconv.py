@@ -1,4 +1,4 @@
-"""A convolution of an upsampled map, exactly, and most of its work done at low resolution.
+"""An exact convolution of an upsampled map, with most of the work done at low resolution.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/fast/upconv.html.md"""
 

@@ -1,4 +1,4 @@
-"""SAM's way up and back: climb to the worst weights nearby, take the gradient there, return exactly.
+"""SAM's ascent and return: climb to the worst weights nearby, take the gradient there, return exactly.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/ascent.html.md"""
 

@@ -1,4 +1,4 @@
-"""Learning from unlabelled images: pseudo-labels, six terms that ask for the same answer, one weighted sum.
+"""Learning from unlabelled images: pseudo-labels, six terms that require consistent predictions, one weighted sum.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/match_loss.html.md"""
 

@@ -1,4 +1,4 @@
-"""Learn to segment from a few masks and a pile of images: a fastai callback, and a learner in one call.
+"""Learn to segment from a few masks and many images: a fastai callback, and a learner in one call.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/mlpmatch.html.md"""
 

@@ -1,4 +1,4 @@
-"""SAM as a training method for fastai: schedules of rho, m-sharpness, and together with noise and DAMP.
+"""SAM as a training method for fastai: schedules of rho, m-sharpness, and combinations with noise and DAMP.
 
 Docs: https://noisyseg.github.io/noisyseg/train/methods/sam_callback.html.md"""
 
