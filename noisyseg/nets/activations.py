@@ -1,4 +1,4 @@
-"""The same network with another function after its layers: GELU, SiLU, tanh or one of yours in the place of ReLU.
+"""GELU, SiLU, tanh or one of yours in the place of ReLU.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/activations.html.md"""
 
