@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..basics import check_choice, check_number, check_share
-from .classifiers import ResBlock
 from .encoders import channels_last
 from ..perturb.clone import HoldInterrupts, as_generator
 from ..perturb.disturbance import Disturbance
@@ -39,7 +38,6 @@ def find_encoder(
 # %% ../../nbs/nets/06_blocks.ipynb #d1038e0c
 def _last_activation(block):
     "What a residual block applies to its sum; None for a module that is no residual block."
-    if isinstance(block, ResBlock): return nn.functional.relu
     if not hasattr(block, 'downsample') or not hasattr(block, 'conv1') or type(block).forward is nn.Module.forward:
         return None
     names = ('act3' if hasattr(block, 'conv3') else 'act2', 'act', 'relu')   # timm's blocks, torchvision's

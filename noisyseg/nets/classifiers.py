@@ -51,10 +51,11 @@ class ResBlock(nn.Module):
         else:
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                                             nn.BatchNorm2d(out_channels))
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.downsample(x))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + self.downsample(x))
 
 # %% ../../nbs/nets/05_classifiers.ipynb #b610da2d
 class SmallResNet(nn.Module):
@@ -76,6 +77,7 @@ class SmallResNet(nn.Module):
         self.stages = [f'layer{i + 1}' for i in range(len(blocks))]
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
         before = width
         for i, (name, n) in enumerate(zip(self.stages, blocks)):
             out = width * 2**i
@@ -93,7 +95,7 @@ class SmallResNet(nn.Module):
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
             raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
                              f"`x[None].float()` adds the batch, `in_channels=` of the network sets the channels")
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
         for name in self.stages: x = getattr(self, name)(x)
         return self.fc(x.mean((2, 3)))
 
