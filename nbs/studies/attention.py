@@ -7,22 +7,23 @@
 Protocol, written before any run of it but `look`.
 
 *Pictures*: `voc_animals` at 64 pixels, seven classes. Training: every third picture of `train_aug.txt`, 1,044. Test:
-every second picture of `val.txt`, 223, which choose nothing. `look` trains on the same pictures and is scored on
-150 others of `train_aug.txt`.
+every second picture of `val.txt`, 223, which choose nothing. `look` trains on the same pictures and is scored on 150
+others of `train_aug.txt`.
 
-*Networks*: `segformer_lite0` and `convnet_lite0`: the same first stages of EfficientNet-Lite0 with ImageNet weights, the
-same head, maps of the same sizes; two stages of attention and MLPs, or of residual blocks.
+*Networks*: `segformer_lite0` and `convnet_lite0`: the same first stages of EfficientNet-Lite0 with ImageNet weights,
+the same head, maps of the same sizes; two stages of attention and MLPs, or of residual blocks.
 
 *Training*: three seeds of each (0, 1, 2: the weights that are not from ImageNet, order and augmentation), clean; 4
 epochs in batches of 16 with Adam, one cycle up to LR, cross-entropy. Nothing is chosen by a score.
 
-*Measured*: mIoU with MaxGaussian in all convolution, linear and norm weights (`kernels_and_scales`), at LEVELS, for both;
-and in one part of the hybrid at a time, at PART_LEVELS of MaxGaussian (relative to the largest weight of each kernel)
-and PART_RELATIVE of RelativeGaussian (relative to the spread of each weight tensor), three draws each, the same for all.
-"Equal level" is equal in this sense only: parts differ in how many weights they have, which the table gives.
+*Measured*: mIoU with MaxGaussian in all convolution, linear and norm weights (`kernels_and_scales`), at LEVELS, for
+both; and in one part of the hybrid at a time, at PART_LEVELS of MaxGaussian (relative to the largest weight of each
+kernel) and PART_RELATIVE of RelativeGaussian (relative to the spread of each weight tensor), three draws each, the
+same for all. "Equal level" is equal in this sense only: parts differ in how many weights they have, which the table
+gives.
 
-*Claims*: over training seeds. (1) The loss of mIoU, hybrid against twin, at each of LEVELS; (2) attention against MLPs,
-q and k against v and the projection, layer norms against attention, at each of the part levels. Each family is
+*Claims*: over training seeds. (1) The loss of mIoU, hybrid against twin, at each of LEVELS; (2) attention against
+MLPs, q and k against v and the projection, layer norms against attention, at each of the part levels. Each family is
 corrected by Holm. Three seeds show large differences only.
 
 *What `look` settled* (seed 100, pictures of `train_aug.txt`): LR, of 0.002 and 0.005, and levels at which neither
