@@ -9,7 +9,7 @@ __all__ = ['PatchEmbedding', 'as_tokens', 'as_map', 'EfficientAttention', 'MixFF
            'stem_channels', 'SegFormer', 'segformer_b0', 'segformer_tiny', 'segformer_lite0', 'ConvStage',
            'convnet_lite0']
 
-# %% ../../nbs/nets/09_segformer.ipynb #22e818c9
+# %% ../../nbs/nets/09_segformer.ipynb #60d11d7c
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..basics import check_whole
 from .encoders import ConvBlock, encoder_channels, encoder_maps, lite0_encoder
 from .unet3plus import factory
 
-# %% ../../nbs/nets/09_segformer.ipynb #f9b14391
+# %% ../../nbs/nets/09_segformer.ipynb #8caffeec
 class PatchEmbedding(nn.Module):
     "A map becomes tokens: a strided convolution whose patches overlap, then layer norm."
     def __init__(self,
@@ -39,7 +39,7 @@ class PatchEmbedding(nn.Module):
         x = self.proj(x)
         return self.norm(as_tokens(x)), tuple(x.shape[2:])
 
-# %% ../../nbs/nets/09_segformer.ipynb #7efa987f
+# %% ../../nbs/nets/09_segformer.ipynb #f518fb81
 def as_tokens(
     x: Tensor,  # a map, (batch, dim, height, width)
 ) -> Tensor:  # (batch, height · width, dim)
@@ -53,7 +53,7 @@ def as_map(
     "Tokens as a map again."
     return x.transpose(1, 2).unflatten(2, size)
 
-# %% ../../nbs/nets/09_segformer.ipynb #4abccc7c
+# %% ../../nbs/nets/09_segformer.ipynb #50492417
 class EfficientAttention(nn.Module):
     "Each token asks all; what answers is a map that is `reduction` times coarser (arXiv 2105.15203, equation 2)."
     def __init__(self,
@@ -87,7 +87,7 @@ class EfficientAttention(nn.Module):
                    for t in (self.q(x), self.k(others), self.v(others)))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/nets/09_segformer.ipynb #c922a50c
+# %% ../../nbs/nets/09_segformer.ipynb #ae9be5d3
 class MixFFN(nn.Module):
     "Linear, depthwise 3×3 convolution, GELU, linear (arXiv 2105.15203, equation 3)."
     def __init__(self,
@@ -102,7 +102,7 @@ class MixFFN(nn.Module):
     def forward(self, x, size):
         return self.fc2(F.gelu(as_tokens(self.dwconv(as_map(self.fc1(x), size)))))
 
-# %% ../../nbs/nets/09_segformer.ipynb #aedce48f
+# %% ../../nbs/nets/09_segformer.ipynb #100d84fa
 class Block(nn.Module):
     "Attention, then an MLP; each looks at normalised tokens and adds to what is there."
     def __init__(self,
@@ -121,7 +121,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x), size)
         return x + self.mlp(self.norm2(x), size)
 
-# %% ../../nbs/nets/09_segformer.ipynb #adfb5887
+# %% ../../nbs/nets/09_segformer.ipynb #02bd3bd7
 class Stage(nn.Module):
     "Tokens from a map, some blocks, and a map again, `stride` times coarser."
     def __init__(self,
@@ -143,7 +143,7 @@ class Stage(nn.Module):
         for block in self.blocks: x = block(x, size)
         return as_map(self.norm(x), size)
 
-# %% ../../nbs/nets/09_segformer.ipynb #b4cb5ecc
+# %% ../../nbs/nets/09_segformer.ipynb #a7506d6d
 class MLPHead(nn.Module):
     "Maps of several sizes to logits at the size of the finest (arXiv 2105.15203, equation 4)."
     def __init__(self,
@@ -163,7 +163,7 @@ class MLPHead(nn.Module):
         alike = [F.interpolate(m, size=size, mode='bilinear') if m.shape[2:] != size else m for m in alike]
         return self.classify(self.fuse(torch.cat(alike, 1)))
 
-# %% ../../nbs/nets/09_segformer.ipynb #b1d90189
+# %% ../../nbs/nets/09_segformer.ipynb #e81b4ae5
 class Staged(nn.Module):
     "A stem or none, then stages, each on the map before it; a head reads all maps. Logits at the size of the images."
     def __init__(self,
@@ -189,11 +189,18 @@ class Staged(nn.Module):
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
             raise ValueError(f"expected floating-point images (batch, {self.in_channels}, height, width), got {got}: "
                              "`x[None].float()` adds the batch, `in_channels=` of the network sets the channels")
-        maps = [] if self.stem is None else encoder_maps(self.stem, x)
-        for stage in self.stages: maps.append(stage(maps[-1] if maps else x))
-        return F.interpolate(self.head(maps), size=x.shape[2:], mode='bilinear')
+        return self.from_maps([x] if self.stem is None else encoder_maps(self.stem, x), x.shape[2:])
 
-# %% ../../nbs/nets/09_segformer.ipynb #c176a0ff
+    def from_maps(self,
+        maps: list,  # what the stem gave, finest first; without a stem, the images alone
+        size: tuple,  # (height, width) of the images
+    ) -> Tensor:  # logits, (batch, n_classes, height, width)
+        "Go on from the stem's maps: where the stem is not trained, they need to be computed once."
+        maps = list(maps)
+        for stage in self.stages: maps.append(stage(maps[-1]))
+        return F.interpolate(self.head(maps[self.stem is None:]), size=tuple(size), mode='bilinear')
+
+# %% ../../nbs/nets/09_segformer.ipynb #7c7d9de8
 def stem_channels(
     stem: nn.Module,  # an encoder, or None
     in_channels: int = 3,  # channels of the images
@@ -201,7 +208,7 @@ def stem_channels(
     "Channels of a stem's maps."
     return [] if stem is None else encoder_channels(stem, in_channels)
 
-# %% ../../nbs/nets/09_segformer.ipynb #8d221921
+# %% ../../nbs/nets/09_segformer.ipynb #1e8bb40a
 class SegFormer(Staged):
     "SegFormer (arXiv 2105.15203), or its last stages on a convolutional stem."
     def __init__(self,
@@ -223,7 +230,7 @@ class SegFormer(Staged):
         stages = [Stage(*s, ratio) for s in zip(ins, dims, depths, heads, reductions, strides)]
         super().__init__(n_classes, in_channels, stem, stages, dims, width)
 
-# %% ../../nbs/nets/09_segformer.ipynb #8c65a0c5
+# %% ../../nbs/nets/09_segformer.ipynb #4a299158
 @factory
 def segformer_b0(n_classes: int, in_channels: int = 3, **kwargs) -> SegFormer:
     "The paper's smallest SegFormer, from random weights: 3.7 million. `kwargs` go to `SegFormer`."
@@ -235,7 +242,7 @@ def segformer_tiny(n_classes: int, in_channels: int = 3, dims: tuple = (24, 48, 
     sizes = dict(depths=(1, 1, 2), heads=(1, 2, 4), reductions=(4, 2, 1), strides=(2, 2, 2), width=48, ratio=2)
     return SegFormer(n_classes, in_channels, tuple(dims), **(sizes | kwargs))
 
-# %% ../../nbs/nets/09_segformer.ipynb #35f8e364
+# %% ../../nbs/nets/09_segformer.ipynb #e371f035
 @factory
 def segformer_lite0(n_classes: int, in_channels: int = 3, dims: tuple = (64, 96), depths: tuple = (2, 2),
                     pretrained: bool = True, **kwargs) -> SegFormer:
@@ -245,7 +252,7 @@ def segformer_lite0(n_classes: int, in_channels: int = 3, dims: tuple = (64, 96)
     stem = lite0_encoder(in_channels, pretrained, out_indices=(1, 2))
     return SegFormer(n_classes, in_channels, tuple(dims), tuple(depths), stem=stem, **(sizes | kwargs))
 
-# %% ../../nbs/nets/09_segformer.ipynb #a5eab789
+# %% ../../nbs/nets/09_segformer.ipynb #38a23b94
 class ConvStage(nn.Sequential):
     "What `Stage` is, of residual blocks (arXiv 1512.03385) instead of attention and MLPs."
     def __init__(self,
