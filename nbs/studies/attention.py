@@ -27,7 +27,8 @@ depthwise kernels are known to stand little.
 
 *Claims*, over training seeds: (1) what is lost of the clean mIoU, hybrid against twin, with noise in the stages, at
 both levels; (2) attention against MLPs, q and k against v and the projection, layer norms against attention, at the
-three settings of the parts: nine differences. Each family is corrected by Holm. Three seeds show large differences only.
+three settings of the parts: nine differences. Each family is corrected by Holm. Three seeds show large differences
+only.
 """
 import argparse
 import os
