@@ -55,7 +55,7 @@ def test_selectors_know_its_parts():
     assert sum(map(len, found)) == len(set.union(*found))
     assert set.union(*found) == set((conv_and_linear & by_name('stages.*')).names(net))
     kinds = [type(s.module) for s in (norms & by_name('stages.*'))(net)]
-    assert set(kinds) == {nn.LayerNorm} and len(kinds) == 2 * 2 + 2 * 2 + 2 + 2
+    assert set(kinds) == {nn.LayerNorm} and len(kinds) == 2 * 4 + 2 + 2 + 2
     assert len(by_name('*.attn.q.weight', '*.attn.k.weight').names(net)) == 8
 
 

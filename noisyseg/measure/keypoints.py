@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/keypoints.html.md"""
 # %% auto #0
 __all__ = ['places', 'hotter_side', 'NearEnough', 'KeypointTask']
 
-# %% ../../nbs/measure/13_keypoints.ipynb #e8b4fede
+# %% ../../nbs/measure/13_keypoints.ipynb #eb8462f5
 import torch
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from ..basics import check_choice, check_number
 from .task import Task, plain_tensors
 from ..nets.adapter import as_logits, class_names, run_model
 
-# %% ../../nbs/measure/13_keypoints.ipynb #c08d2a86
+# %% ../../nbs/measure/13_keypoints.ipynb #feda4ba7
 def places(
     heat: Tensor,  # (batch, keypoints, rows, columns), logits
     size: tuple,  # (height, width) of the pictures, in pixels
@@ -34,7 +34,7 @@ def places(
         y = y + 0.25 * hotter_side(heat, peak, columns, rows, peak // columns)
     return torch.stack([x * size[1] / columns, y * size[0] / rows], 2)
 
-# %% ../../nbs/measure/13_keypoints.ipynb #e40c99de
+# %% ../../nbs/measure/13_keypoints.ipynb #9c3b55a3
 def hotter_side(
     heat: Tensor,  # (batch, keypoints, rows, columns)
     peak: Tensor,  # (batch, keypoints): number of the hottest cell, row by row
@@ -47,7 +47,7 @@ def hotter_side(
     value = lambda cell: flat.gather(2, cell.clamp(0, flat.shape[2] - 1)[..., None])[..., 0]
     return torch.sign(value(peak + step) - value(peak - step)) * ((at > 0) & (at < n - 1))
 
-# %% ../../nbs/measure/13_keypoints.ipynb #f8f5974b
+# %% ../../nbs/measure/13_keypoints.ipynb #bb63c1d6
 class NearEnough:
     "Counts keypoints that are found, for each of them and together."
     def __init__(self,
@@ -77,7 +77,7 @@ class NearEnough:
         n = int(self.known.sum())
         return [*each, ('PCK', '', int(self.right.sum()) / n if n else float('nan'), n)]
 
-# %% ../../nbs/measure/13_keypoints.ipynb #f8d61285
+# %% ../../nbs/measure/13_keypoints.ipynb #a4957d4c
 class KeypointTask(Task):
     "Places of keypoints, scored by PCK (Yang and Ramanan, TPAMI 2013)."
     metric = 'PCK'

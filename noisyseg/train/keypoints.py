@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/train/keypoints.html.md"""
 # %% auto #0
 __all__ = ['heat_targets', 'HeatLoss', 'PCK', 'KeypointLearner', 'keypoint_learner']
 
-# %% ../../nbs/train/09_keypoints.ipynb #8a225062
+# %% ../../nbs/train/09_keypoints.ipynb #976f2def
 import torch
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
@@ -20,7 +20,7 @@ from ..nets.pose import pose_tiny
 from .learner import SegmentationLearner
 from .noise import WeightNoise
 
-# %% ../../nbs/train/09_keypoints.ipynb #f1f5ed5b
+# %% ../../nbs/train/09_keypoints.ipynb #716040fc
 def heat_targets(
     y: Tensor,  # (batch, keypoints, 3): x, y in pixels, and a number above 0 where the keypoint is known
     cells: tuple,  # (rows, columns) of the heat
@@ -34,7 +34,7 @@ def heat_targets(
     heat = heat / heat.sum((2, 3), keepdim=True).clamp(min=1e-12)
     return heat * (y[..., 2] > 0)[..., None, None]
 
-# %% ../../nbs/train/09_keypoints.ipynb #2f5ec3b1
+# %% ../../nbs/train/09_keypoints.ipynb #9d5b544e
 class HeatLoss(nn.Module):
     "Cross-entropy between heat and a Gaussian around each known keypoint: the mean over them."
     def __init__(self,
@@ -59,7 +59,7 @@ class HeatLoss(nn.Module):
         known = (y[..., 2] > 0).sum().clamp(min=1)
         return -(target.flatten(2) * heat.flatten(2).log_softmax(2)).sum() / known
 
-# %% ../../nbs/train/09_keypoints.ipynb #a69b1a53
+# %% ../../nbs/train/09_keypoints.ipynb #f65645e9
 class PCK(Metric):
     "The share of keypoints that are near enough, over the whole validation set, as a column of fastai's table."
     def __init__(self,
@@ -79,13 +79,13 @@ class PCK(Metric):
     @property
     def name(self): return 'pck'
 
-# %% ../../nbs/train/09_keypoints.ipynb #9fd463f9
+# %% ../../nbs/train/09_keypoints.ipynb #fc283273
 class KeypointLearner(SegmentationLearner):
     "fastai's `Learner` for keypoints; weights that hold noise are not saved."
     def tta(self, *args, **kwargs):
         raise TypeError("tta() puts views of masks back in place; for keypoints take learn.get_preds()")
 
-# %% ../../nbs/train/09_keypoints.ipynb #5a7e4e75
+# %% ../../nbs/train/09_keypoints.ipynb #cf244b45
 def keypoint_learner(
     dls,  # DataLoaders from noisyseg.data.keypoints, or any that yield (images, keypoints) and have `.vocab`
     arch=pose_tiny,  # a model factory, called as arch(number of keypoints, **arch_args), or a module
