@@ -95,7 +95,7 @@ class KeypointTask(Task):
         x, y = plain_tensors(batch, i)
         if not y.dtype.is_floating_point or y.ndim != 3 or y.shape[2] != 3 or x.ndim != 4 or len(x) != len(y):
             raise ValueError(f"dl: expected images (batch, channels, height, width) and keypoints (batch, number, 3) "
-                             f"of x, y and the box's larger side (0: not known), but batch {i} has {tuple(x.shape)} and "
+                             f"of x, y and the box's larger side (0: unknown), but batch {i} has {tuple(x.shape)} and "
                              f"{y.dtype} of {tuple(y.shape)}; `torch.cat([xy, side * known], 2).float()` makes them")
         return x, y
 
