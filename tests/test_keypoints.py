@@ -125,6 +125,13 @@ def test_a_sweep_by_hand(dls):
     assert all(torch.equal(v, start[k]) for k, v in net.state_dict().items())
 
 
+def test_names_with_several_training_seeds(dls):
+    "Keypoints keep their names where a way of training has several networks"
+    df = sweep({('a', seed): small() for seed in (0, 1)}, dls.valid, MaxGaussian(), levels=[0], task=KeypointTask(),
+               progress=False)
+    assert set(df['class'].dropna()) - {''} == set(CRITTER)
+
+
 def test_training_under_noise(dls, tmp_path):
     "Weight noise trains this task like any other; a checkpoint brings the network back"
     torch.manual_seed(0)
