@@ -1,4 +1,4 @@
-"""Animals with points on them: read from the files that the world publishes, cut out by their boxes, mirrored with left and right exchanged; and a small set that draws itself.
+"""Animals with points on them, from published files, cut out by their boxes; and a small set that draws itself.
 
 Docs: https://noisyseg.github.io/noisyseg/data/keypoints.html.md"""
 

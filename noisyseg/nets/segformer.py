@@ -1,4 +1,4 @@
-"""Attention that segments: overlapping patches, attention over a coarser map, an MLP with a convolution in it, and a head of linear layers; alone, or on the first stages of a trained convolutional network.
+"""Attention that segments, by itself or on the first stages of a trained convolutional network; and its parts.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/segformer.html.md"""
 

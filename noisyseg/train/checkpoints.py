@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..basics import (expect_module, offline, plain_name, remove_parts, state_digest, unwrapped, versions,
                              write_atomic)
-from ..nets import classifiers, deeplab, edgenets, pose, segformer  # noqa: F401  so that a card can name their factories
+# so that a card can name their factories
+from ..nets import classifiers, deeplab, edgenets, pose, segformer  # noqa: F401
 from ..nets.unet3plus import FACTORIES
 from ..perturb.clone import expect_clean
 from .noise import WeightNoise

@@ -1,4 +1,4 @@
-"""Training a network to find points: heat as a distribution over places, PCK in fastai's table, and a learner in one call.
+"""Training a network to find points: heat over places, PCK in fastai's table, and a learner in one call.
 
 Docs: https://noisyseg.github.io/noisyseg/train/keypoints.html.md"""
 
