@@ -1,4 +1,4 @@
-"""Another activation in the place of ReLU: what nbs/nets/09_activations.ipynb does not check."""
+"""Another activation in the place of ReLU: what nbs/nets/11_activations.ipynb does not check."""
 import copy
 from functools import partial
 

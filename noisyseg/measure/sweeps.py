@@ -159,13 +159,13 @@ def common_classes(
     x, y = batches.first
     given = batches.vocab if class_names is None else class_names
     found = {}
-    for (name, _), m in models.items():
+    for (name, run), m in models.items():
         out = batches.task.output(m, x, y, f'model {name!r}')
-        found[name] = batches.task.classes(out, given if not found else None)
-        batches.task.meter(found[name], ignore_index).update(out, y)
+        found[name, run] = batches.task.classes(out, given if not found else None)
+        batches.task.meter(found[name, run], ignore_index).update(out, y)
     if len({len(c) for c in found.values()}) > 1:
         raise ValueError(f"models: expected the same number of classes from each, got "
-                         f"{ {n: len(c) for n, c in found.items()} }")
+                         f"{ {n: len(c) for (n, _), c in found.items()} }")
     return next(iter(found.values()))
 
 # %% ../../nbs/measure/09_sweeps.ipynb #fc25abf4

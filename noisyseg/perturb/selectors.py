@@ -169,7 +169,8 @@ def _is_attention(name, module, weight):
 
 def _is_embedding(name, module, weight):
     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and _attr(name) == 'weight'
-    return table or weight.ndim > 1 and any(p in _attr(name) for p in ('embed', 'cls_token'))
+    patches = 'patch_embed' in name.lower() and _is_kernel(name, module, weight)
+    return table or patches or weight.ndim > 1 and any(p in _attr(name) for p in ('embed', 'cls_token'))
 
 attention = Selector(_is_attention, 'attention')
 embeddings = Selector(_is_embedding, 'embeddings')

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..basics import (expect_module, offline, plain_name, remove_parts, state_digest, unwrapped, versions,
                              write_atomic)
 # so that a card can name their factories
-from ..nets import activations, classifiers, deeplab, edgenets  # noqa: F401
+from ..nets import activations, classifiers, deeplab, edgenets, pose, segformer  # noqa: F401
 from ..nets.unet3plus import FACTORIES
 from ..perturb.clone import expect_clean
 from .noise import WeightNoise
