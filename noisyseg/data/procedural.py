@@ -1,4 +1,4 @@
-"""Procedural pictures with exact masks: a segmentation data set that needs no download, because a page of code draws it.
+"""Procedural pictures with exact masks: a segmentation data set that a page of code draws.
 
 Docs: https://noisyseg.github.io/noisyseg/data/procedural.html.md"""
 

@@ -1,4 +1,4 @@
-"""`semi` turns any data set into a semi-supervised task: a few images keep their masks, the others are seen in several views.
+"""`semi` turns any data set into a semi-supervised task: a few images keep their masks, the rest are seen in views.
 
 Docs: https://noisyseg.github.io/noisyseg/data/semi_supervised.html.md"""
 

@@ -1,4 +1,4 @@
-"""The rows of a sweep on disk, as they arrive: always a complete file, which the next call continues, and never a mixture.
+"""The rows of a sweep on disk, as they arrive: always a complete file, which the next call continues.
 
 Docs: https://noisyseg.github.io/noisyseg/measure/store.html.md"""
 

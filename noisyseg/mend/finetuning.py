@@ -1,4 +1,4 @@
-"""One call: fine-tune under noise for as many minutes as you have, and see what the network withstands before and after.
+"""One call: fine-tune under noise for the minutes you have, and see what the network withstands before and after.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/finetuning.html.md"""
 

@@ -1,4 +1,4 @@
-"""Which weights are worth keeping exact? What each layer and channel costs, and the few weights that bring most of the loss back.
+"""Which weights are worth keeping exact? What each layer costs, and the few that bring most of the loss back.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/protection.html.md"""
 

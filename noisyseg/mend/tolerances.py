@@ -1,4 +1,4 @@
-"""How much noise does a network withstand? The largest level at which, with confidence, most chips lose little; exact for any distribution.
+"""How much noise does a network withstand? The largest level at which, with confidence, most chips lose little.
 
 Docs: https://noisyseg.github.io/noisyseg/mend/tolerances.html.md"""
 

@@ -1,4 +1,4 @@
-"""A tensor, a list, a dict, an object, coarse logits, one channel: one adapter turns them all into logits that fit the masks.
+"""A tensor, a list, a dict, an object, coarse logits, one channel: one adapter makes logits of them all.
 
 Docs: https://noisyseg.github.io/noisyseg/nets/adapter.html.md"""
 

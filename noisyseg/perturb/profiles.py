@@ -1,4 +1,4 @@
-"""A chip as a small JSON file: which disturbances act, in which order, with which constants. Three come with the package.
+"""A chip as a small JSON file: which disturbances act, in which order, with which constants.
 
 Docs: https://noisyseg.github.io/noisyseg/perturb/profiles.html.md"""
 

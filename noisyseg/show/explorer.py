@@ -75,6 +75,11 @@ def _samples(data, n):
     about = {k: getattr(data, k, getattr(dl, k, None)) for k in ('vocab', 'palette', 'ignore_index', 'stats')}
     return _checked(x, y), about
 
+def _told(data, n, asked):
+    "The same, where what was asked for comes before what the data say."
+    pairs, about = _samples(data, n)
+    return pairs, about | {k: v for k, v in asked.items() if v is not None}
+
 # %% ../../nbs/show/06_explorer.ipynb #13633e47
 def _checked(x, y):
     if x.ndim != 4 or not len(x) or (y is not None and y.shape != (len(x), *x.shape[2:])):
@@ -189,9 +194,8 @@ class NoiseExplorer(ExplorerState):
         self._menu = menu_of(given)
         self._tops = _ends(tops, self._menu)
         models = _models(models)
-        (x, y), about = _samples(data, samples)
         asked = dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats)
-        about |= {k: v for k, v in asked.items() if v is not None}
+        (x, y), about = _told(data, samples, asked)
         wheres = _fitting(WHERES if wheres is None else wheres, models)
         self._stats = about.get('stats') and tuple(torch.as_tensor(s).flatten().tolist() for s in about['stats'])
         self._not_corruptible = not_corruptible(x, self._stats) if corruptions else "it was made with corruptions=False"
@@ -204,12 +208,14 @@ class NoiseExplorer(ExplorerState):
         super().__init__(info=info, **{**begin, **state})
         self.on_msg(self._answer)
 
-    def close(self):
-        "Take the explorer off the page, and let go of models, clones, predictions and pictures."
-        if hasattr(self, 'lens'): self.lens.close()
-        self._images = None
-        self._truth = None
-        super().close()
+# %% ../../nbs/show/06_explorer.ipynb #e474ffee
+@patch
+def close(self:NoiseExplorer):
+    "Take the explorer off the page, and let go of models, clones, predictions and pictures."
+    if hasattr(self, 'lens'): self.lens.close()
+    self._images = None
+    self._truth = None
+    ExplorerState.close(self)
 
 # %% ../../nbs/show/06_explorer.ipynb #4629c2f9
 def _ends(tops, menu):
