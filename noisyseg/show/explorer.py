@@ -196,26 +196,23 @@ class NoiseExplorer(ExplorerState):
         models = _models(models)
         asked = dict(vocab=classes, palette=palette, ignore_index=ignore_index, stats=stats)
         (x, y), about = _told(data, samples, asked)
-        wheres = _fitting(WHERES if wheres is None else wheres, models)
         self._stats = about.get('stats') and tuple(torch.as_tensor(s).flatten().tolist() for s in about['stats'])
         self._not_corruptible = not_corruptible(x, self._stats) if corruptions else "it was made with corruptions=False"
-        self.lens = NoisyPredictor(models, x, wheres, cache_mb)
+        self.lens = NoisyPredictor(models, x, _fitting(WHERES if wheres is None else wheres, models), cache_mb)
         self._images = to_rgb(x, self._stats)
         self._truth = y
         self._groups = _groups(models)
-        info = self._info(about, models, list(wheres), corruptions) | dict(tolerances=_marks(tolerances, models))
+        info = self._info(about, models, [*self.lens.wheres], corruptions) | dict(tolerances=_marks(tolerances, models))
         begin = dict(where=info['wheres'][0], layer=next(iter(info['layers']), ''), **values_of(given[0], self._menu))
         super().__init__(info=info, **{**begin, **state})
         self.on_msg(self._answer)
 
-# %% ../../nbs/show/06_explorer.ipynb #e474ffee
-@patch
-def close(self:NoiseExplorer):
-    "Take the explorer off the page, and let go of models, clones, predictions and pictures."
-    if hasattr(self, 'lens'): self.lens.close()
-    self._images = None
-    self._truth = None
-    ExplorerState.close(self)
+    def close(self):
+        "Take the explorer off the page, and let go of models, clones, predictions and pictures."
+        if hasattr(self, 'lens'): self.lens.close()
+        self._images = None
+        self._truth = None
+        super().close()
 
 # %% ../../nbs/show/06_explorer.ipynb #4629c2f9
 def _ends(tops, menu):
