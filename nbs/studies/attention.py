@@ -51,7 +51,7 @@ from noisyseg.train.checkpoints import load_model, read_card, save_model
 
 SEVEN = {'background': 0, 'cat': 8, 'cow': 10, 'dog': 12, 'horse': 13, 'person': 15, 'sheep': 17}
 NETWORKS = {'hybrid': segformer_lite0, 'twin': convnet_lite0}
-SIZE, BS, EPOCHS, LR = 64, 32, 10, 0.001
+SIZE, BS, EPOCHS, LR = 64, 32, 6, 0.001
 LEVELS = (0.01, 0.02, 0.05)
 PART_LEVELS, PART_RELATIVE, DRAWS = (0.15, 0.3), (0.5,), 3
 STAGES = by_name('stages.*')
