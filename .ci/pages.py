@@ -12,6 +12,7 @@ import hashlib
 import html
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from nbdev.config import nbpath2html
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, exec_show_docs
+from PIL import Image
 
 root = Path(__file__).resolve().parents[1]
 proc = root/'_proc'
@@ -101,7 +103,7 @@ def signature(
 def kind(annotation, lookup):
     "A type as HTML, with links for the names of this package"
     def linked(name):
-        url = lookup.doc(name) if name in lookup.syms else None
+        url = lookup.doc(name) if name in lookup.syms and not name.startswith('_') else None
         return f'<a href="{url}">{literal(name)}</a>' if url else literal(name)
     found = re.split(r'([A-Za-z_][A-Za-z_.0-9]*)', annotation)
     return f'<code>{"".join(linked(o) if i % 2 else literal(o) for i, o in enumerate(found))}</code>'
@@ -335,13 +337,24 @@ def ground(picture, folder):
 
 def tile(nb, picture, folder):
     name, about = derive.title(root/'nbs'/nb)
-    return (f'<a class="tile" href="{page(nb)}"><img class="{ground(picture, folder)}" src="{picture}" loading="lazy" '
+    small = thumbnail(picture, folder)
+    return (f'<a class="tile" href="{page(nb)}"><img class="{ground(picture, folder)}" src="{small}" loading="lazy" '
             f'alt=""><strong>{html.escape(name)}</strong><span>{html.escape(plain(about))}</span></a>')
 
 
 def plain(markdown):
     "Markdown without its marks"
     return re.sub(r'[*`]', '', re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', markdown))
+
+
+def thumbnail(picture, folder):
+    "A stored picture made smaller, for the gallery, which holds dozens of them"
+    with Image.open(folder/picture) as im:
+        small = im.convert('RGBA' if 'A' in im.getbands() or 'transparency' in im.info else 'RGB')
+        small.thumbnail((360, 360))
+        held = io.BytesIO()
+        small.quantize(64, method=Image.Quantize.FASTOCTREE).save(held, 'PNG', optimize=True)
+    return store(folder, f'{Path(picture).stem}-small.png', held.getvalue())
 
 
 def gallery_page(folder):

@@ -70,7 +70,7 @@ _BLOCKED = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}   # layers known t
 
 # %% ../../nbs/nets/02_encoders.ipynb #ec061522
 class FastEncoder(nn.Module):
-    "An encoder that defines `_maps`, and runs it in oneDNN's layout where that is possible."
+    "An encoder that says how its maps are made, and makes them in oneDNN's layout where that is possible."
     fast = True
     def forward(self, x):
         ordinary = self.fast and not watched(*self.modules()) and self._takes_blocked(x)
