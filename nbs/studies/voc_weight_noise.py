@@ -44,7 +44,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelValidException
+from camvid_weight_noise import EpochLog, NoPeeking
 from fastai.torch_core import set_seed
 from noise_aware import keep, machine, out
 
@@ -71,16 +71,6 @@ CANDIDATES = (0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03
 KEPT = dict(low=0.95, middle=0.75, high=0.5)  # share of the clean score at the trained levels
 LEVELS = (0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.12)  # up to the published 12 %, finer where Lite0 loses
 STRENGTHS = (0.005, 0.01, 0.02, 0.04)
-
-class NoPeeking(Callback):
-    "Skip validation: the validation pictures are looked at once, afterwards."
-    def before_validate(self): raise CancelValidException
-
-class EpochLog(Callback):
-    "A line for each epoch, for a log file."
-    order = 90
-    def after_train(self):
-        print(f'  epoch {self.epoch + 1}/{self.n_epoch}: training loss {self.learn.smooth_loss:.4f}', flush=True)
 
 def names(part): return (data_root()/'voc_animals'/f'{part}.txt').read_text().split()
 
