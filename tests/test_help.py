@@ -1,8 +1,6 @@
 """`help()` says what the source says: the comments beside parameters. The lesson is nbs/docments.ipynb."""
 import inspect
-import os
 import pydoc
-import subprocess
 import sys
 
 import pytest
@@ -32,17 +30,16 @@ def test_fields_of_a_law_are_its_parameters():
     law = noisyseg.MaxGaussian
     assert all(f'\n{f} : ' in law.__doc__ for f in ('n', 'alpha')), law.__doc__
 
-def test_once_only():
+def test_once_only(server, tmp_path):
     "Imported anew, or installed twice: said once"
     install('noisyseg')
     assert sum(isinstance(f, Finder) and f.inside == 'noisyseg.' for f in sys.meta_path) == 1
     # in a process of its own: classes made anew are other classes, and the tests after this one would meet them
     code = ("import importlib, noisyseg.perturb.quantization as q\n"
             "print(importlib.reload(q).quantized.__doc__.count('Parameters\\n'))")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '1\n'
+    assert server.script(code, tmp_path, {}) == [(0, '1\n')]
 
-def test_modules_work_without_it():
-    run = [sys.executable, '-c', 'import noisyseg; print(noisyseg.load_model.__doc__)']
-    env = os.environ | {'NOISYSEG_DOCMENTS': '0'}
-    out = subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout
-    assert out.startswith('Build the model') and 'Parameters' not in out
+def test_modules_work_without_it(server, tmp_path):
+    code = 'import noisyseg; print(noisyseg.load_model.__doc__)'
+    [(status, out)] = server.script(code, tmp_path, {'NOISYSEG_DOCMENTS': '0'})
+    assert status == 0 and out.startswith('Build the model') and 'Parameters' not in out
