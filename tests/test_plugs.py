@@ -2,10 +2,7 @@
 
 Each takes one file; tests/plugs has one of each. Beside a copy of the project lies one of them at a time, and
 everything runs with it: sweep, store, figures, card, explorer, the panel of pseudo-labels, a resumed fit."""
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import copy_project, root
@@ -15,11 +12,13 @@ plugs = {'law': 'stuck_at', 'method': 'mean_teacher', 'dataset': 'membranes', 'c
 needs_cells = ('law', 'method', 'corruption')   # these need some data, and take the data set that is a plug itself
 
 
-# imports once, and forks for each plug: `python -c fork FOLDER PLUG FOLDER PLUG …`
+# imports once, and forks for each plug: `fork PROJECT FOLDER PLUG FOLDER PLUG …`
 fork = """
-import gc, os, runpy, sys, warnings
-warnings.simplefilter('ignore')
+import gc, os, runpy, sys
+sys.path.insert(0, project := sys.argv.pop(1))
 from noisyseg import *
+import noisyseg
+assert noisyseg.__file__.startswith(project)   # the copy's, that is
 import noisyseg.show.pseudo_label_panel
 gc.freeze()
 for folder, plug in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -38,7 +37,7 @@ for folder, plug in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 @pytest.fixture(scope='module')
-def said(tmp_path_factory):
+def said(server, tmp_path_factory):
     "What is said when everything runs with a plug, and nothing else is added"
     top = tmp_path_factory.mktemp('plugs')
     copy = copy_project(top/'project')
@@ -46,9 +45,9 @@ def said(tmp_path_factory):
         (top/plug).mkdir()
         for file in {name, 'use', *(['membranes'] if plug in needs_cells else [])}:
             shutil.copy(copy/'tests'/'plugs'/f'{file}.py', top/plug)
-    env = {**os.environ, 'PYTHONPATH': str(copy), 'OMP_NUM_THREADS': '1'}
-    args = [o for plug in plugs for o in (str(top/plug), plug)]
-    subprocess.run([sys.executable, '-c', fork, *args], cwd=top, env=env)
+    args = [o for plug in plugs for o in (top/plug, plug)]
+    [(status, text)] = server.script(fork, top, {}, args=[copy, *args])
+    assert status == 0, text
     return {plug: (top/plug/'said').read_text() for plug in plugs}
 
 
