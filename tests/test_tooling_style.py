@@ -115,6 +115,7 @@ def clean_process(code):
 # the classes of these packages, and what is in them; a class that appears later was not patched but made
 watch = '''
 import gc, importlib, json, sys, warnings
+gc.unfreeze()   # what the server has imported is to be seen, too
 import anywidget, fastai.vision.all, ipywidgets, matplotlib.pyplot, pandas, plotly.graph_objects, torch, torchvision
 import fastai.callback.all, fastai.distributed, safetensors.torch, torchmetrics, torch.optim.swa_utils
 import torch.distributed.fsdp, torch.ao.quantization, torch.nn.utils.parametrize
@@ -129,7 +130,7 @@ packages = {'fastai', 'fastcore', 'torch', 'torchvision', 'pandas', 'plotly', 'i
 
 
 @pytest.fixture(scope='module')
-def patched():
+def patched(server, tmp_path_factory):
     "The attributes of foreign classes that are others after some code than before, by what the code does"
     imports = '\n'.join(f'import {module_name(p)}' for p in modules)
     patches = """
@@ -137,7 +138,7 @@ def mine(self): pass
 mine.__module__ = 'noisyseg.train.learner'
 fastai.learner.Learner.fit = mine
 torch.nn.Module.noisy = mine"""
-    return clean_process(watch + f'''
+    [(status, said)] = server.script(watch + f'''
 own = lambda f: 'noisyseg' in str(getattr(f, '__module__', '')) or 'noisyseg' in str(getattr(f, '__qualname__', ''))
 def changes(before, after):
     for o, was in before.items():
@@ -151,7 +152,9 @@ seen.append(foreign())
 {patches}
 seen.append(foreign())
 found = [sorted(changes(*o)) for o in zip(seen, seen[1:])]
-print(json.dumps(dict(zip(('our imports', 'a patch'), found))))''')
+print(json.dumps(dict(zip(('our imports', 'a patch'), found))))''', tmp_path_factory.mktemp('patched'), {})
+    assert status == 0, said
+    return json.loads(said.splitlines()[-1])
 
 
 def test_nothing_is_patched_at_import(patched):
