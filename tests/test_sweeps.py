@@ -1,7 +1,6 @@
 ("Sweeps against accidents: interrupts, kills, damaged stores, loaders and networks of other houses. Figures and the "
  "report in a browser.")
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -78,7 +77,7 @@ def whole(): return sweep()
 
 def run_in_child(store, log):
     "What the process to be disturbed does; it notes how it ended and whether its networks are as they were."
-    ms = models(pause=0.004)
+    ms = models(pause=0.01)
     before, ended = [bits(m) for m in ms.values()], 'finished'
     try: sweep(ms, store=store)
     except KeyboardInterrupt as e: ended = str(e)
@@ -86,19 +85,40 @@ def run_in_child(store, log):
     log.write_text(f'{ended}; untouched: {untouched}')
 
 
-def start(store):
-    "A sweep in a process of its own, which has begun to measure."
-    # imports once, for all processes: it finds this module by PYTHONPATH
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload([__name__])
-    p = ctx.Process(target=run_in_child, args=(store, store.with_name('log')))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', os.path.dirname(__file__), prepend=os.pathsep)
-        p.start()
-    side, until = store.with_name(store.name + '.grid.json'), time.monotonic() + 120
-    while not side.exists() and p.is_alive() and time.monotonic() < until: time.sleep(0.001)
-    assert side.exists()
-    return p
+# Each sweep in a process of its own, and how long after it has begun to measure which signal comes. Ctrl-C waits for
+# the first cell: before that there is nothing to tell of
+DISTURBED = '''
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_sweeps import run_in_child
+for folder, number, wait in zip(*[iter(sys.argv[2:])] * 3):
+    store = Path(folder)/'sweep.csv'
+    pid = os.fork()
+    if not pid:
+        run_in_child(store, store.with_name('log'))
+        os._exit(0)
+    sign = store if int(number) == signal.SIGINT else Path(f'{store}.grid.json')
+    until = time.monotonic() + 120
+    while not sign.exists() and time.monotonic() < until: time.sleep(0.001)
+    assert sign.exists()
+    time.sleep(float(wait))
+    os.kill(pid, int(number))
+    os.waitpid(pid, 0)
+'''
+
+
+@pytest.fixture(scope='module')
+def disturbed(server, tmp_path_factory):
+    "Folders with the stores of sweeps that were interrupted (`ctrl-c`) and killed (`0` to `5`) on their way"
+    top = tmp_path_factory.mktemp('disturbed')
+    jobs = {'ctrl-c': (signal.SIGINT, 0.05)} | {str(i): (signal.SIGKILL, random.Random(i).uniform(0, 0.3))
+                                                for i in range(6)}
+    for name in jobs: (top/name).mkdir()
+    args = [o for name, (number, wait) in jobs.items() for o in (top/name, int(number), wait)]
+    [(status, said)] = server.script(DISTURBED, top, {}, args=[os.path.dirname(__file__), *args])
+    assert status == 0, said
+    return top
 
 
 def resume(store, whole):
@@ -112,13 +132,9 @@ def resume(store, whole):
     return kept, total
 
 
-def test_ctrl_c_keeps_and_resumes(tmp_path, whole):
-    store = tmp_path/'sweep.csv'
-    p = start(store)
-    time.sleep(0.15)
-    os.kill(p.pid, signal.SIGINT)
-    p.join(60)
-    out = (tmp_path/'log').read_text()
+def test_ctrl_c_keeps_and_resumes(disturbed, whole):
+    store = disturbed/'ctrl-c'/'sweep.csv'
+    out = (store.with_name('log')).read_text()
     told = re.match(r'interrupted: (\d+) of 21 cells were measured. '
                     r'Their rows are in .*sweep.csv, .*; untouched: True$', out)
     assert told, out
@@ -128,14 +144,10 @@ def test_ctrl_c_keeps_and_resumes(tmp_path, whole):
 
 
 @pytest.mark.parametrize('moment', range(6))
-def test_kill_keeps_and_resumes(tmp_path, whole, moment):
-    store = tmp_path/'sweep.csv'
-    p = start(store)
-    time.sleep(random.Random(moment).uniform(0, 0.3))
-    p.kill()
-    p.join(60)
+def test_kill_keeps_and_resumes(disturbed, whole, moment):
+    store = disturbed/str(moment)/'sweep.csv'
     resume(store, whole)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ['sweep.csv', 'sweep.csv.grid.json']
+    assert sorted(f.name for f in store.parent.iterdir()) == ['sweep.csv', 'sweep.csv.grid.json']
 
 
 class Interrupts(Net):
