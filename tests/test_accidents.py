@@ -150,7 +150,7 @@ def test_read_only_folder(tmp_path, what):
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
     "(its bytes, the length of its header, its weights, a path for a damaged one without a card beside it)"
-    folder, model = tmp_path_factory.mktemp('checkpoint'), unet3plus_tiny(3)
+    folder, model = tmp_path_factory.mktemp('checkpoint'), unet3plus_tiny(3, width=2, filters=(4, 6))
     whole = save_model(model, folder/'whole').read_bytes()
     return whole, 8 + int.from_bytes(whole[:8], 'little'), bits(model), folder/'damaged.safetensors'
 
