@@ -32,9 +32,9 @@ def short(block, layers, **kw): return lambda: torchvision.models.ResNet(block, 
 
 
 Basic, Bottle = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-NETS = {'resnet18': tv('resnet18'), 'resnet50': tv('resnet50'),
+NETS = {'resnet18': tv('resnet18'), 'bottlenecks': short(Bottle, [1, 2, 1, 1]),
         'resnext': short(Bottle, [1, 2, 1, 1], groups=32, width_per_group=4),
-        'wide': short(Bottle, [1, 2, 1, 1], width_per_group=128),
+        'wide': short(Bottle, [1, 2, 1, 1], width_per_group=80),
         'dilated': short(Bottle, [1, 1, 2, 1], replace_stride_with_dilation=[False, True, True]),
         'group norm': short(Basic, [2, 1, 1, 1], norm_layer=lambda c: nn.GroupNorm(8, c)),
         'timm resnet18': tm('resnet18'), 'timm resnet26': tm('resnet26'),
