@@ -460,7 +460,7 @@ def test_a_page_keeps_no_network_of_a_fit():
     import torch.nn.functional as F
     dls = scenes(n_train=2, n_valid=2, size=32, bs=2, seed=0)
     made, widgets = [], []
-    with cell_runs(4) as runs, mock.patch('IPython.display.display'):
+    with cell_runs(3) as runs, mock.patch('IPython.display.display'):
         for _ in runs:
             monitor = TrainingMonitor(show=True)
             learn = Learner(dls, unet3plus_tiny(7, deep_supervision=False), lambda p, y: F.cross_entropy(p, y.long()),
@@ -492,7 +492,7 @@ def test_one_wrong_pixel_of_an_absent_class_costs_one_pixel(tmp_path):
 
 
 def test_memory_stays_flat():
-    ("A cell that is run again closes the explorer that it showed; hundreds of steps of the slider keep no more than "
+    ("A cell that is run again closes the explorer that it showed; a hundred steps of the slider keep no more than "
      "the cache")
     import torch
     from ipywidgets.widgets.widget import _instances
@@ -502,18 +502,18 @@ def test_memory_stays_flat():
 
     net, images = unet3plus_tiny(3, upsample='after', deep_supervision=False), torch.rand(2, 3, 16, 16)
     widgets, observers = [], []
-    with cell_runs(20) as runs:
+    with cell_runs(6) as runs:
         for _ in runs:
             e = explorer.NoiseExplorer(net, images, cache_mb=0.01)
             assert e.model_id                                      # it is shown
             widgets.append(len(_instances))
             observers.append(sum(len(v) for by in e._trait_notifiers.values() for v in by.values()))
     assert widgets[-1] == widgets[1] and len(set(observers)) == 1
-    for i in range(400): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 1600}, have='0'), [])
+    for i in range(100): e._answer(None, dict(id=i, state={**e.state(), 'level': i / 400}, have='0'), [])
     assert e.lens._bytes <= 0.01 * 2**20 and len(e.lens._cache) <= 21 and len(e.lens._clones) == 1
     e.close()
     e = explorer.NoiseExplorer(net, torch.rand(2, 3, 32, 32), cache_mb=0.1)
-    for i in range(60):
+    for i in range(30):
         e._answer(None, dict(id=i, state={**e.state(), 'seed': i, 'corruption': 'elastic_transform'}, have=None), [])
     assert sum(n for _, n in e.lens._cache.values()) == e.lens._bytes <= 0.1 * 2**20
     e.close()
