@@ -124,8 +124,8 @@ def test_pictures_of_any_number_of_channels(channels):
     e.close()
 
 
-@pytest.mark.parametrize('arch', ['fcn_resnet50', 'fcn_resnet101', 'deeplabv3_resnet50', 'deeplabv3_resnet101',
-                                  'deeplabv3_mobilenet_v3_large', 'lraspp_mobilenet_v3_large'])
+@pytest.mark.parametrize('arch', ['fcn_resnet50', 'deeplabv3_resnet50', 'deeplabv3_mobilenet_v3_large',
+                                  'lraspp_mobilenet_v3_large'])
 def test_a_torchvision_network_in_five_lines(arch):
     from torchvision.models import segmentation
     net = getattr(segmentation, arch)(weights=None, weights_backbone=None, num_classes=4).eval()
