@@ -264,12 +264,13 @@ def test_wheel_with_its_requirements_only(empty):
             if not (site/top).exists(): (site/top).symlink_to(d.locate_file(top))
     assert 'nbdev' not in linked and 'torch' in linked
     r = bare(python,
-             f'import importlib, noisyseg\nfor o in {own!r}: importlib.import_module("noisyseg." + '
-             f'o)\nprint(noisyseg.__file__)')
+             f'import importlib, noisyseg, sys\nfor o in {own!r}: importlib.import_module("noisyseg." + o)\n'
+             'from importlib.util import find_spec\n'
+             'print(noisyseg.__file__, sys.modules["torch"].__file__, find_spec("nbdev"), sep="\\n")')
     assert r.returncode == 0, r.stderr
-    assert bare(python, 'import nbdev').returncode and not bare(python,
-                                                                'import torch').returncode, 'the linking is wrong'
-    assert Path(r.stdout.splitlines()[-1]).parent.parent == site
+    where, torch, nbdev = r.stdout.splitlines()[-3:]
+    assert Path(where).parent.parent == Path(torch).parent.parent == site
+    assert nbdev == 'None', 'the linking is wrong'
 
 
 def test_wheel_holds_the_package(built):
