@@ -153,8 +153,9 @@ def convert(path, processed, to):
     "Make one page with pandoc; as Quarto does, links to notebooks and markdown become links to pages"
     where = path.relative_to(processed).as_posix()
     page = to/(pages.page(where) if path.suffix == '.ipynb' else f'{path.stem}.html')
-    r = subprocess.run(['pandoc', '-f', 'markdown', '-t', 'html', '--mathml', '--standalone', '--section-divs'],
-                       input=markdown(path), capture_output=True, text=True, check=True)
+    # to colour code takes most of the time, and is not looked at
+    r = subprocess.run(['pandoc', '-f', 'markdown', '-t', 'html', '--mathml', '--standalone', '--section-divs',
+                        '--no-highlight'], input=markdown(path), capture_output=True, text=True, check=True)
     def to_page(m): return f'href="{re.sub("(^|/)[0-9]+_", chr(92) + "1", m[1])}.html'
     text = re.sub(r'href="(?!https?:)([^"#]+)[.](?:ipynb|md)(?=["#])', to_page, r.stdout)
     page.parent.mkdir(parents=True, exist_ok=True)
