@@ -49,6 +49,7 @@ def real(
     return functools.reduce(getattr, name.split('.'), there)
 
 
+@functools.cache
 def definition(o):
     "The syntax tree of a function or a class"
     return ast.parse(textwrap.dedent(inspect.getsource(o))).body[0]
