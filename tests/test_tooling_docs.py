@@ -2,6 +2,7 @@
 complete. That Quarto then renders it is seen only where the site is built (.github/workflows/docs.yml), by
 `test_built_site`."""
 import ast
+import html
 import json
 import os
 import re
@@ -179,9 +180,9 @@ def source_url(cfg, page):
 
 def lost(cfg):
     "The notebooks whose \"View source\" leads to nothing that is in the project"
-    start = f'{settings["git_url"]}/blob/{settings["branch"]}/'
+    start, files = f'{settings["git_url"]}/blob/{settings["branch"]}/', set(project_files())
     urls = [source_url(cfg, nb_id(p)) for p in notebooks()]
-    return [u for u in urls if not u.startswith(start) or root/u.removeprefix(start) not in project_files()]
+    return [u for u in urls if not u.startswith(start) or root/u.removeprefix(start) not in files]
 
 
 def test_source_links():
@@ -198,8 +199,14 @@ page_html = """<!doctype html><header id="title-block-header"><h1>A page</h1></h
 {script}"""
 
 
+@pytest.fixture(scope='module')
+def tab(tmp_path_factory):
+    "A page of one browser for all"
+    with browser_page(tmp_path_factory.mktemp('profile')) as tab: yield tab
+
+
 @pytest.mark.parametrize('page', [laws, 'tutorials/tour.ipynb', None], ids=str)
-def test_page_links(page, tmp_path):
+def test_page_links(page, tab, tmp_path):
     ("On a page as Quarto lays it out: the link to Colab, and links that leave the site lead to GitHub; without \"View "
      "source\", nothing changes")
     deep = page is not None and '/' in page
@@ -207,12 +214,12 @@ def test_page_links(page, tmp_path):
     file = tmp_path/'page.html'
     file.write_text(page_html.format(source=source, up='../' if deep else '',
                                      script=(root/'nbs'/'page_links.html').read_text()))
-    with browser_page(tmp_path/'profile') as tab:
-        tab.goto(file.as_uri())
-        tab.wait_for_function('document.readyState == "complete"')
-        hrefs = [a.get_attribute('href') for a in tab.query_selector_all('main a')]
-        colab = [a.get_attribute('href') for a in tab.query_selector_all('#title-block-header .open-in-colab a')]
-        assert not tab.complaints
+    tab.complaints.clear()
+    tab.goto(file.as_uri())
+    tab.wait_for_function('document.readyState == "complete"')
+    hrefs = [a.get_attribute('href') for a in tab.query_selector_all('main a')]
+    colab = [a.get_attribute('href') for a in tab.query_selector_all('#title-block-header .open-in-colab a')]
+    assert not tab.complaints
     if page is None:
         assert not colab and hrefs == ['../LICENSE', '../index.html', 'laws.html']
         return
@@ -328,7 +335,8 @@ def test_readme_links_are_absolute():
     assert not [o for o in found if not re.match(r'https://|#', o)]
     made = [f'{settings["doc_url"]}/live/{o}' for o in ('', 'photos/')]   # by `make live`, when the site is built
     ours = [in_project(o) for o in found if o.startswith((settings['git_url'], settings['doc_url'])) and o not in made]
-    assert len(ours) > 10 and not [o for o in ours if root/o.partition('#')[0] not in project_files()]
+    files = set(project_files())
+    assert len(ours) > 10 and not [o for o in ours if root/o.partition('#')[0] not in files]
     assert [o for o in found if o.endswith('.png') and '/raw/' in o]
 
 
@@ -371,9 +379,11 @@ def test_links_can_fail(tmp_path):
 
 @pytest.fixture(scope='module')
 def as_page():
-    "nbconvert's way from a notebook to HTML; it compiles its templates once"
+    "nbconvert's way from a notebook to HTML, without style sheets and colours; it compiles its templates once"
     from nbconvert import HTMLExporter  # here, since it takes seconds to import
-    exporter = HTMLExporter()
+    # colours take four fifths of the time
+    def uncoloured(source, **kwargs): return f'<pre>{html.escape(source)}</pre>'
+    exporter = HTMLExporter(template_name='basic', filters=dict(highlight_code=uncoloured))
     return lambda nb: exporter.from_notebook_node(nb)[0]
 
 

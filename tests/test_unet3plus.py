@@ -130,12 +130,24 @@ CASES = [  # encoder, size, classes, channels of the image, further arguments
     ('resnet34', (66, 122), 5, 1, {})]
 
 
-@pytest.mark.parametrize('upsample', ['before', 'after'])
-@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('kind, size, n_classes, in_channels, kw', CASES,
-                         ids=[f'{kind}-{h}x{w}' for kind, (h, w), *_ in CASES])
-def test_reference(kind, size, n_classes, in_channels, kw, training, upsample):
+MODES = [(training, upsample) for training in (False, True) for upsample in ('before', 'after')]
+
+
+def in_turn(cases):
+    "Each case in two of the four modes, two in which both settings differ: any two of the three meet somewhere"
+    for i, case in enumerate(cases):
+        for training, upsample in MODES[::3] if i % 2 else MODES[1:3]: yield case, training, upsample
+
+
+def named(modes, case):
+    return [f'{case(o)}-{"train" if training else "eval"}-{upsample}' for o, training, upsample in modes]
+
+
+@pytest.mark.parametrize('case, training, upsample', list(in_turn(CASES)), ids=named(
+    in_turn(CASES), lambda o: '{}-{}x{}'.format(o[0], *o[1])))
+def test_reference(case, training, upsample):
     "The same logits from every head, the same gradients for every parameter and the image, the same running statistics"
+    kind, size, n_classes, in_channels, kw = case
     m = network(kind, n_classes, in_channels, upsample=upsample, **kw).train(training)
     ref, heads = Reference(m, upsample), len(m.heads)
     x, y = (images(2 if training and kind != 'resnet34' else 1, in_channels, *size).requires_grad_() for _ in range(2))
@@ -189,12 +201,11 @@ def wide(upsample='before', width=48, **kw):
     return m
 
 
-def both_ways(m, x, **changes):
+def both_ways(m, x, ways=('fast', 'plain')):
     "Outputs, gradients and buffers of the fast and the plain decoder"
     out = []
-    for way in ('fast', 'plain'):
+    for way in ways:
         k = copy.deepcopy(m).set_decoder(way)
-        for name, v in (changes if way == 'fast' else {}).items(): setattr(k, name, v)
         heads = k(x, all_levels=True)
         sum((o*images(*o.shape, seed=2 + i).to(o)).sum() for i, o in enumerate(heads)).backward()
         out.append(([o.detach() for o in heads], {n: p.grad for n, p in k.named_parameters()}, dict(k.named_buffers())))
@@ -216,10 +227,11 @@ def counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize('upsample', ['before', 'after'])
-@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-# the sizes are a little above 60·60, from where on Winograd's convolution is taken
-@pytest.mark.parametrize('shape', [(1, 1, 57, 67), (1, 1, 70, 52), (2, 1, 48, 80)], ids=str)
+# a little above 60·60 pixels, from where on Winograd's convolution is taken
+SHAPES = [(1, 1, 57, 67), (2, 1, 48, 80), (1, 1, 70, 52)]
+
+
+@pytest.mark.parametrize('shape, training, upsample', list(in_turn(SHAPES)), ids=named(in_turn(SHAPES), str))
 def test_fast_is_plain(shape, training, upsample, counted):
     "In double precision: outputs, with autograd and without, and running statistics to 1e-12, gradients to 1e-10"
     m, x = wide(upsample).double().train(training), images(*shape)
@@ -235,10 +247,10 @@ def test_fast_is_plain(shape, training, upsample, counted):
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 def test_single_precision(training, counted):
     "The fast decoder's distance from double precision is at most three times the plain one's"
-    m, x = wide().train(training), images(2, 1, 78, 49)
-    exact = both_ways(copy.deepcopy(m).double(), x)[1][0]
+    m, x = wide().train(training), images(1, 1, 78, 49)
+    exact = both_ways(copy.deepcopy(m).double(), x, ['plain'])[0][0]
     ways = [way[0] for way in both_ways(m, x.float())]
-    assert counted['winograd_conv'] >= 2   # in double precision, too
+    assert counted['winograd_conv'] >= 1
     with torch.no_grad(): ways.insert(0, m(x.float(), all_levels=True))
     errors = [max(((o - e).norm()/e.norm()).item() for o, e in zip(way, exact)) for way in ways]
     assert max(errors[:2]) <= 3*errors[2] and max(errors) <= 1e-5, errors
