@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -238,12 +239,20 @@ class Shown(Processor):
     """Outputs as the site needs them.
 
     Quarto adds scripts from a foreign host to each page with an output of HTML; as HTML in markdown it comes without
-    them. Links to pages of the site become relative, so that a copy of it leads nowhere else."""
+    them. Links to pages of the site become relative, so that a copy of it leads nowhere else; those that leave nbs/ (the
+    licence, the pinned versions) lead to where the code is, for the site has no such page."""
     folder = proc
 
     def begin(self): self.up = '../' * (len(below_nbs(self.nb).parts) - 1)
 
     def local(self, text): return text.replace(f'{derive.settings["doc_url"]}/', self.up or './')
+
+    def outside(self, text):
+        def absolute(m):
+            path = posixpath.normpath(posixpath.join('nbs', below_nbs(self.nb).parent.as_posix(), m[2]))
+            if path.startswith('nbs/'): return m[0]
+            return f'{m[1]}{derive.settings["git_url"]}/blob/{derive.settings["branch"]}/{path}'
+        return re.sub(r'(\]\()([.][.]/[^)\s]+)', absolute, text)
 
     def output(self, data):
         plain = ''.join(data.get('text/plain', ''))
@@ -254,7 +263,7 @@ class Shown(Processor):
         return {'text/markdown': raw_html(shown)}
 
     def cell(self, cell):
-        if cell.cell_type == 'markdown': cell.source = self.local(cell.source)
+        if cell.cell_type == 'markdown': cell.source = self.outside(self.local(cell.source))
         for o in cell.get('outputs', []):
             if 'data' not in o: continue
             o['data'] = dict2obj(self.output(o['data']))
@@ -293,7 +302,8 @@ def anchor(name):
     return name.lower()
 
 
-FRONT = '---\ntitle: "{title}"\ndescription: "{about}"\nformat: html\n{more}---\n\n'
+# no "View source": these have none
+FRONT = '---\ntitle: "{title}"\ndescription: "{about}"\nformat: html\nrepo-actions: false\n{more}---\n\n'
 
 
 def symbols_page(folder=None):
