@@ -136,7 +136,7 @@ def table(rows, comments, returns, lookup):
     names = 'parameter', 'type', 'default', 'what it is'
     shown = [i for i in range(4) if any(o[i] for o in lines)]
     row = lambda o: '| ' + ' | '.join(o[i] for i in shown) + ' |'
-    widths = ['-' * o for o in (14, 20, 14, 52)]               # pandoc takes them as shares of the page
+    widths = ['-' * o for o in (18, 20, 14, 48)]               # pandoc takes them as shares of the page
     return '\n'.join([row(names), row(widths), *map(row, lines)])
 
 
@@ -315,7 +315,9 @@ def symbols_page(folder=None):
         text += ''.join(f'| [`{name}`]({page(nb)}#{anchor(name)}) | {modules[nb]} | {cell(line)} |\n'
                         for name, nb, line in found if name[0].upper() == letter) + '\n'
     about = f'All {len(found)} public names of noisyseg, each with one line and a link to its page.'
-    return FRONT.format(title='All names', about=about, more='search: false\ntoc-depth: 2\n') + text
+    # where cells hold links, Quarto would leave out the widths
+    return FRONT.format(title='All names', about=about,
+                        more='search: false\ntoc-depth: 2\ntbl-colwidths: true\n') + text
 
 
 def pictures(nb):
@@ -441,6 +443,11 @@ def with_symbols(entries, found):
     return mine + [o for o in entries if o['objectID'] not in {m['objectID'] for m in mine}]
 
 
+def to_markdown(text):
+    "The text of a page as markdown, which leads to others of its kind: Quarto leaves there the names of notebooks"
+    return re.sub(r'(\]\(|\bhref=")(?![a-z]+:)([^)"#\s]+[.]ipynb)', lambda m: f'{m[1]}{page(m[2])}.md', text)
+
+
 def build():
     "The site, in _docs"
     import nbdev.quarto
@@ -451,6 +458,8 @@ def build():
     nbdev.quarto.proc_nbs = proc_nbs
     try: nbdev.quarto.nbdev_docs.__wrapped__()
     finally: nbdev.quarto.proc_nbs = processed
+    for p in (root/'_docs').rglob('*.html.md'):
+        p.write_text(to_markdown(p.read_text(encoding='utf-8')), encoding='utf-8')
     index = root/'_docs'/'search.json'
     entries = with_symbols(json.loads(index.read_text(encoding='utf-8')), symbols())
     index.write_text(json.dumps(entries), encoding='utf-8')

@@ -243,6 +243,8 @@ def test_pages_come_as_markdown_too():
     cfg = yaml.safe_load((root/'_quarto.yml').read_text())['format']
     assert 'commonmark' in cfg and cfg['html']['keep-md'] is True
     assert cfg['html']['format-links'][0] == 'html', 'or the link to it is there twice'
+    text = 'A [law](../perturb/03_disturbance.ipynb#law), [here](https://example.org/x.ipynb)'
+    assert pages.to_markdown(text) == text.replace('03_disturbance.ipynb', 'disturbance.html.md')
 
 
 def test_search_finds_a_name_first():
