@@ -438,8 +438,8 @@ def with_symbols(entries, found):
     mine = []
     for name, nb, line in found:
         href = f'{page(nb)}#{anchor(name)}'
-        mine.append(dict(objectID=href, href=href, title=f'{name}', section=name, text=f'{name}: {line}',
-                         crumbs=[f'noisyseg.{modules[nb]}']))
+        where = f'{derive.settings["lib_name"]}.{modules[nb]}'     # stands above all that is found on its page
+        mine.append(dict(objectID=href, href=href, title=where, section=name, text=plain(line), crumbs=[where]))
     return mine + [o for o in entries if o['objectID'] not in {m['objectID'] for m in mine}]
 
 

@@ -253,7 +253,7 @@ def test_search_finds_a_name_first():
     theirs = [dict(objectID=page, href=page, title='Sweeps', section='', text='sweep')]
     found = [('sweep', 'measure/09_sweeps.ipynb', 'Score every model.')]
     entries = pages.with_symbols(theirs, found)
-    assert [o['title'] for o in entries] == ['sweep', 'Sweeps'] and entries[0]['section'] == 'sweep'
+    assert [(o['title'], o['section']) for o in entries] == [('noisyseg.measure.sweeps', 'sweep'), ('Sweeps', '')]
     assert entries[0]['href'] == 'measure/sweeps.html#sweep' and pages.with_symbols(entries, found) == entries
 
 
