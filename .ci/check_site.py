@@ -1,8 +1,8 @@
 """Is the built site fit to be deployed? `python .ci/check_site.py _docs` says what is wrong, and ends with status 1.
 
 Looked at, in each page: links inside the site and their anchors; that nothing is fetched from a foreign host; its
-weight; its canonical address, card for sharing and icon; and that the search knows each name. A link that a reader
-clicks may lead anywhere: no other host is asked here either."""
+weight; its canonical address, card for sharing and icon; that the search knows each name; and that each page is there
+as markdown too. A link that a reader clicks may lead anywhere: no other host is asked here either."""
 import json
 import posixpath
 import re
@@ -81,7 +81,7 @@ def dead_links(page, pages, root):
         if to is None: continue
         path, anchor = to
         if (root/path).is_dir(): path = posixpath.normpath(posixpath.join(path, 'index.html'))
-        if not (root/path).is_file(): yield f'leads nowhere: {link}'
+        if path.startswith('..') or not (root/path).is_file(): yield f'leads nowhere: {link}'
         elif anchor and path in pages and anchor not in pages[path].ids: yield f'no such place: {link}'
 
 
@@ -130,13 +130,20 @@ def search(root, names=()):
         if not (root/o['href'].partition('#')[0]).is_file()]
 
 
+def markdown(root):
+    "What llms.txt names and is not there: it leads to each page as markdown"
+    if not (root/'llms.txt').is_file(): return []
+    urls = re.findall(rf'\({re.escape(HOME)}([^)]+)\)', (root/'llms.txt').read_text(encoding='utf-8'))
+    return [f'llms.txt leads nowhere: {o}' for o in urls if not (root/o).is_file()]
+
+
 def findings(root, names=()):
     "All that is wrong with a site, a line each"
     root = Path(root)
     pages = {p.relative_to(root).as_posix(): Page(p, root) for p in sorted(root.rglob('*.html'))
              if p.relative_to(root).parts[0] != SHARED}
     if not pages: return [f'{root} holds no page']
-    found = [o for o in search(root, names)]
+    found = [*search(root, names), *markdown(root)]
     for address, page in pages.items():
         own, shared = weights(page, root)
         top = address.split('/')[0]

@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -136,7 +137,7 @@ def table(rows, comments, returns, lookup):
     names = 'parameter', 'type', 'default', 'what it is'
     shown = [i for i in range(4) if any(o[i] for o in lines)]
     row = lambda o: '| ' + ' | '.join(o[i] for i in shown) + ' |'
-    widths = ['-' * o for o in (14, 20, 14, 52)]               # pandoc takes them as shares of the page
+    widths = ['-' * o for o in (18, 20, 14, 48)]               # pandoc takes them as shares of the page
     return '\n'.join([row(names), row(widths), *map(row, lines)])
 
 
@@ -239,12 +240,20 @@ class Shown(Processor):
     """Outputs as the site needs them.
 
     Quarto adds scripts from a foreign host to each page with an output of HTML; as HTML in markdown it comes without
-    them. Links to pages of the site become relative, so that a copy of it leads nowhere else."""
+    them. Links to pages of the site become relative, so that a copy of it leads nowhere else; those that leave nbs/ (the
+    licence, the pinned versions) lead to where the code is, for the site has no such page."""
     folder = proc
 
     def begin(self): self.up = '../' * (len(below_nbs(self.nb).parts) - 1)
 
     def local(self, text): return text.replace(f'{derive.settings["doc_url"]}/', self.up or './')
+
+    def outside(self, text):
+        def absolute(m):
+            path = posixpath.normpath(posixpath.join('nbs', below_nbs(self.nb).parent.as_posix(), m[2]))
+            if path.startswith('nbs/'): return m[0]
+            return f'{m[1]}{derive.settings["git_url"]}/blob/{derive.settings["branch"]}/{path}'
+        return re.sub(r'(\]\()([.][.]/[^)\s]+)', absolute, text)
 
     def output(self, data):
         plain = ''.join(data.get('text/plain', ''))
@@ -255,7 +264,7 @@ class Shown(Processor):
         return {'text/markdown': raw_html(shown)}
 
     def cell(self, cell):
-        if cell.cell_type == 'markdown': cell.source = self.local(cell.source)
+        if cell.cell_type == 'markdown': cell.source = self.outside(self.local(cell.source))
         for o in cell.get('outputs', []):
             if 'data' not in o: continue
             o['data'] = dict2obj(self.output(o['data']))
@@ -294,7 +303,8 @@ def anchor(name):
     return name.lower()
 
 
-FRONT = '---\ntitle: "{title}"\ndescription: "{about}"\nformat: html\n{more}---\n\n'
+# no "View source": these have none
+FRONT = '---\ntitle: "{title}"\ndescription: "{about}"\nformat: html\nrepo-actions: false\n{more}---\n\n'
 
 
 def symbols_page(folder=None):
@@ -306,7 +316,9 @@ def symbols_page(folder=None):
         text += ''.join(f'| [`{name}`]({page(nb)}#{anchor(name)}) | {modules[nb]} | {cell(line)} |\n'
                         for name, nb, line in found if name[0].upper() == letter) + '\n'
     about = f'All {len(found)} public names of noisyseg, each with one line and a link to its page.'
-    return FRONT.format(title='All names', about=about, more='search: false\ntoc-depth: 2\n') + text
+    # where cells hold links, Quarto would leave out the widths
+    return FRONT.format(title='All names', about=about,
+                        more='search: false\ntoc-depth: 2\ntbl-colwidths: true\n') + text
 
 
 def pictures(nb):
@@ -427,9 +439,14 @@ def with_symbols(entries, found):
     mine = []
     for name, nb, line in found:
         href = f'{page(nb)}#{anchor(name)}'
-        mine.append(dict(objectID=href, href=href, title=f'{name}', section=name, text=f'{name}: {line}',
-                         crumbs=[f'noisyseg.{modules[nb]}']))
+        where = f'{derive.settings["lib_name"]}.{modules[nb]}'     # stands above all that is found on its page
+        mine.append(dict(objectID=href, href=href, title=where, section=name, text=plain(line), crumbs=[where]))
     return mine + [o for o in entries if o['objectID'] not in {m['objectID'] for m in mine}]
+
+
+def to_markdown(text):
+    "The text of a page as markdown, which leads to others of its kind: Quarto leaves there the names of notebooks"
+    return re.sub(r'(\]\(|\bhref=")(?![a-z]+:)([^)"#\s]+[.]ipynb)', lambda m: f'{m[1]}{page(m[2])}.md', text)
 
 
 def build():
@@ -442,6 +459,8 @@ def build():
     nbdev.quarto.proc_nbs = proc_nbs
     try: nbdev.quarto.nbdev_docs.__wrapped__()
     finally: nbdev.quarto.proc_nbs = processed
+    for p in (root/'_docs').rglob('*.html.md'):
+        p.write_text(to_markdown(p.read_text(encoding='utf-8')), encoding='utf-8')
     index = root/'_docs'/'search.json'
     entries = with_symbols(json.loads(index.read_text(encoding='utf-8')), symbols())
     index.write_text(json.dumps(entries), encoding='utf-8')

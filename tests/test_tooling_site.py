@@ -75,6 +75,12 @@ def test_names_in_prose_are_linked(processed):
     for p in notebooks(): assert f'{derive.settings["doc_url"]}/' not in (processed/nb_id(p)).read_text(), p
 
 
+def test_links_out_of_the_notebooks(processed):
+    "The licence and the like are no pages: links to them lead to where the code is, with and without JavaScript"
+    text = '\n'.join(c.source for c in read_nb(processed/'index.ipynb').cells)
+    assert f'({derive.settings["git_url"]}/blob/{derive.settings["branch"]}/LICENSE)' in text and '](../' not in text
+
+
 def test_no_output_is_html(processed):
     "Quarto adds scripts from a foreign host where one is; all are HTML in markdown"
     for p in notebooks():
@@ -164,10 +170,8 @@ def convert(path, processed, to):
 
 def test_links_and_anchors_of_the_site(site):
     "Over all pages: each link into the site and each anchor is there, nothing is fetched elsewhere, none is too heavy"
-    outside = r'LICENSE|CONTRIBUTING|CHANGELOG|SECURITY|constraints|NOTICE|CITATION|settings[.]ini|tests/|noisyseg/'
-    only_quarto = 'canonical|icon|og:|twitter:|search.json|/live/'
-    found = [o for o in check_site.findings(site) if not re.search(only_quarto, o)]
-    assert not [o for o in found if not re.search(rf'leads nowhere: .*({outside})', o)]
+    only_quarto = 'canonical|icon|og:|twitter:|search.json|llms.txt|/live/'
+    assert not [o for o in check_site.findings(site) if not re.search(only_quarto, o)]
 
 
 # The checker, on a small site made up here
@@ -199,6 +203,7 @@ def test_a_small_site_is_in_order(small): assert small() == []
 
 @pytest.mark.parametrize('fault, said', [
     (dict(body='<a href="three.html">x</a>'), 'leads nowhere: three.html'),
+    (dict(body='<a href="../settings.ini">x</a>'), 'leads nowhere: ../settings.ini'),
     (dict(body='<a href="two.html#there">x</a>'), 'no such place: two.html#there'),
     (dict(body='<a href="#nowhere">x</a>'), 'no such place: #nowhere'),
     (dict(body=f'<a href="{check_site.HOME}gone.html">x</a>'), 'leads nowhere'),
@@ -216,6 +221,7 @@ def test_a_small_site_is_in_order(small): assert small() == []
 def test_faults_of_a_site_are_found(small, fault, said):
     (small.folder/'a.css').write_text('@import url(https://fonts.example.org/x);')
     (small.folder/'large.bin').write_bytes(bytes(2_000_000))
+    (small.folder.parent/'settings.ini').write_text('')       # beside the site, not in it
     found = small(**fault)
     assert len(found) == 1 and said in found[0], found
 
@@ -225,13 +231,30 @@ def test_search_without_a_name_is_found(small):
     assert small() == ['search.json has no entry for sweep', 'search.json leads nowhere: gone.html']
 
 
+def test_page_that_is_not_there_as_markdown_is_found(small):
+    url = f'{check_site.HOME}two.html.md'
+    (small.folder/'llms.txt').write_text(f'- [two]({url}): a page')
+    assert small() == ['llms.txt leads nowhere: two.html.md']
+    (small.folder/'two.html.md').write_text('# two')
+    assert small() == []
+
+
+def test_pages_come_as_markdown_too():
+    "Without keep-md, Quarto deletes index.html.md as a file of its own, and then does not find it"
+    cfg = yaml.safe_load((root/'_quarto.yml').read_text())['format']
+    assert 'commonmark' in cfg and cfg['html']['keep-md'] is True
+    assert cfg['html']['format-links'][0] == 'html', 'or the link to it is there twice'
+    text = 'A [law](../perturb/03_disturbance.ipynb#law), [here](https://example.org/x.ipynb)'
+    assert pages.to_markdown(text) == text.replace('03_disturbance.ipynb', 'disturbance.html.md')
+
+
 def test_search_finds_a_name_first():
     "Each name has an entry of its own, before those that Quarto made, and none is there twice"
     page = 'measure/sweeps.html'
     theirs = [dict(objectID=page, href=page, title='Sweeps', section='', text='sweep')]
     found = [('sweep', 'measure/09_sweeps.ipynb', 'Score every model.')]
     entries = pages.with_symbols(theirs, found)
-    assert [o['title'] for o in entries] == ['sweep', 'Sweeps'] and entries[0]['section'] == 'sweep'
+    assert [(o['title'], o['section']) for o in entries] == [('noisyseg.measure.sweeps', 'sweep'), ('Sweeps', '')]
     assert entries[0]['href'] == 'measure/sweeps.html#sweep' and pages.with_symbols(entries, found) == entries
 
 
