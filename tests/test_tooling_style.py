@@ -198,7 +198,7 @@ def test_the_heart_needs_torch_only(loaded, line):
 
 
 def test_the_explorer_needs_no_fastai(loaded):
-    "Whoever explores a network waits for the widget, not for what trains, loads data sets, and makes tables and figures"
+    "Whoever explores a network waits for the widget, not for what trains, loads data sets, makes tables and figures"
     assert not {'fastai', 'torchvision', 'matplotlib', 'pandas', 'plotly', 'ray'} & set(loaded[EXPLORER])
 
 
