@@ -2,8 +2,9 @@
 
 Both ways run in one process, in turns, after a warm-up and after a check that their results agree. Each group has a
 process of its own, because what one leaves in the memory allocator would change the other's times. The ratio is
-ours / other, median over the turns: below 1 is faster. Without --full it takes about four minutes on two cores. Each
-whole run is appended to nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
+ours / other, median over the turns: below 1 is faster. Without --full it takes at most five minutes, whatever the
+processor: a job that would take longer is cut short, and a row says so. Each whole run is appended to
+nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
 """
 import argparse
 import datetime
@@ -11,6 +12,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,11 +32,29 @@ JOBS = [  # group, module and function that yields its rows; whether in quick mo
         ('sweeps', 'bench_sweeps:sweeps', True),
     ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True),
         ('peers', 'bench_peers:peers', True)]
-PATIENCE = {False: 600, True: 3600}   # seconds for a job, quick or full: then its rows so far are shown
+PATIENCE = {False: 285, True: 9 * 3600}   # seconds for all jobs, quick or full: a quick run ends within five minutes
 GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))
 
 
-def measure(job, a):
+def share(left, jobs):
+    "The seconds that the next of so many jobs may take: twice its share of what is left, but all others keep ten."
+    return max(10, min(2 * left / jobs, left - 10 * (jobs - 1)))
+
+def ended(cmd, env, seconds):
+    "The status of a command, and its errors; None where it took too long. Then, or after Ctrl-C, all of it ends."
+    p = subprocess.Popen(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         start_new_session=True)
+    try:
+        _, said = p.communicate(timeout=seconds)
+        return p.returncode, said
+    except BaseException as e:
+        if os.name == 'posix': os.killpg(p.pid, signal.SIGKILL)   # a browser and its JupyterLab, too
+        else: p.kill()
+        p.wait()
+        if isinstance(e, subprocess.TimeoutExpired): return None, ''
+        raise
+
+def measure(job, a, seconds):
     "In a process of its own: the rows of one job, and what went wrong (its last words), if something did."
     group, what, _ = job
     with tempfile.NamedTemporaryFile('r', suffix='.jsonl') as f:
@@ -44,14 +64,12 @@ def measure(job, a):
             env['PYTHONPATH'] = os.pathsep.join([str(root), *own])   # first what is here, then what is only there
         cmd = [python, __file__, '--job', what, '--rows', f.name, '--device', a.device]
         cmd += (['--full'] if a.full else []) + (['--rounds', str(a.rounds)] if a.rounds else [])
-        try: done = subprocess.run(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   timeout=PATIENCE[a.full])
-        except subprocess.TimeoutExpired: done = None
+        status, said = ended(cmd, env, seconds)
         rows = [json.loads(line) for line in f]
-    if done is None: rows.append(skipped(what, f'the rest took over {PATIENCE[a.full]} s') | {'failed': True})
-    elif done.returncode:
-        print(done.stderr, file=sys.stderr)
-        rows.append(skipped(what, f'failed: {(done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}')
+    if status is None: rows.append(skipped(what, f'the rest would take over {seconds:.0f} s on this processor'))
+    elif status:
+        print(said, file=sys.stderr)
+        rows.append(skipped(what, f'failed: {(said.strip().splitlines() or [f"status {status}"])[-1]}')
                     | {'failed': True})
     return [{'group': group, **r} for r in rows]
 
@@ -107,7 +125,7 @@ def run(a):
     for i, job in enumerate(jobs):
         begun = time.time()
         print(f'{i + 1} of {len(jobs)}: {job[1].replace(":", ", ")} … ', end='', flush=True)
-        rows += measure(job, a)
+        rows += measure(job, a, share(PATIENCE[a.full] - (begun - started), len(jobs) - i))
         print(f'{time.time() - begun:.0f} s', flush=True)
     versions = {'python': platform.python_version(), **{n: version(n) for n in ('torch', 'torchvision', 'noisyseg')}}
     result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'mode': 'full'

@@ -1,9 +1,11 @@
 """Evaluations per second in sweeps.
 
-With what the unchanged parts computed kept (noisyseg.measure.prefix), and draws one by one or batched."""
+With what the unchanged parts computed kept (noisyseg.measure.prefix); draws one by one or batched; in one process or
+in several (noisyseg.measure.processes)."""
 import copy
 import statistics
 from contextlib import nullcontext
+from functools import partial
 
 import pandas as pd
 import torch
@@ -12,11 +14,12 @@ from torch.func import functional_call, vmap
 
 import noisyseg.measure.sweeps
 from noisyseg.perturb.laws import MaxGaussian
-from noisyseg.perturb.clone import clone_weights
+from noisyseg.perturb.clone import clone_weights, perturbed
 from noisyseg.data.procedural import scene, scene_classes
+from noisyseg.measure.evaluation import draw_seed, scores, untouched
 from noisyseg.measure.sensitivity import layer_sensitivity, stages
 from noisyseg.measure.sweeps import sweep
-from noisyseg.nets.unet3plus import unet3plus_resnet34, unet3plus_small
+from noisyseg.nets.unet3plus import unet3plus_resnet34, unet3plus_small, unet3plus_tiny
 
 
 class NoReuse(nullcontext):
@@ -57,6 +60,44 @@ def sweeps(plan):
                       times['other'], per_second=rate['ours'],
                       note=f'{rate["ours"]:.1f} evaluations a second, without {rate["other"]:.1f}')
     yield from batched_draws(plan)
+    yield from by_size(plan)
+
+# network, pixels, batch, draws (such that the plain loop takes some seconds), in quick mode too
+SIZES = [('tiny', 64, 4, 60, True), ('tiny', 128, 8, 12, False), ('small', 64, 4, 24, True), ('small', 128, 4, 8, True),
+         ('small', 256, 2, 4, False), ('ResNet34', 64, 4, 8, False), ('ResNet34', 128, 2, 4, True)]
+NETS = {'tiny': unet3plus_tiny, 'small': unet3plus_small, 'ResNet34': partial(unet3plus_resnet34, pretrained=False)}
+
+def plain_loop(model, dl, law, levels, draws):
+    "What one would write: every draw at every level, in this process, by all its threads. The rows of all of them."
+    classes, rows = [str(i) for i in range(len(scene_classes))], []
+    for level in levels:
+        for k in range(draws if level else 1):
+            with untouched([model]), perturbed(model, law.at(level), generator=draw_seed(0, k)):
+                rows += [(level, k, *row) for row in scores(model, dl, classes)]
+    return rows
+
+def by_size(plan):
+    "Whole sweeps as `sweep` runs them by itself, beside the plain loop: never a loss, whatever the size."
+    law, levels, gains = MaxGaussian(0.05), [0, 0.02, 0.05, 0.1], []
+    for net, size, batch, draws, quick in SIZES:
+        if plan.cuda or not (plan.full or quick): continue
+        torch.manual_seed(0)
+        model, (x, y) = NETS[net](len(scene_classes)).eval(), pictures(2 * batch, size, plan.device)
+        dl = [(x[:batch], y[:batch]), (x[batch:], y[batch:])]
+        ours = lambda: sweep(model, dl, law, levels=levels, draws=draws, progress=False)
+        plain = lambda: plain_loop(model, dl, law, levels, draws)
+        assert sorted(zip(*(ours()[c] for c in ('level', 'draw', 'metric', 'class', 'value')))) == sorted(
+            row[:5] for row in plain()), 'other numbers than the plain loop'
+        times = plan.in_turns({'ours': ours, 'other': plain}, warm_up=0)
+        evaluations = 1 + draws * (len(levels) - 1)
+        rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}
+        gains.append(rate['ours'] / rate['other'])
+        yield row('a whole sweep', f'{net}, 2 batches of {batch}, {size}²', times['ours'],
+                  'the plain loop, all threads', times['other'], per_second=rate['ours'],
+                  note=f'{rate["ours"]:.1f} evaluations a second, the plain loop {rate["other"]:.1f}; the same numbers '
+                  f'bit for bit')
+    if gains: yield row('median over sizes', f'{len(gains)} sizes', 1 / statistics.median(gains), unit='of the time',
+                        target=1/1.3, of='ours')
 
 def batched_draws(plan, draws=4):
     model = unet3plus_small(7).to(plan.device).eval()

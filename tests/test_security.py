@@ -81,8 +81,8 @@ UNSAFE = {'eval', 'exec', 'pickle.load', 'pickle.loads', 'pickle.Unpickler', 'cP
           'yaml.load', 'yaml.unsafe_load',
           'load_learner', 'torch.load', 'torch.hub.load', 'load_state_dict_from_url', 'os.system', 'os.popen',
           'np.load', 'numpy.load', 'shutil.unpack_archive'}
-# what is pickled there goes from one of the user's own processes to another, through Ray
-BETWEEN_OWN_PROCESSES = {'jobs.py': {'cloudpickle.loads', 'torch.load'}}
+# what is pickled there goes from one of the user's own processes to another, through Ray or a pipe
+BETWEEN_OWN_PROCESSES = {'jobs.py': {'cloudpickle.loads', 'torch.load'}, 'processes.py': {'pickle.load'}}
 
 def unsafe_calls(source):
     "Calls that may execute what is in a file, unless an argument forbids it"
@@ -201,7 +201,8 @@ def test_pictures_that_would_fill_the_memory(tmp_path):
     header = struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)
     (tmp_path/'large.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
                                        + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
-    with pytest.raises(ValueError, match=r'large\.png.*(bomb|pixels)'): read_image(tmp_path/'large.png')
+    for within in None, (64, 64):
+        with pytest.raises(ValueError, match=r'large\.png.*(bomb|pixels)'): read_image(tmp_path/'large.png', within)
     with zipfile.ZipFile(tmp_path/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('train/cat/1.jpg', bytes(3*2**20))
     with pytest.raises(ValueError, match='over a megabyte'): ClassFolders(tmp_path/'a.zip', 'train')

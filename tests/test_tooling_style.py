@@ -201,8 +201,8 @@ def test_the_heart_needs_torch_only(loaded, line):
 
 
 def test_the_explorer_needs_no_fastai(loaded):
-    "Whoever explores a network of their own waits for the widget, not for what trains and what loads data sets"
-    assert not {'fastai', 'torchvision', 'matplotlib', 'ray'} & set(loaded[EXPLORER])
+    "Whoever explores a network waits for the widget, not for what trains, loads data sets, makes tables and figures"
+    assert not {'fastai', 'torchvision', 'matplotlib', 'pandas', 'plotly', 'ray'} & set(loaded[EXPLORER])
 
 
 def test_readme_is_short():

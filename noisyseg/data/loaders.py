@@ -109,11 +109,12 @@ class ColourOnly(v2.Transform):
 def as_tensors(
     image, # array, tensor or PIL image of bytes, (height, width) or (height, width, channels)
     mask, # labels, (height, width)
-    item='' # what they were read from, for messages
+    item='', # what they were read from, for messages
+    shape:tuple|None=None # (height, width) of the mask; None: the image's
 ) -> tuple: # bytes: (image (channels, height, width), mask (height, width))
     "What a `read` function returned, checked, as tensors"
     x = as_image(image, item)
-    y = as_mask(mask, x.shape[:2], item)
+    y = as_mask(mask, shape or x.shape[:2], item)
     return torch.from_numpy(x).permute(2,0,1).contiguous(), torch.from_numpy(y)
 
 # %% ../../nbs/data/03_loaders.ipynb #d5c24961
@@ -172,11 +173,20 @@ class MaskDataset:
     def resized(self, i):
         "Image and mask `i` as tensors of bytes, before augmentation"
         if i in self._kept: return self._kept[i]
-        x, y = as_tensors(*self.read(self.items[i]), self.items[i])
+        x, y = self._pair(self.items[i])
         if self.augment is None: x, y = fit(x, y, self.size, self.ignore_index if self.masked else 255)
         else: x, y = _scaled(x, y, min(1, self.largest*min(s/n for s,n in zip(self.size, y.shape))))
         if self.cache: self._kept[i] = x, y
         return x, y
+
+# %% ../../nbs/data/03_loaders.ipynb #20300ee3
+@patch
+def _pair(self:MaskDataset, item):
+    "Image and mask as they are read; a large image is reduced on the way, where the reader can do that"
+    if not getattr(self.read, 'reduces', False): return as_tensors(*self.read(item), item)
+    largest = 1. if self.augment is None else self.largest
+    x, y = self.read(item, tuple(math.ceil(largest*s) for s in self.size))
+    return as_tensors(x, y, item, y.shape)
 
 # %% ../../nbs/data/03_loaders.ipynb #9a78e320
 @patch
@@ -216,7 +226,7 @@ def set_split_idx(self:MaskDataset, i):
 def _unmasked(ds, item):
     "A new image with the set's channels, and a mask of nothing"
     if kind_of(item) is ds.kind: x = ds.read(item)[0]
-    elif isinstance(item, (str,Path)): x = getattr(ds.read, 'image', read_image)(item)
+    elif isinstance(item, (str,Path)): x = _new_image(ds, item)
     elif isinstance(item, Image.Image): x = item if item.mode in ('L','I;16','I','F') else item.convert('RGB')
     elif isinstance(item, (np.ndarray,Tensor)): x = item
     else:
@@ -229,6 +239,12 @@ def _unmasked(ds, item):
         raise ValueError(f"an image of {x.shape[2]} channels, and those of the set have {channels}: pass "
                          f"image[..., :{channels}], or whichever they are")
     return x, np.zeros(x.shape[:2], np.uint8)
+
+def _new_image(ds, file):
+    "A file as the set's reader reads its images; a large one is reduced where the reader can do that"
+    image = getattr(ds.read, 'image', None)
+    if image is None: return read_image(file, ds.size)
+    return image(file, ds.size) if getattr(ds.read, 'reduces', False) else image(file)
 
 # %% ../../nbs/data/03_loaders.ipynb #efb6b48d
 def show_masks(
@@ -364,7 +380,8 @@ def stats_of(
     n:int=64 # images that are measured
 ) -> tuple: # ([mean], [std])
     "The normalisation of a set; it fits the channels of the first image"
-    pixels = lambda i: as_image(read(items[i])[0], items[i])
+    how = {'within': (256,256)} if getattr(read, 'reduces', False) else {}   # a large image has the same mean, reduced
+    pixels = lambda i: as_image(read(items[i], **how)[0], items[i])
     channels = pixels(0).shape[-1]
     if stats is not None or channels==3: return mean_std(imagenet_stats if stats is None else stats, channels)
     some = np.linspace(0, len(items)-1, min(n, len(items))).astype(int)

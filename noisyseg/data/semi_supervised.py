@@ -48,10 +48,16 @@ def strong_view(
     return v2.Compose([*map(ColourOnly, colour), v2.RandomApply([blur], p_blur)])
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #995997c8
-def _with_inside(read, item):
-    "An image and a mask of ones, which geometry will carry along"
-    x = as_image(read(item), item)
-    return x, np.ones(x.shape[:2], np.uint8)
+class _WithInside:
+    "Reads an image, and a mask of ones, which geometry will carry along"
+    def __init__(self, read):
+        self.read = read
+        # `read_image`, or the images of a `PairReader`, may come smaller where they are large
+        self.reduces = read is read_image or getattr(getattr(read, '__self__', None), 'reduces', False)
+
+    def __call__(self, item, within=None):
+        x = as_image(self.read(item, within) if self.reduces else self.read(item), item)
+        return x, np.ones(x.shape[:2], np.uint8)
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #a41fde00
 class ViewDataset(MaskDataset):
@@ -65,7 +71,7 @@ class ViewDataset(MaskDataset):
         strong=None, # colour: function of an image; None: `strong_view()`
         **kwargs # largest, seed, cache, stats: see `MaskDataset`
     ):
-        super().__init__(items, partial(_with_inside, read), ['outside','inside'], [(0,0,0), (255,255,255)], 0, size,
+        super().__init__(items, _WithInside(read), ['outside','inside'], [(0,0,0), (255,255,255)], 0, size,
                          weak, **kwargs)
         self.strong = strong or strong_view()
 

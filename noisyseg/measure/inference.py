@@ -27,7 +27,7 @@ from torch.nn.functional import interpolate, pad
 
 from ..basics import check_choice, check_whole, evaluating
 from ..data.loaders import MaskDataset, fit
-from ..data.files import label_table, read_image, read_mask
+from ..data.files import image_size, label_table, read_image, read_mask
 from ..nets.adapter import class_count, class_names, logits_of, probabilities, to_classes
 from .metrics import ConfusionMeter
 
@@ -131,12 +131,12 @@ def _known(model, data=None):
     return model, data, known
 
 # %% ../../nbs/measure/04_inference.ipynb #83cbe7f2
-def _bytes(image, channels=3):
+def _bytes(image, channels=3, within=None):
     ("An image from a file, PIL or an array as a tensor (channels, height, width); bytes. A float tensor is "
-     "normalised, and left alone.")
+     "normalised, and left alone. A large file that is to fit `within` may come reduced.")
     if isinstance(image, Tensor) and image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8):
         return image.as_subclass(Tensor)
-    if isinstance(image, (str, Path)): image = read_image(image)
+    if isinstance(image, (str, Path)): image = read_image(image, within)
     elif isinstance(image, Image.Image):
         if image.mode[0] in 'IF':
             raise ValueError(f"an image of mode {image.mode!r}: convert it to 8 bits a channel first")
@@ -150,20 +150,48 @@ def _bytes(image, channels=3):
                     f"tensor (channels, height, width); got {_told(image)}")
 
 # %% ../../nbs/measure/04_inference.ipynb #a77b14ca
-def _own_size_logits(model, image, size, window, stride, stats, **kwargs):
-    "Logits of the image's own height and width."
-    x = _bytes(image, len(stats[0]))
-    if x.is_floating_point(): return image_logits(model, x, window, stride, **kwargs)
-    (h, w), rows, cols = x.shape[1:], slice(None), slice(None)
+def _logits(model, image, size, window, stride, stats, **kwargs):
+    "Logits at the working size, without margins, and the (height, width) of the image itself."
+    size = None if size is None else _pair('size', size)
+    x = _bytes(image, len(stats[0]), size)
+    if x.is_floating_point(): return image_logits(model, x, window, stride, **kwargs), x.shape[1:]
+    own, rows, cols = x.shape[1:], slice(None), slice(None)
     if size is not None:
-        x, margin = fit(x, torch.zeros(h, w, dtype=torch.uint8), _pair('size', size), void=1)
+        if isinstance(image, (str, Path)): own = image_size(image)[::-1]   # x may be reduced
+        x, margin = fit(x, torch.zeros(own, dtype=torch.uint8), size, void=1)
         rows, cols = (slice(int(inside.argmax()), int(inside.argmax() + inside.sum()))
                       for inside in ((margin == 0).any(1).int(), (margin == 0).any(0).int()))
         if window is not None: x, rows, cols = x[:, rows, cols], slice(None), slice(None)   # windows need no margins
     mean, std = (torch.tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in stats)
-    out = image_logits(model, (x.float() / 255 - mean) / std, window, stride, **kwargs)[:, rows, cols]
+    return image_logits(model, (x.float() / 255 - mean) / std, window, stride, **kwargs)[:, rows, cols], own
+
+def _own_size_logits(*args, **kwargs):
+    "Logits of the image's own height and width."
+    out, (h, w) = _logits(*args, **kwargs)
     if out.shape[1:] == (h, w): return out
     return interpolate(out[None], (h, w), mode='bilinear', antialias=h < out.shape[1] or w < out.shape[2])[0]
+
+# %% ../../nbs/measure/04_inference.ipynb #f1abe6eb
+def _labels_at(out, size, most=2**26):
+    "Class numbers at another size; of large ones not more than about `most` logits are in memory at a time"
+    h, w = size
+    if h < out.shape[1] or w < out.shape[2] or len(out) * h * w <= most:
+        if out.shape[1:] != size:
+            shrinks = h < out.shape[1] or w < out.shape[2]
+            out = interpolate(out[None], size, mode='bilinear', antialias=shrinks)[0]
+        return to_classes(out[None])[0].cpu().numpy().astype(_label_type(out))
+    wide = interpolate(out[None], (out.shape[1], w), mode='bilinear')[0]
+    at = ((torch.arange(h, device=out.device) + 0.5) * out.shape[1] / h - 0.5).clamp(min=0)
+    above, labels, step = at.long(), np.empty(size, _label_type(out)), max(1, most // (4 * len(out) * w))
+    for top in range(0, h, step):
+        rows = above[top:top + step]
+        share = (at[top:top + step] - rows).view(-1, 1)
+        below = (rows + 1).clamp(max=out.shape[1] - 1)
+        strip = wide[:, rows] * (1 - share) + wide[:, below] * share
+        labels[top:top + step] = to_classes(strip[None])[0].cpu().numpy()
+    return labels
+
+def _label_type(out): return np.uint8 if len(out) <= 256 else np.int64
 
 # %% ../../nbs/measure/04_inference.ipynb #dae4887a
 def _how(known, size, window, stats):
@@ -192,8 +220,8 @@ def predict_mask(
     "The class of every pixel of an image, at the image's own size."
     model, _, known = _known(model)
     size, stats = _how(known, size, window, stats)
-    out = _own_size_logits(model, image, size, window, stride, stats, average=average, bs=bs, autocast=autocast)
-    return to_classes(out[None])[0].cpu().numpy().astype(np.uint8 if len(out) <= 256 else np.int64)
+    out, own = _logits(model, image, size, window, stride, stats, average=average, bs=bs, autocast=autocast)
+    return _labels_at(out, tuple(own))
 
 # %% ../../nbs/measure/04_inference.ipynb #8095339a
 def _samples(data, read, progress):

@@ -7,7 +7,7 @@ Docs: https://noisyseg.github.io/noisyseg/measure/jobs.html.md"""
 # %% auto #0
 __all__ = ['LOCAL_RAY', 'OnRay', 'is_address', 'as_place', 'torch_settings', 'under', 'kind_of_machine', 'whoami', 'pack',
            'unpack', 'portable', 'Worker', 'import_ray', 'only_here', 'own_ray', 'threads_of', 'ray_at', 'connected',
-           'tasks_of', 'Waiting', 'Workers', 'Pool', 'Interrupted', 'run_jobs']
+           'tasks_of', 'on_gpu', 'Waiting', 'Workers', 'Pool', 'Interrupted', 'in_this_process', 'run_jobs']
 
 # %% ../../nbs/measure/07_jobs.ipynb #5fa878d8
 import copyreg, io, os, platform, socket, sys, tempfile, time, traceback, warnings
@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -54,10 +55,11 @@ def is_address(
 
 # %% ../../nbs/measure/07_jobs.ipynb #e4cac53b
 def as_place(
-    on,  # 'local', 'ray', a Ray address, or an `OnRay`
-) -> OnRay | None:  # None for this process
+    on,  # 'here', 'local', 'ray', a Ray address, an `OnRay`, or another object with `results(work, groups, name)`
+):  # such an object, or None for this process
     "Where `on` says that jobs run."
-    if isinstance(on, OnRay) or on == 'local': return on if isinstance(on, OnRay) else None
+    if hasattr(on, 'results') and not isinstance(on, type): return on
+    if on in ('here', 'local'): return None
     if on == 'ray': return OnRay()
     if not is_address(on):
         raise ValueError(f"on: expected 'local', 'ray', a Ray address such as 'host:6379' or 'ray://host:10001', or an "
@@ -107,21 +109,24 @@ def whoami() -> str:  # host:process
 # %% ../../nbs/measure/07_jobs.ipynb #60aba72f
 def pack(
     work,  # any object
+    pickler=None,  # a class such as `pickle.Pickler`; None: Ray's, which sends by value what a notebook defines
 ) -> memoryview:
-    "The bytes of `work`; they go into Ray's object store, which keeps one copy on each machine."
-    from ray import cloudpickle
-    class Pickler(cloudpickle.Pickler):
+    "The bytes of `work`; Ray's object store keeps one copy of them on each machine."
+    if pickler is None:
+        from ray import cloudpickle
+        pickler = cloudpickle.Pickler
+    class Pickler(pickler):
         def reducer_override(self, obj):
             if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
                 return copyreg.__newobj__, (type(obj),), obj.__dict__
             # torch.backends is of a kind of its own
             if isinstance(obj, ModuleType): return import_module, (obj.__name__,)
-            return super().reducer_override(obj)
+            return super().reducer_override(obj) if hasattr(pickler, 'reducer_override') else NotImplemented
     out = io.BytesIO()
     try: torch.save(work, out, pickle_module=SimpleNamespace(Pickler=Pickler, __name__='cloudpickle'))
     except Exception as e:
-        e.add_note("on='ray': models, loader and law must be able to travel to other processes (pickle). on='local' "
-                   "has no such need")
+        e.add_note("Models, loader and law must be able to travel to other processes (pickle). on='local' has no such "
+                   "need")
         raise
     return out.getbuffer()
 
@@ -196,7 +201,7 @@ def only_here():
     # Ray reads its environment when it is imported. One that is imported already can only be told from the inside: this
     # is the one place that does it, and a test looks where Ray listens
     constants = import_module('ray._private.ray_constants')
-    with patch.dict(os.environ, LOCAL_RAY), patch.object(constants, 'ENABLE_RAY_CLUSTER', False): yield
+    with mock.patch.dict(os.environ, LOCAL_RAY), mock.patch.object(constants, 'ENABLE_RAY_CLUSTER', False): yield
 
 @contextmanager
 def own_ray(
@@ -267,7 +272,7 @@ def connected(
 ):
     "Within, several sweeps share one connection to Ray, or one Ray that is started for them, and if you like workers."
     place = as_place(on)
-    if place is None:
+    if not isinstance(place, OnRay):
         yield
         return
     with ray_at(place) as ray:
@@ -288,7 +293,9 @@ def tasks_of(
     return [(key, jobs[i:i + size]) for key, jobs in groups for i in range(0, len(jobs), size)]
 
 # %% ../../nbs/measure/07_jobs.ipynb #8e1026ef
-def _on_gpu(work):
+def on_gpu(
+    work,  # an object that may hold modules, and dicts of them
+) -> bool:
     "Does anything in `work` live on a GPU? Asked of its modules."
     modules = [m for v in vars(work).values() for m in (v.values() if isinstance(v, dict) else [v])
                if isinstance(m, nn.Module)]
@@ -299,7 +306,7 @@ def _size(ray, place, work, n):
     "Workers, and the CPUs and GPUs of each."
     have = ray.cluster_resources()
     cpu, gpu, threads, gpus = have.get('CPU', 0), have.get('GPU', 0), threads_of(place), place.num_gpus
-    if gpus is None: gpus = int(_on_gpu(work) or (getattr(work, 'uses_gpus', False) and gpu > 0))
+    if gpus is None: gpus = int(on_gpu(work) or (getattr(work, 'uses_gpus', False) and gpu > 0))
     on_gpus = gpu // gpus if gpus >= 1 else gpu * (1 // gpus) if gpus else n
     workers = place.workers or int(min(cpu // threads, on_gpus))
     if workers: return min(workers, n), threads, gpus
@@ -446,7 +453,11 @@ class Interrupted(KeyboardInterrupt):
     def _render_traceback_(self): return [str(self)]
 
 # %% ../../nbs/measure/07_jobs.ipynb #ba6ccbe1
-def _here(work, groups, name):
+def in_this_process(
+    work,  # an object with `measure(key, jobs)`
+    groups: list,  # pairs (key, jobs)
+    name: Callable,  # how messages call a job
+):
     "(job, result, how it was made), one after another in this process."
     for key, jobs in groups:
         measured, begun = work.measure(key, jobs), time.perf_counter()
@@ -461,12 +472,13 @@ def _here(work, groups, name):
         finally: measured.close()
 
 # %% ../../nbs/measure/07_jobs.ipynb #b50ed63a
-def _there(work, groups, name, place):
-    "The same on Ray."
+@patch
+def results(self:OnRay, work, groups, name):
+    "(job, result, how it was made), as they come from Ray's workers."
     import_ray()
     packed = pack(work)
-    with ray_at(place, len(packed)) as ray:
-        pool = Pool(ray, work, packed, groups, place, name)
+    with ray_at(self, len(packed)) as ray:
+        pool = Pool(ray, work, packed, groups, self, name)
         free = False
         try:
             yield from pool.results()
@@ -495,7 +507,7 @@ def run_jobs(
     from fastprogress.fastprogress import ConsoleProgressBar, printing, progress_bar   # dear to import
     bar = progress_bar(range(total)) if progress else None
     if bar: bar.update(0)
-    results = _here(work, groups, name) if place is None else _there(work, groups, name, place)
+    results = in_this_process(work, groups, name) if place is None else place.results(work, groups, name)
     try:
         for job, result, made in results:
             done(job, result, made)

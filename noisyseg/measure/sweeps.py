@@ -20,11 +20,13 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from ..basics import check_whole, digest, expect_module, versions
 from .evaluation import Batches, draw_seed, scores, untouched
 from .jobs import Interrupted, as_place, run_jobs
 from .prefix import PrefixCache
+from .processes import Local
 from .store import Cell, Row, Store, facts, store_path, to_frame
 from .summary import until
 from .task import Task
@@ -279,14 +281,14 @@ def measure(self:Grid, key, cells):
 # %% ../../nbs/measure/09_sweeps.ipynb #6ee404e4
 @patch
 @contextmanager
-def disturbed(self:Grid, entry, name, draw, quiet):
+def disturbed(self:Grid, entry, name, draw, quiet, reuse=True):
     "Within, one draw of a disturbance acts on a model: a function from the level to the batches that it sees."
     if quiet:
         yield lambda level: self.batches
         return
     model, d = self.models[name], entry.disturbance
     seed = draw_seed(self.seed, draw) if entry.where is not None or entry.seeded else self.seed
-    prefix = self.prefix(entry, name)
+    prefix = self.prefix(entry, name) if reuse else None
     with d.drawn(model, entry.where, seed) as to, prefix or nullcontext():
         def at(level):
             to(level)
@@ -312,6 +314,35 @@ def inputs(self:Grid, entry, level, seed):
         found = entry.disturbance.at(level).batches(self.batches, seed)
         self.seen = key, Batches(found, self.cache_mb, self.task)
     return self.seen[1]
+
+# %% ../../nbs/measure/09_sweeps.ipynb #45b7badc
+@patch
+def probes(self:Grid, cells):
+    "A cell for each way in which this sweep computes, or [] where trying them would take a tenth of all that is left."
+    if self.batches.held is None: return []   # read anew each time, maybe by processes of the loader's own
+    found = {c[:5]: c for c in reversed(cells) if not self.entries[c[2:5]].quiet(c.level)}
+    batches = len({x.shape for x, _ in self.batches}) * 4 * len(found)   # each twice by one thread, and twice by all
+    return list(found.values()) if 10 * batches <= len(cells) * len(self.batches) else []
+
+@patch
+def outputs(self:Grid, cell):
+    "What the network of a cell says to one batch of each shape, and its scores: nothing is reused."
+    entry, found, seen = self.entries[cell[2:5]], [], set()
+    with torch.no_grad(), self.disturbed(entry, cell[:2], cell.draw, entry.quiet(cell.level), reuse=False) as to:
+        for x, y in to(cell.level):
+            if x.shape in seen: continue
+            seen.add(x.shape)
+            out = self.task.output(self.models[cell[:2]], x, y, f'model {cell[0]!r}')
+            meter = self.task.meter(self.classes, self.ignore_index)
+            meter.update(out, y)
+            values = torch.tensor([row[2] for row in meter.rows()], dtype=torch.float64)
+            found += [*tree_flatten(out)[0], values]
+    return [t for t in found if isinstance(t, torch.Tensor)]
+
+@patch
+def divide(self:Grid, n):
+    "The memory for what is kept is shared by `n` processes from now on."
+    self.kinds *= n
 
 # %% ../../nbs/measure/09_sweeps.ipynb #2b3725ff
 def run_grid(
@@ -340,7 +371,7 @@ def _measure_missing(grid, rows, on, progress):
     "All that is wanted, once; with `until` a few draws at a time, for as long as more are wanted."
     while missing := [c for c in wanted(grid, rows.cells) if c not in rows.cells]:
         grid.kinds = len({(c.where, c[:2]) for c in missing}) or 1
-        run_jobs(grid, groups_of(grid, missing), rows.add, on, progress, str, rows.path)
+        run_jobs(grid, groups_of(grid, missing), rows.add, Local() if on == 'local' else on, progress, str, rows.path)
 
 def _in_order(grid, cells):
     "Cells by model, disturbance, level and draw."
@@ -381,7 +412,9 @@ def sweep(
     store=None,  # path of a .csv or .parquet file that keeps the rows as they come; the same call resumes or extends
     progress: bool = True,  # show a progress bar with the remaining time
     cache_mb: int = 1024,  # batches are held in memory up to this size, and read anew for each cell beyond it
-    on='local',  # where it is measured: 'local', 'ray', a Ray address, or an `OnRay`; the rows are the same
+    # where it is measured: 'local' (this machine, in several processes where that helps), 'here' (this process), 'ray',
+    # a Ray address, an `OnRay` or `Processes`; the rows are the same
+    on='local',
 ) -> pd.DataFrame:  # tidy: a row for each model, disturbance, level, draw and score; see `Row`
     "Score every model under every disturbance at every level and draw; the models come out as they went in."
     models, entries, _ = check_models(models), entries_of(disturbances, levels, where), as_place(on)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from ..basics import check_share, check_whole
 from ..measure.card import Untouched
@@ -163,8 +162,9 @@ def _tried(run, disturbance, levels, clean, drop, chips, allowed, seed):
 def plot_tolerance(
     *found: Tolerance,  # one or more
     names=None,  # of each; None: what disturbed it
-) -> go.Figure:
+):  # plotly's Figure
     "Levels that were tried, from mild to strong: filled where proven, open where too many chips lost too much."
+    import plotly.graph_objects as go   # dear to import
     fig = go.Figure()
     for i, t in enumerate(found):
         d, name = t.trials, names[i] if names else t.disturbance.label

@@ -6,7 +6,8 @@ Docs: https://noisyseg.github.io/noisyseg/perturb/selectors.html.md"""
 
 # %% auto #0
 __all__ = ['conv_and_norm', 'conv_and_linear', 'kernels_and_scales', 'attention', 'embeddings', 'norms', 'Site', 'weight_sites',
-           'Selector', 'by_name', 'as_selector', 'Spared', 'unreachable', 'span', 'overlap', 'select']
+           'Selector', 'by_name', 'as_selector', 'Spared', 'unreachable', 'span', 'overlap', 'select', 'stages',
+           'named_weights']
 
 # %% ../../nbs/perturb/01_selectors.ipynb #45714f27
 import fnmatch, warnings, zlib
@@ -20,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from ..basics import check_whole, expect_module, plain_name, unwrapped
+from ..basics import check_share, check_whole, expect_module, plain_name, unwrapped
 
 # %% ../../nbs/perturb/01_selectors.ipynb #8f2de734
 class Site(NamedTuple):
@@ -328,3 +329,31 @@ def select(
                          f"{', '.join(kinds) or 'no layer at all'}. "
                          "Try kernels_and_scales, by_name('*') or a function (name, module, weight) -> bool")
     return sites
+
+# %% ../../nbs/perturb/01_selectors.ipynb #1b391379
+def _split(names, depth, limit):
+    "Groups of weight names by the first `depth` parts of their path; deeper where one has more than `limit`."
+    groups = {}
+    for n in names: groups.setdefault('.'.join(n.split('.')[:-1][:depth]), []).append(n)
+    for label, group in groups.items():
+        if len(group) > limit and any(n.count('.') > depth for n in group): yield from _split(group, depth + 1, limit)
+        else: yield label, group
+
+# %% ../../nbs/perturb/01_selectors.ipynb #af2c6973
+def stages(
+    model: nn.Module,  # any module
+    where=conv_and_norm,  # which weights to divide up
+    share: float = 0.3,  # a group with more than this share of the weight tensors is split into its submodules
+) -> dict[str, Selector]:  # module path -> its weights, in module order
+    "The weights of a model by stage: such as 'encoder.levels.0', …, 'decoder.0', …, 'heads'."
+    check_share('share', share)
+    names = [s.name for s in select(model, where)]
+    return {label or '(model)': named_weights(group, label) for label, group in _split(names, 1, share * len(names))}
+
+def named_weights(
+    names,  # of weights
+    label: str = '',  # what the selector is called
+) -> Selector:
+    "Exactly these weights."
+    names = frozenset(names)
+    return Selector(lambda name, module, weight: name in names, label or '(model)')

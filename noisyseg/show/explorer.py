@@ -26,8 +26,6 @@ from ..basics import write_atomic
 from ..data.corruptions import CORRUPTIONS, Corruption
 from ..data.files import distinct_palette, to_rgb
 from ..measure.evaluation import Batches
-from ..measure.sensitivity import stages
-from ..mend.tolerances import Tolerance
 from ..measure.metrics import valid_pixels
 from ..nets.adapter import class_names
 from ..perturb import activations, bit_flips, devices, passes  # noqa: F401  whose kinds are in the menu then
@@ -297,7 +295,9 @@ def _take_defaults(self:NoiseExplorer):
 # %% ../../nbs/show/06_explorer.ipynb #9fbb305f
 def _marks(tolerances, models):
     "Where the slider's track says how much each model stands."
-    given = {next(iter(models)): tolerances} if isinstance(tolerances, Tolerance) else dict(tolerances or {})
+    if not tolerances: return []
+    from noisyseg.mend.tolerances import Tolerance   # dear to import; whoever has one has done so
+    given = {next(iter(models)): tolerances} if isinstance(tolerances, Tolerance) else dict(tolerances)
     if odd := [k for k, t in given.items() if k not in models or not isinstance(t, Tolerance)]:
         raise ValueError(f"tolerances: expected a dict name of a model -> what tolerance(model, dl, …) found, with "
                          f"names from {', '.join(models)}; got {odd[0]!r}: {given[odd[0]]!r}")

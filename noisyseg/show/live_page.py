@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 import noisyseg
 from ..basics import unwrapped, write_atomic
 from ..data.datasets import scenes
-from ..data.files import to_rgb
+from ..data.files import read_image, to_rgb
 from ..measure.evaluation import untouched
 from ..nets.adapter import as_logits, logits_of
 from ..perturb.clone import perturbed
@@ -185,8 +184,7 @@ def picture_input(
     stats: tuple = None,  # (mean, std) for each channel, by which the network's pictures are normalised; None: [0, 1]
 ) -> torch.Tensor:  # (1, 3, height, width) float32
     "A picture as the live page gives it to the networks."
-    if not isinstance(picture, np.ndarray):
-        with Image.open(picture) as opened: picture = np.array(opened.convert('RGB'))
+    if not isinstance(picture, np.ndarray): picture = read_image(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"expected a file, or an array of uint8 (height, width, 3), got {picture.dtype} "
                          f"{picture.shape}")
