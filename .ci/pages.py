@@ -448,6 +448,14 @@ def to_markdown(text):
     return re.sub(r'(\]\(|\bhref=")(?![a-z]+:)([^)"#\s]+[.]ipynb)', lambda m: f'{m[1]}{page(m[2])}.md', text)
 
 
+def with_card(text):
+    "A page with the card of the site, where Quarto took a picture that has no address: one that stands in the page itself"
+    tag = r'<meta (?:property|name)="(?:og|twitter):image{}" content="[^"]*"[^>]*>\n?'
+    if not re.search(tag.format('').replace('[^"]*"[', '[^"]*data:[^"]*"[', 1), text): return text
+    text = re.sub(tag.format('[:-](?:alt|height|width)'), '', text)
+    return re.sub(r'((?:og|twitter):image" content=")[^"]*', rf'\g<1>{derive.settings["doc_url"]}/images/card.png', text)
+
+
 def build():
     "The site, in _docs"
     import nbdev.quarto
@@ -460,6 +468,8 @@ def build():
     finally: nbdev.quarto.proc_nbs = processed
     for p in (root/'_docs').rglob('*.html.md'):
         p.write_text(to_markdown(p.read_text(encoding='utf-8')), encoding='utf-8')
+    for p in (root/'_docs').rglob('*.html'):
+        p.write_text(with_card(p.read_text(encoding='utf-8')), encoding='utf-8')
     index = root/'_docs'/'search.json'
     entries = with_symbols(json.loads(index.read_text(encoding='utf-8')), symbols())
     index.write_text(json.dumps(entries), encoding='utf-8')
