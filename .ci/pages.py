@@ -239,8 +239,8 @@ class Shown(Processor):
     """Outputs as the site needs them.
 
     Quarto adds scripts from a foreign host to each page with an output of HTML; as HTML in markdown it comes without
-    them. Links to pages of the site become relative, so that a copy of it leads nowhere else; those that leave nbs/ (the
-    licence, the pinned versions) lead to where the code is, for the site has no such page."""
+    them. Links to pages of the site become relative, so that a copy of it leads nowhere else; those that leave nbs/
+    (the licence, the pinned versions) lead to where the code is, for the site has no such page."""
     folder = proc
 
     def begin(self): self.up = '../' * (len(below_nbs(self.nb).parts) - 1)
@@ -449,11 +449,12 @@ def to_markdown(text):
 
 
 def with_card(text):
-    "A page with the card of the site, where Quarto took a picture that has no address: one that stands in the page itself"
+    "A page with the card of the site, where Quarto took a picture without an address: one inside the page"
     tag = r'<meta (?:property|name)="(?:og|twitter):image{}" content="[^"]*"[^>]*>\n?'
     if not re.search(tag.format('').replace('[^"]*"[', '[^"]*data:[^"]*"[', 1), text): return text
     text = re.sub(tag.format('[:-](?:alt|height|width)'), '', text)
-    return re.sub(r'((?:og|twitter):image" content=")[^"]*', rf'\g<1>{derive.settings["doc_url"]}/images/card.png', text)
+    card = f'{derive.settings["doc_url"]}/images/card.png'
+    return re.sub(r'((?:og|twitter):image" content=")[^"]*', rf'\g<1>{card}', text)
 
 
 def build():
