@@ -111,6 +111,9 @@ def head(page):
     "What should stand in the head of a page, and does not"
     wanted = ['og:title', 'og:description', 'og:image', 'twitter:card', 'twitter:image']
     yield from (f'no {o}' for o in wanted if not page.meta.get(o))
+    if 'data:' in page.meta.get('og:image', ''):
+        yield 'the picture of its card has no address'
+        return
     image = place(page.meta.get('og:image', ''), page.address)
     if page.meta.get('og:image') and not page.meta['og:image'].startswith(HOME): yield 'og:image is no whole address'
     if image and not (page.path.parents[len(Path(page.address).parts) - 1]/image[0]).is_file():

@@ -240,8 +240,8 @@ class Shown(Processor):
     """Outputs as the site needs them.
 
     Quarto adds scripts from a foreign host to each page with an output of HTML; as HTML in markdown it comes without
-    them. Links to pages of the site become relative, so that a copy of it leads nowhere else; those that leave nbs/ (the
-    licence, the pinned versions) lead to where the code is, for the site has no such page."""
+    them. Links to pages of the site become relative, so that a copy of it leads nowhere else; those that leave nbs/
+    (the licence, the pinned versions) lead to where the code is, for the site has no such page."""
     folder = proc
 
     def begin(self): self.up = '../' * (len(below_nbs(self.nb).parts) - 1)
@@ -449,6 +449,15 @@ def to_markdown(text):
     return re.sub(r'(\]\(|\bhref=")(?![a-z]+:)([^)"#\s]+[.]ipynb)', lambda m: f'{m[1]}{page(m[2])}.md', text)
 
 
+def with_card(text):
+    "A page with the card of the site, where Quarto took a picture without an address: one inside the page"
+    tag = r'<meta (?:property|name)="(?:og|twitter):image{}" content="[^"]*"[^>]*>\n?'
+    if not re.search(tag.format('').replace('[^"]*"[', '[^"]*data:[^"]*"[', 1), text): return text
+    text = re.sub(tag.format('[:-](?:alt|height|width)'), '', text)
+    card = f'{derive.settings["doc_url"]}/images/card.png'
+    return re.sub(r'((?:og|twitter):image" content=")[^"]*', rf'\g<1>{card}', text)
+
+
 def build():
     "The site, in _docs"
     import nbdev.quarto
@@ -461,6 +470,8 @@ def build():
     finally: nbdev.quarto.proc_nbs = processed
     for p in (root/'_docs').rglob('*.html.md'):
         p.write_text(to_markdown(p.read_text(encoding='utf-8')), encoding='utf-8')
+    for p in (root/'_docs').rglob('*.html'):
+        p.write_text(with_card(p.read_text(encoding='utf-8')), encoding='utf-8')
     index = root/'_docs'/'search.json'
     entries = with_symbols(json.loads(index.read_text(encoding='utf-8')), symbols())
     index.write_text(json.dumps(entries), encoding='utf-8')

@@ -119,8 +119,8 @@ known = {
     '': 'project format execute website',
     'project': 'title type render execute-dir output-dir lib-dir resources brand preview pre-render post-render',
     'format': 'html commonmark',
-    'format.html': 'theme css toc toc-depth code-copy code-tools include-in-header include-before-body '
-                   'include-after-body format-links canonical-url html-math-method '
+    'format.html': 'theme css keep-md toc toc-depth toc-expand code-copy code-tools include-in-header '
+                   'include-before-body include-after-body format-links canonical-url html-math-method '
                    'respect-user-color-scheme link-external-newwindow lightbox',
     'format.html.theme': 'light dark',
     'format.html.format-links': 'format text icon',
@@ -433,7 +433,7 @@ def unmatched(cfg, folder):
     is_there = lambda pattern: any(p.is_file() and not p.is_symlink()
                                    for p in folder.glob(pattern.replace('**', '**/*')))
     return [o for o in cfg['project']['resources'] if not is_there(o)] + [o for o in named_files(cfg)
-            if not (folder/o).is_file()]
+            if not (folder/o.removeprefix('/')).is_file()]
 
 
 def test_resources(processed):

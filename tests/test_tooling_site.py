@@ -216,6 +216,7 @@ def test_a_small_site_is_in_order(small): assert small() == []
     (dict(body='x' * 1_600_000), 'weighs 1.60 MB'),
     (dict(body='<img src="large.bin">'), 'weighs 2.00 MB'),
     (dict(cut='<meta name="twitter:card" content="summary">'), 'no twitter:card'),
+    (dict(more='<meta property="og:image" content="x/data:image/png;base64,">'), 'card has no address'),
     (dict(cut='rel="canonical"'), 'no canonical address'),
     (dict(cut='rel="icon"'), 'no icon')], ids=lambda o: o if isinstance(o, str) else '')
 def test_faults_of_a_site_are_found(small, fault, said):
@@ -246,6 +247,16 @@ def test_pages_come_as_markdown_too():
     assert cfg['html']['format-links'][0] == 'html', 'or the link to it is there twice'
     text = 'A [law](../perturb/03_disturbance.ipynb#law), [here](https://example.org/x.ipynb)'
     assert pages.to_markdown(text) == text.replace('03_disturbance.ipynb', 'disturbance.html.md')
+
+
+def test_card_of_a_page_with_a_picture_inside():
+    "A picture without an address is no picture of a card; the site has one for all pages"
+    image = '<meta property="og:image" content="{}">'
+    there, card = image.format('https://example.org/x.png'), f'{derive.settings["doc_url"]}/images/card.png'
+    assert pages.with_card(there) == there
+    inside = image.format('https://example.org/show/data:image/png;base64,abc')
+    assert pages.with_card(inside + '<meta property="og:image:width" content="64">') == image.format(card)
+    assert yaml.safe_load((root/'_quarto.yml').read_text())['website']['image'].startswith('/')
 
 
 def test_search_finds_a_name_first():
