@@ -448,7 +448,8 @@ def _manifest(explorer, laws, networks):
     normal = dict(zip(('mean', 'std'), map(spread, stats))) if x.shape[1] == 3 else None
     return dict(made=dict(noisyseg=noisyseg.__version__, torch=torch.__version__), state=state, disturbances=shown,
                 info={**explorer.info, 'disturbances': [], 'corruptions': [], 'groups': [], 'layers': layers},
-                size=list(x.shape[2:]), channels=x.shape[1], stats=normal, check=dict(state=state, logits=logits, tolerance=1e-4))
+                size=list(x.shape[2:]), channels=x.shape[1], stats=normal,
+                check=dict(state=state, logits=logits, tolerance=1e-4))
 
 # %% ../../nbs/show/10_live_page.ipynb #bbaf1496
 def _pictures_of(explorer, folder, title, address):
