@@ -18,6 +18,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 PLOTLY, PNG = 'application/vnd.plotly.v1+json', 'image/png'
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 EDITION = 1                            # another number draws all anew
 WIDTH, HEIGHT = 760, 420               # of figures that do not say how large they are, in CSS pixels
 SCALE = 1.5                            # pixels of the picture for each CSS pixel
@@ -113,10 +114,18 @@ def is_idle(output):
 
 
 def tidy(nb):
-    "Drop what shows nothing, and the HTML beside figures: it holds them again, and asks a foreign host for plotly.js"
+    """Drop what shows nothing; the HTML beside figures, which holds them again and asks a foreign host for plotly.js;
+    and widgets that have a picture: their kernel is gone, and JupyterLab would say so in place of the picture"""
     for cell in nb['cells']:
         if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if not is_idle(o)]
+        for o in cell.get('outputs', []):
+            if PNG in o.get('data', {}): o['data'].pop(WIDGET, None)
     for o in figures(nb): o.pop('text/html', None)
+
+
+def pictureless(nb):
+    "Outputs that only a running kernel can show"
+    return [o for cell in nb['cells'] for o in cell.get('outputs', []) if WIDGET in o.get('data', {})]
 
 
 def fill(path, paint):

@@ -5,6 +5,7 @@ none is on the page."""
 import argparse
 from pathlib import Path
 
+import derive
 import torch
 
 from noisyseg.data.files import distinct_palette
@@ -15,6 +16,7 @@ from noisyseg.show.live_page import demo_page, export_explorer, picture_input
 from noisyseg.train.checkpoints import load_model, read_card
 
 root = Path(__file__).parents[1]
+HOME = derive.settings['doc_url'] + '/live/'
 NETWORKS = {'clean-trained': 'small-clean-0', 'noise-trained': 'small-middle-0'}
 PICTURES = ('cat', 'astronaut')
 # where sliders end, for there all is lost
@@ -33,11 +35,11 @@ models = {k: load_model(f'nbs/studies/voc_weight_noise/{v}.safetensors') for k, 
 images = torch.cat([picture_input(f'nbs/live/{name}.png', lite0_stats) for name in ('cat', 'astronaut')])"""
 
 
-def photo_page(folder, **kwargs):
+def photo_page(folder, networks=NETWORKS, **kwargs):
     "The page with photographs; gives the bytes of the first load"
-    files = {name: root/'nbs'/'studies'/'voc_weight_noise'/f'{stem}.safetensors' for name, stem in NETWORKS.items()}
+    files = {name: root/'nbs'/'studies'/'voc_weight_noise'/f'{stem}.safetensors' for name, stem in networks.items()}
     images = torch.cat([picture_input(root/'nbs'/'live'/f'{name}.png', lite0_stats) for name in PICTURES])
-    classes = read_card(files['clean-trained'])['classes']
+    classes = read_card(next(iter(files.values())))['classes']
     return export_explorer({name: load_model(f) for name, f in files.items()}, images, folder, LAWS, classes=classes,
                            palette=distinct_palette(len(classes)), stats=lite0_stats, tops=TOPS,
                            title='Watch the cat dissolve', about=ABOUT, python=SETUP, **kwargs)
@@ -46,8 +48,9 @@ def photo_page(folder, **kwargs):
 def pages(folder, ort=None, **kwargs):
     "Both pages, which share the engine; gives the bytes of each one's first load"
     folder = Path(folder)
-    scenes = demo_page(folder, ort, beside={'Photographs': 'photos/index.html'})
-    photos = photo_page(folder/'photos', engine='../ort', beside={'Scenes': '../index.html'}, **kwargs)
+    scenes = demo_page(folder, ort, beside={'Photographs': 'photos/index.html'}, address=HOME)
+    photos = photo_page(folder/'photos', engine='../ort', beside={'Scenes': '../index.html'}, address=f'{HOME}photos/',
+                        **kwargs)
     return scenes, photos
 
 

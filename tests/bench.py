@@ -31,6 +31,7 @@ JOBS = [  # group, module and function that yields its rows; whether in quick mo
     ('branches', 'bench_decoder:branches', True), ('step', 'bench_training:step', True),
         ('sweeps', 'bench_sweeps:sweeps', True),
     ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True),
+        ('explorer', 'bench_live:slider', False),
         ('peers', 'bench_peers:peers', True)]
 PATIENCE = {False: 285, True: 9 * 3600}   # seconds for all jobs, quick or full: a quick run ends within five minutes
 GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))

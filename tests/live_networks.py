@@ -18,6 +18,7 @@ from test_live import Live, Transformer, warmed
 from noisyseg.nets.adapter import logits_of
 from noisyseg.nets.deeplab import deeplabv3plus
 from noisyseg.nets.edgenets import dicenet, espnetv2
+from noisyseg.nets.segformer import segformer_tiny
 from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.counter import CounterGenerator
@@ -28,7 +29,7 @@ from noisyseg.show.live_page import export_explorer, fetch_engine, halved
 law = MaxGaussian(0.05)
 NETWORKS = {'UNet3+': lambda: unet3plus_tiny(N), 'DeepLabV3+': lambda: deeplabv3plus(N),
             'ESPNetv2': lambda: espnetv2(N), 'DiCENet': lambda: dicenet(N),
-            'transformer': lambda: Transformer(N, SIZE), **FOREIGN}
+            'SegFormer': lambda: segformer_tiny(N), 'transformer': lambda: Transformer(N, SIZE), **FOREIGN}
 
 
 def attempt(net, x, engine, folder):

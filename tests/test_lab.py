@@ -152,6 +152,41 @@ def problems(cells):
         if c['execution_count'] is None: yield f'not run:\n{text(c)}'
 
 
+NAMED = {'button', 'checkbox', 'combobox', 'DisclosureTriangle', 'img', 'image', 'link', 'listbox', 'ProgressIndicator',
+         'slider', 'spinbutton', 'textbox'}
+
+
+def nameless(page, selector='body'):
+    "Roles of controls and pictures below `selector` that have no name in the accessibility tree"
+    session = page.context.new_cdp_session(page)
+    top = session.send('DOM.getDocument')['root']['nodeId']
+    node = session.send('DOM.querySelector', dict(nodeId=top, selector=selector))['nodeId']
+    found = [n for n in session.send('Accessibility.queryAXTree', dict(nodeId=node))['nodes'] if not n['ignored']]
+    value = lambda n, key: n.get(key, {}).get('value', '')
+    seen = [n for n in found if value(n, 'role') in NAMED]
+    assert len(seen) > 5, 'there should be controls'
+    return [value(n, 'role') for n in seen if not value(n, 'name').strip()]
+
+
+def unreachable(page, selector='body'):
+    "Controls below `selector` that the Tab key does not reach, or that do not show it"
+    page.evaluate('document.activeElement?.blur()')        # Tab goes on from where the focus was, and round
+    dim = []
+    for _ in range(300):
+        page.keyboard.press('Tab')
+        at = page.evaluate("""() => { const e = document.activeElement
+            if (!e || e === document.body) return ['the page itself', true]
+            if (e.dataset.reached) return null
+            e.dataset.reached = 1
+            const s = getComputedStyle(e)
+            return [e.outerHTML.slice(0, 90), s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) > 1] }""")
+        if at is None: break
+        if not at[1]: dim.append(at[0])
+    return dim + page.evaluate("""s => [...document.querySelector(s).querySelectorAll(
+        'button, input, select, summary, a[href]')].filter(e => e.checkVisibility() && !e.disabled)
+        .filter(e => !e.dataset.reached).map(e => e.outerHTML.slice(0, 90))""", selector)
+
+
 def ours(complaints):
     "Complaints of the browser that are not about files that JupyterLab or the network did not deliver"
     return [o for o in complaints if not re.search(r'Failed to load resource|net::ERR_|cdn\.plot\.ly', o)]
@@ -170,10 +205,13 @@ def lab(in_jupyterlab, request):
 
 
 @contextmanager
-def served(folder):
-    "A plain file server"
+def served(folder, headers=()):
+    "A plain file server, which says `headers` (name, value) with each file"
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
+        def end_headers(self):
+            for name, value in headers: self.send_header(name, value)
+            super().end_headers()
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try: yield f'http://127.0.0.1:{server.server_port}'

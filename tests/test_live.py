@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import root
 from PIL import Image
-from test_lab import browser_page, browser_path, served
+from test_lab import browser_page, browser_path, nameless, served, unreachable
 from torch import nn
 
 from noisyseg.nets.adapter import logits_of, to_classes
@@ -113,9 +113,9 @@ class Live:
 
 
 @contextmanager
-def opened(folder, tmp_path, hash='', prepare=None, page='index.html'):
+def opened(folder, tmp_path, hash='', prepare=None, page='index.html', headers=()):
     address = page
-    with served(folder) as url, browser_page(tmp_path/'profile') as page:
+    with served(folder, headers) as url, browser_page(tmp_path/'profile') as page:
         if prepare: page.add_init_script(prepare)
         try:
             live = Live(page, f'{url}/{address}{hash}')
@@ -318,13 +318,34 @@ def test_the_page(site, tmp_path):
         assert page.get_attribute('.thumb[aria-pressed=true]', 'aria-label') == 'sample 6'
 
         own_pictures(live, tmp_path)
-        unnamed = page.evaluate('''() => [...document.querySelectorAll('button, input, select, progress')]
-            .filter(e => !(e.getAttribute('aria-label') || e.textContent.trim())).length''')
-        assert not unnamed
-        for width in 1400, 700, 390:
+        page.get_by_role('button', name='more').click()
+        assert not nameless(page)
+        assert not unreachable(page)
+        live.wait("document.querySelector('.said').textContent.includes('mIoU')")
+        for width in 1400, 700, 375:
             page.set_viewport_size(dict(width=width, height=900))
             assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
         assert live.asked[loaded:] == [] and not page.complaints     # once loaded it asks for nothing
+
+
+def test_an_isolated_page_uses_threads(site, tmp_path):
+    "Where a server isolates the page, each network's worker has several threads, and says the same"
+    headers = (('Cross-Origin-Opener-Policy', 'same-origin'), ('Cross-Origin-Embedder-Policy', 'require-corp'))
+    cores = "Object.defineProperty(navigator, 'hardwareConcurrency', {get: () => 6})"
+    said = []
+    for given, threads in ((), 1), (headers, 3):
+        with opened(site, tmp_path/str(threads), prepare=cores, headers=given) as live:
+            assert live.js('[live.networks.workers.length, live.networks.threads]') == [2, threads]
+            said.append(live.logits(level=.2, seed=5))
+    for one, three in zip(*said): torch.testing.assert_close(one, three, rtol=0, atol=1e-5 * one.abs().max().item())
+
+
+def test_what_the_page_says_of_itself(site):
+    "Without JavaScript a picture; where it is shared, only with an address, a card"
+    text = (site/'index.html').read_text()
+    assert '<noscript>' in text and 'og:title' in text and 'lang="en"' in text and '{{' not in text
+    assert 'og:image' not in text and 'canonical' not in text and not (site/'card.png').exists()
+    with Image.open(site/'still.png') as still: assert still.width > 700
 
 
 @pytest.mark.timeout(240)
@@ -336,7 +357,10 @@ def test_photographs(engine, tmp_path, monkeypatch):
     folder = tmp_path/'site'
     _place_engine(engine, folder, webgpu=False)
     args = dict(engine='../ort', beside={'Scenes': '../index.html'}, webgpu=False, gallery=0)
-    assert photo_page(folder/'photos', **args) < 9e6
+    home = 'https://you.example/live/photos/'
+    assert photo_page(folder/'photos', address=home, **args) < 9e6
+    text = (folder/'photos'/'index.html').read_text()
+    assert f'href="{home}"' in text and f'content="{home}card.png"' in text and (folder/'photos'/'card.png').is_file()
     assert max(p.stat().st_size for p in (folder/'photos').glob('network*')) < 4e6
     with opened(folder, tmp_path, page='photos/index.html') as live:
         live.settle()

@@ -24,6 +24,7 @@ def test_figures_have_pictures(path):
     kept = copy.deepcopy(nb)
     figures.tidy(kept)
     assert kept == nb, 'run `make export`'
+    assert not figures.pictureless(nb), 'a widget without a picture: GitHub shows nothing of it'
     for o in figures.figures(nb):
         assert len(o[figures.PNG]) < 150_000
         picture = Image.open(io.BytesIO(base64.b64decode(o[figures.PNG])))
@@ -78,6 +79,17 @@ def test_a_figure_is_drawn_once(plot, tmp_path):
     next(figures.figures(nb))[figures.PLOTLY]['data'][0]['y'] = [3, 2, 1]
     path.write_text(json.dumps(nb))
     with pytest.raises(SystemExit, match='Chromium'): figures.fill(path, figures.no_paint)
+
+
+def test_a_widget_leaves_its_picture(plot):
+    "A widget with a picture is saved as the picture; one without is seen by the test above"
+    nb = notebook(plot)
+    view = {figures.WIDGET: dict(model_id='1')}
+    for data in {**view, figures.PNG: 'iVBO', 'text/plain': 'NoiseExplorer()'}, {**view, 'text/plain': 'Button()'}:
+        nb['cells'][0]['outputs'].append(dict(output_type='display_data', metadata={}, data=data))
+    figures.tidy(nb)
+    shown, alone = nb['cells'][0]['outputs'][-2:]
+    assert set(shown['data']) == {figures.PNG, 'text/plain'} and figures.pictureless(nb) == [alone]
 
 
 def test_missing_pictures_are_seen(plot):

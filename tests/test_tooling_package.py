@@ -280,7 +280,8 @@ def test_wheel_holds_the_package(built):
     assert {f'noisyseg/{m.replace(".", "/")}.py' for m in own} <= set(names)
     assert {o.split('/')[0] for o in names} == {'noisyseg', f'noisyseg-{cfg["version"]}.dist-info'}
     assert all(any(o.endswith(f'licenses/{name}') for o in names) for name in ('LICENSE', 'NOTICE'))
-    assert {f'noisyseg/show/{o}' for o in ('explorer.js', 'live.js', 'live_worker.js', 'noise.js', 'live.html',
+    assert {f'noisyseg/show/{o}' for o in ('explorer.js', 'live.js', 'live_worker.js', 'live_files.js', 'noise.js',
+                                           'live.html',
                                            'models/scenes_clean.safetensors',
                                            'models/scenes_noise_trained.json')} <= set(names)
     assert {f'noisyseg/perturb/profiles/{o}.json' for o in ('pcm', 'rram', 'low_voltage_sram')} <= set(names)

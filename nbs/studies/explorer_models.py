@@ -45,7 +45,8 @@ def gallery():
     explorer = NoiseExplorer(disturbance=MaxGaussian(0.15))
     layers = [name for name in explorer.info['layers'] if name.endswith('conv.weight')]
     print(explorer.to_site(FOLDER.parents[2]/'nbs'/'explorer', samples=range(6), seeds=(0, 1, 2),
-                           layers=[layers[0], layers[-1]]), 'bytes')
+                           layers=[layers[0], layers[-1]], address='https://noisyseg.github.io/noisyseg/explorer/'),
+          'bytes')
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -8,13 +8,15 @@ Docs: https://noisyseg.github.io/noisyseg/show/card.html.md"""
 __all__ = ['FAINT', 'GREY', 'plot_card']
 
 # %% ../../nbs/show/04_card.ipynb #a5be8573
+import textwrap
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..measure.card import Untouched, card_summary, card_table
 from ..measure.summary import interruption, kind_of
-from .pictures import INK, noisyseg_template
+from .pictures import INK, LINE_HEIGHT, noisyseg_template, subtitle
 
 # %% ../../nbs/show/04_card.ipynb #97b03e2a
 def _panel(s, models):
@@ -35,7 +37,12 @@ def _ticks(df, label, levels):
     if label == Untouched.label: return [''] * len(levels)
     law = df.loc[df['disturbance'] == label, 'law'].iloc[0]
     kind = kind_of(label, law, df.attrs.get('disturbances'))
-    return [kind.amount(l) if kind.log else f'{l:g}'.replace('0.', '.') for l in levels]
+    # 'rate = 0.001' is wider than a column
+    return [kind.amount(l).rpartition('= ')[2] if kind.log else f'{l:g}'.replace('0.', '.') for l in levels]
+
+def _stacked(name):
+    "A name in lines as wide as two columns."
+    return '<br>'.join(textwrap.wrap(name, 11, break_long_words=False, break_on_hyphens=False))
 
 # %% ../../nbs/show/04_card.ipynb #430ce05c
 # cells have a colour of their own, so that their numbers are read on dark pages, too
@@ -54,7 +61,7 @@ def plot_card(
     panels = list(dict.fromkeys(s['disturbance']))
     extra = [c for c in table if c[0] in ('mCE', 'training cost')]
     sizes = [max(s[s['disturbance'] == p]['level'].nunique(), 1.2) for p in panels] + [1.6] * len(extra)
-    names = [p.replace(' ', '<br>') for p in panels] + [c[0].replace(' ', '<br>') for c in extra]
+    names = [*map(_stacked, panels), *(_stacked(c[0]) for c in extra)]
     fig = make_subplots(1, len(names), shared_yaxes=True, column_widths=sizes, horizontal_spacing=0.012,
                         subplot_titles=names)
     top = max(100 * s['lost'].max(), 1)
@@ -74,20 +81,28 @@ def plot_card(
     return _dressed(fig, df, metric, unit, title, top, len(models))
 
 # %% ../../nbs/show/04_card.ipynb #c7110cfb
-def _cut(df): return f' · interrupted after {interruption(df)}' if interruption(df) else ''
+def _below(df, unit):
+    "What stands below the title of a card."
+    told = ["colour: points below the model's own clean score",
+            f"on hover: 95 % interval over {'noise draws' if unit == 'draw' else 'training seeds'}"]
+    if df['cost'].isna().any(): told.append('?: unknown')
+    if interruption(df): told.append(f'interrupted after {interruption(df)}')
+    return subtitle(*told)
 
 # %% ../../nbs/show/04_card.ipynb #afcded1a
 def _dressed(fig, df, metric, unit, title, top, n):
     "Title, colours and size of a card of `n` models."
-    told = (f"colour: points below the model's own clean score; on hover: 95 % interval over "
-            f"{'noise draws' if unit == 'draw' else 'training seeds'}")
-    fig.update_layout(template=noisyseg_template, height=190 + 30 * n, hovermode='closest',
-                      margin=dict(l=40, r=10, t=130, b=40),
+    below = _below(df, unit)
+    more = LINE_HEIGHT * below.count('<br>')
+    bar = dict(title=dict(text='points<br>lost', font_size=12), thickness=10)
+    # beside few rows there is no room for many numbers
+    if n < 4: bar |= dict(tickvals=[0, top], ticktext=['0', f'{top:.0f}'])
+    fig.update_layout(template=noisyseg_template, height=190 + more + 30 * n, hovermode='closest',
+                      margin=dict(l=40, r=10, t=130 + more, b=40),
                       title=dict(text=f'Robustness card: {metric} (%)' if title is None else title,
-                                 subtitle=dict(text=told + (' · ?: unknown' if df['cost'].isna().any() else '')
-                                               + _cut(df))),
+                                 subtitle=dict(text=below)),
                       coloraxis=dict(cmin=0, cmax=top, colorscale=[[0, FAINT], [0.5, '#f1ca73'], [1, '#d96e19']],
-                                     colorbar=dict(title=dict(text='points<br>lost', font_size=12), thickness=10)))
+                                     colorbar=bar))
     fig.update_xaxes(type='category', showgrid=False, ticks='', title=None,
                      tickangle=0).update_yaxes(autorange='reversed', showgrid=False)
     return fig.update_annotations(font=dict(size=12, color=INK), yshift=4)

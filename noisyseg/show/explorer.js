@@ -31,6 +31,7 @@ const css = `
 .nse button { cursor: pointer } .nse button:hover { background: var(--tint) }
 .nse button[aria-pressed=true] { background: var(--tint); border-color: var(--soft) }
 .nse :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+.nse:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; border-radius: 4px }
 .nse input[type=range] { accent-color: var(--accent); margin: 0; vertical-align: middle }
 .nse .level { display: flex; align-items: center; gap: 10px; margin: 2px 0 8px;
   flex-wrap: wrap } .nse .level input[type=range] { width: 100%; height: 26px; cursor: grab }
@@ -73,7 +74,7 @@ const css = `
   overflow: hidden }
 .nse .chip i { width: 12px; height: 12px; border-radius: 3px; flex: none; border: 1px solid var(--line) }
 .nse .chip[aria-pressed=false] { opacity: .38; text-decoration: line-through; background: none }
-.nse .only { border: none; padding: 0 4px; height: 20px; color: var(--soft); opacity: .55;
+.nse .only { border: none; padding: 0 4px; height: 20px; color: var(--soft); opacity: .85;
   font-size: 12px } .nse .only:hover, .nse .only:focus-visible { opacity: 1 }
 .nse .bars { display: grid; gap: 2px } .nse .bars span { display: block; height: 7px; background: var(--tint);
   border-radius: 3px; overflow: hidden }
@@ -89,10 +90,16 @@ const css = `
   padding: 6px 10px; margin-bottom: 8px; border-radius: 0 6px 6px 0 }
 .nse.failed .error { display: block } .nse.failed .panels, .nse.failed .under { opacity: .4 }
 .nse .about { color: var(--soft); max-width: 80ch;
-  margin: 0 0 6px } .nse .keys { color: var(--soft) } .nse kbd { border: 1px solid var(--line); border-radius: 4px;
+  margin: 0 0 6px } .nse .keys { color: var(--soft); display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 8px 0 }
+.nse kbd { border: 1px solid var(--line); border-radius: 4px;
   padding: 0 4px; font: 12px ui-monospace, monospace }
-@media (max-width: 640px) { .nse .panels { grid-template-columns: repeat(2,
-  minmax(0, 1fr)) !important } .nse .under { grid-template-columns: minmax(0, 1fr) } }`
+.nse .said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.nse { container-type: inline-size; position: relative }
+@container (max-width: 640px) {
+  .nse .panels { grid-template-columns: repeat(2, minmax(0, 1fr)) !important }
+  .nse .panels figure { order: var(--narrow) } .nse .under { grid-template-columns: minmax(0, 1fr) }
+  .nse .level { gap: 6px } .nse .level input[type=number] { width: 68px } .nse .level .unit { min-width: 0; flex: 1 }
+  .nse .track { flex-basis: 100%; order: 1 } }`
 
 // ---------------------------------------------------------------- small helpers
 
@@ -330,6 +337,7 @@ export class Explorer {
   close() {
     this.closed = true
     clearTimeout(this.idle)
+    clearTimeout(this.saying)
     this.scheme.removeEventListener('change', this.onScheme)
     this.unlisten(); this.resizer.disconnect(); this.themes.disconnect(); this.host.close?.()
     this.el.replaceChildren()
@@ -350,13 +358,14 @@ export class Explorer {
     this.el.tabIndex = 0
     this.el.classList.add('nse')
     this.el.setAttribute('data-lm-suppress-shortcuts', 'true')   // or JupyterLab takes M and R for itself
+    this.el.setAttribute('role', 'group')
     this.el.setAttribute('aria-label', 'noise explorer')
     this.el.addEventListener('keydown', e => this.key(e))
     this.slider = tag('input', {type: 'range', 'aria-label': 'noise level',
-      title: 'how much: drag, or use the arrow keys', oninput: e => this.setLevel(this.kind.log
+      title: 'How much of it: drag, or use the arrow keys.', oninput: e => this.setLevel(this.kind.log
         ? levelAt(this.kind, +e.target.value) : +e.target.value)})
     this.number = tag('input', {type: 'number', 'aria-label': 'noise level, as a number',
-      title: 'the same as a number', min: 0, onchange: e => this.setLevel(+e.target.value)})
+      title: 'The same as a number.', min: 0, onchange: e => this.setLevel(+e.target.value)})
     this.levelName = tag('b')
     this.unit = tag('span', {class: 'unit'})
     this.error = tag('div', {class: 'error', role: 'alert'})
@@ -367,11 +376,15 @@ export class Explorer {
     const wrongs = models.map((m, i) => new Panel('wrong', this.view, MODEL_COLOURS[i % MODEL_COLOURS.length]))
     Object.assign(this.panels, {masks, wrongs})
     this.all = [this.panels.image, ...masks, truth, ...wrongs]
+    // where there is room for two columns only: image and truth, then each model with what is wrong in it
+    const narrow = [this.panels.image, truth, ...masks.flatMap((m, i) => [m, wrongs[i]])]
+    narrow.forEach((p, i) => p.figure.style.setProperty('--narrow', i))
     const grid = tag('div',
       {class: 'panels', style: `grid-template-columns: repeat(${models.length + 1}, minmax(0, 1fr))`},
       ...this.all.map(p => p.figure))
     this.all.forEach(p => this.listen(p))
     this.hover = tag('div', {class: 'hover', 'aria-live': 'off'})
+    this.said = tag('div', {class: 'said', role: 'status'})      // read aloud once the hand rests
     this.legend = tag('div', {class: 'legend'})
     this.curve = new Curve(models, v => this.setLevel(this.kind.step ? Math.round(v / this.kind.step) * this.kind.step
       : v))
@@ -382,9 +395,11 @@ export class Explorer {
       onchange: e => this.set({layer: e.target.value})},
       ...info.layers.map(l => tag('option', {value: l}, l)))
     this.rows = classes.map((name, c) => {
-      const chip = tag('button', {class: 'chip', title: 'show or hide this class', onclick: () => this.toggleClass(c)},
+      const chip = tag('button', {class: 'chip', title: 'Show or hide this class in the masks.',
+        onclick: () => this.toggleClass(c)},
         tag('i', {style: `background:${css_rgb(palette[c])}`}), name)
-      const only = tag('button', {class: 'only', 'aria-label': `show only ${name}`, onclick: () => this.solo(c)},
+      const only = tag('button', {class: 'only', 'aria-label': `show only ${name}`,
+        title: 'Show this class alone; press again for all.', onclick: () => this.solo(c)},
         'only')
       const bars = models.map((m, i) => tag('i', {style: `background:${MODEL_COLOURS[i % MODEL_COLOURS.length]}`}))
       return {chip, only, bars, box: tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b)))}
@@ -396,7 +411,7 @@ export class Explorer {
     this.track = tag('span', {class: 'track'}, this.slider)
     this.el.replaceChildren(tag('style', {}, css), tag('div', {class: 'level'}, this.levelName, this.track,
       this.number, this.unit, this.draw = this.drawControl()), this.first(), this.error,
-      grid, this.legend, this.hover, under)
+      grid, this.legend, this.hover, this.said, under)
   }
 
   drawControl() {
@@ -405,17 +420,18 @@ export class Explorer {
       'new draw'))
   }
   first() {                                                  // what one needs at first, and the rest under "more"
-    const {info} = this.host, button = (text, label, f) => tag('button',
-      {'aria-label': label, title: label, onclick: f}, text)
+    const {info} = this.host, button = (text, label, title, f) => tag('button',
+      {'aria-label': label, title, onclick: f}, text)
     this.sample = tag('span',
       {style: 'min-width:52px;text-align:center;font-variant-numeric:tabular-nums;color:var(--ink)'})
-    const sample = tag('span', {class: 'group'}, 'sample', button('‹', 'previous sample ([)', () => this.step(-1)),
-      this.sample, button('›', 'next sample (])', () => this.step(1)))
+    const sample = tag('span', {class: 'group'}, 'sample',
+      button('‹', 'previous sample ([)', 'The picture before (key [).', () => this.step(-1)),
+      this.sample, button('›', 'next sample (])', 'The next picture (key ]).', () => this.step(1)))
     const rest = this.rest = tag('div', {hidden: true}, this.controls(), this.mending(),
       info.layers.length ? tag('h4', {}, 'weights of ', this.layer, ', before (grey) and with the noise') : null,
         this.histogram, this.keys())
     const more = tag('button', {class: 'more', 'aria-expanded': 'false',
-      title: 'other kinds of noise, layers, corruptions of the picture, saving', onclick: () => {
+      title: 'Other kinds of noise, which layers, the seed of the draw, and saving.', onclick: () => {
       rest.hidden = !rest.hidden
       more.setAttribute('aria-expanded', !rest.hidden)
       more.textContent = rest.hidden ? 'more ▾' : 'less ▴'
@@ -456,13 +472,13 @@ export class Explorer {
     const known = [['← →', 'level'], ['[ ]', 'sample'], ['M', 'mask on, off'], ['R', 'new draw'],
       ...(this.groups.length ? [['S', 'stability']] : []),
       ...(this.host.info.corruptions?.length ? [['C', 'next corruption'], ['1 … 5', 'its severity']] : [])]
-    return tag('div', {class: 'keys', style: 'margin-top:8px'}, ...known.flatMap(([k, what]) => [tag('kbd', {}, k),
-      ` ${what}   `]), 'wheel: zoom, drag: pan, double click: whole picture')
+    return tag('div', {class: 'keys'}, ...known.map(([k, what]) => tag('span', {}, tag('kbd', {}, k), ` ${what}`)),
+      tag('span', {}, 'wheel: zoom'), tag('span', {}, 'drag: pan'), tag('span', {}, 'double click: whole picture'))
   }
 
   controls() {
-    const {info} = this.host, button = (text, label, f) => tag('button',
-      {'aria-label': label, title: label, onclick: f}, text)
+    const {info} = this.host, button = (text, label, title, f) => tag('button',
+      {'aria-label': label, title, onclick: f}, text)
     const label = (text, title, ...rest) => tag('label', {title}, text, ...rest)
     this.kindSelect = tag('select', {'aria-label': 'what disturbs the network',
       onchange: e => this.setKind(e.target.value)}, ...info.disturbances.map(d => tag('option', {value: d.id}, d.id)))
@@ -480,17 +496,18 @@ export class Explorer {
       {class: 'group', title: 'The number that fixes the draw: the same number is the same noise.'}, 'seed',
       this.seed, this.lock)
     this.opacity = tag('input', {type: 'range', min: 0, max: 1, step: .05, 'aria-label': 'opacity of the masks',
-      title: 'how much the masks cover the picture', style: 'width:84px',
+      title: 'How much the masks cover the picture.', style: 'width:84px',
       oninput: e => this.set({opacity: +e.target.value})})
-    this.mask = tag('button', {'aria-label': 'masks on or off (M)', title: 'masks on or off (M)',
+    this.mask = tag('button', {'aria-label': 'masks on or off (M)', title: 'Show or hide the masks (key M).',
       onclick: () => this.set({mask: !this.host.state.mask})}, 'mask')
     const offered = info.corruptions || [], families = [...new Set(offered.map(c => c.family))]
     this.corruption = tag('select', {'aria-label': 'corruption of the picture',
-      title: 'corruption of the picture (C)', onchange: e => this.set({corruption: e.target.value || null})},
+      title: 'What camera or weather do to the picture (key C: the next).',
+      onchange: e => this.set({corruption: e.target.value || null})},
       tag('option', {value: ''}, 'none'), ...families.map(f => tag('optgroup', {label: f},
         ...offered.filter(c => c.family === f).map(c => tag('option', {value: c.name}, words(c.name))))))
     this.severity = tag('input', {type: 'range', min: 1, max: 5, step: 1, 'aria-label': 'severity of the corruption',
-      title: 'severity (1 to 5)', style: 'width:64px',
+      title: 'How strong it is (keys 1 to 5).', style: 'width:64px',
       oninput: e => this.set({severity: +e.target.value})})
     this.severityText = tag('span', {class: 'severity', style: 'min-width:1ch'})
     return tag('div', {}, tag('div', {class: 'bar'},
@@ -500,8 +517,9 @@ export class Explorer {
         'A corruption of the picture itself.', this.corruption), label('severity', 'How strong it is, from 1 to 5.',
         this.severity, this.severityText)] : []),
       tag('span', {class: 'group'}, this.mask, this.opacity), tag('span', {class: 'group'},
-        button('PNG', 'save the panels as a PNG', () => this.savePNG()),
-        this.host.html ? button('HTML', 'save all of it as one HTML file', () => this.saveHTML()) : null)), this.about)
+        button('PNG', 'save the panels as a PNG', 'Save the panels as a picture.', () => this.savePNG()),
+        this.host.html ? button('HTML', 'save all of it as one HTML file',
+          'Save this sample at all levels as one page.', () => this.saveHTML()) : null)), this.about)
   }
 
   // a control for each parameter of the disturbance, made from what Python says of it
@@ -809,6 +827,10 @@ export class Explorer {
     })
     this.drawCurve()
     this.unit.textContent = f.text || ''
+    this.slider.setAttribute('aria-valuetext', f.text || short(s.level))
+    clearTimeout(this.saying)
+    this.saying = setTimeout(() => { this.said.textContent = [f.text, ...info.models.map((m, i) =>
+      `${m}: mIoU ${percent(f.scores[i].miou)} %`)].filter(t => t).join(', ') }, 900)
     drawHistograms(this.histogram, f.hists || [])
     // what is seen, for tests and screen readers
     this.el.dataset.level = f.state.level; this.el.dataset.sample = f.state.sample; this.el.dataset.seed = f.state.seed

@@ -1,8 +1,9 @@
-/* The live page: the explorer (explorer.js) on networks that run in this browser, in a worker (live_worker.js).
+/* The live page: the explorer (explorer.js) on networks that run in this browser, in workers (live_worker.js).
 
-   `LiveHost` answers the explorer with frames of the worker; the rest is what is around it: loading, pictures of the
+   `LiveHost` answers the explorer with frames of the workers; the rest is what is around it: loading, pictures of the
    visitor's own, the address, and the cell of Python that shows the same. */
 import {Explorer, mount, tag} from './explorer.js'
+import {read, unpacked} from './live_files.js'
 
 const CLIP = 40                                              // own pictures that are kept, at most
 const STATE = ['level', 'disturbance', 'params', 'where', 'seed', 'lock', 'sample', 'opacity', 'mask', 'hidden',
@@ -11,9 +12,9 @@ const $ = id => document.getElementById(id)
 const short = v => String(+Number(v).toPrecision(6))
 const mb = n => (n / 1e6).toFixed(1)
 
-// ---------------------------------------------------------------- the worker
+// ---------------------------------------------------------------- the workers
 
-class Networks {
+class NetworkWorker {
   constructor() {
     this.worker = new Worker(new URL('./live_worker.js', import.meta.url), {type: 'module'})
     this.waiting = new Map(); this.id = 0
@@ -21,18 +22,18 @@ class Networks {
     this.worker.onerror = e => this.hear({kind: 'error', message: e.message || 'the worker could not start'})
   }
   hear(m) {
-    if (m.kind === 'progress') return this.progress?.(m)
-    if (m.kind === 'ready') return this.opened?.resolve(m)
+    if (m.kind === 'progress') return this.count?.(m.n)
+    if (m.kind === 'ready') return this.opened?.resolve()
     const asked = this.waiting.get(m.id)
     this.waiting.delete(m.id)
     if (m.kind !== 'error') asked?.resolve(m)
     else (asked || this.opened)?.reject(Error(m.message))
   }
-  open(engine, progress) {
-    this.progress = progress
+  open(what, count) {
+    this.count = count
     return new Promise((resolve, reject) => {
       this.opened = {resolve, reject}
-      this.worker.postMessage({kind: 'open', engine})
+      this.worker.postMessage({kind: 'open', ...what})
     })
   }
   ask(kind, state) {
@@ -41,8 +42,48 @@ class Networks {
       this.worker.postMessage({kind, id: this.id, state})
     })
   }
-  add(number, rgb) { this.worker.postMessage({kind: 'picture', number, rgb}) }
-  close() { this.worker.terminate() }
+}
+
+/** All networks of the page: each in a worker of its own, as far as the processor has cores. */
+class Networks {
+  constructor(manifest, engine) {
+    this.manifest = manifest; this.engine = engine
+    const cores = navigator.hardwareConcurrency || 1, {networks, engines, pictures} = manifest
+    // a graphics card does one thing after the other
+    const n = engine === 'webgpu' ? 1 : Math.min(networks.length, cores)
+    this.workers = Array.from({length: n}, () => new NetworkWorker())
+    // threads inside a worker need a server that isolates the page; more than four gain little
+    this.threads = globalThis.crossOriginIsolated ? Math.max(1, Math.min(4, Math.floor(cores / n))) : 1
+    this.bytes = engines[engine].bytes + [...networks, ...pictures].reduce((n, m) => n + m.bytes, 0)
+  }
+  async open(progress) {                                     // gives what the page shows: pictures with their masks
+    const {manifest, engine, workers, threads} = this, [height, width] = manifest.size, size = height * width
+    const get = name => read(new URL(name, import.meta.url).href, count)
+    let loaded = 0, told = 0
+    const count = n => {
+      loaded = Math.min(loaded + n, this.bytes)
+      if (performance.now() - told < 50 && loaded < this.bytes) return
+      told = performance.now()
+      progress(loaded)
+    }
+    const [binary, ...pictures] = await Promise.all([get(manifest.engines[engine].binary).then(unpacked),
+      ...manifest.pictures.map(p => get(p.file))])
+    await Promise.all(workers.map((w, k) => {
+      const mine = [...manifest.networks.keys()].filter(i => i % workers.length === k)
+      return w.open({manifest, mine, engine, threads, binary, pictures}, count)
+    }))
+    return pictures.map((bytes, i) => ({rgb: bytes.slice(0, 3 * size),
+      mask: manifest.pictures[i].truth ? bytes.slice(3 * size, 4 * size) : null}))
+  }
+  async ask(kind, state) {                                   // 'frame', or for tests 'logits'; in the networks' order
+    const {workers, manifest} = this, n = workers.length
+    const replies = await Promise.all(workers.map(w => w.ask(kind, state)))
+    const all = key => manifest.networks.map((_, i) => replies[i % n][key]?.[Math.floor(i / n)])
+    return {preds: all('preds'), hists: all('hists').filter(h => h), logits: all('logits'),
+      took: replies.map(r => r.took)}
+  }
+  add(number, rgb) { this.workers.forEach(w => w.worker.postMessage({kind: 'picture', number, rgb})) }
+  close() { this.workers.forEach(w => w.worker.terminate()) }
 }
 
 // ---------------------------------------------------------------- what the explorer asks
@@ -205,18 +246,18 @@ class LivePage {
   say(text, kind = '') { $('status').textContent = text; $('status').className = kind }
 
   async start() {
-    const {engines, networks, pictures} = this.manifest
-    const total = engines[this.engine].bytes + [...networks, ...pictures].reduce((n, m) => n + m.bytes, 0)
     if (this.manifest.gallery) this.gallery = await mount($('explorer'), this.manifest.gallery)
     if (typeof WebAssembly !== 'object' || typeof Worker !== 'function') {
       return this.fallBack('this browser has no WebAssembly')
     }
-    this.say(`Loading the networks, ${mb(total)} MB …`)
-    this.networks = new Networks()
+    this.networks = new Networks(this.manifest, this.engine)
+    const {bytes} = this.networks
+    this.say(`Loading the networks, ${mb(bytes)} MB …`)
     try {
-      this.loaded = await this.networks.open(this.engine, ({loaded, total}) => {
-        $('progress').value = loaded / total
-        this.say(loaded < total ? `Loading the networks, ${mb(loaded)} of ${mb(total)} MB` : 'Starting the networks …')
+      this.pictures = await this.networks.open(loaded => {
+        $('progress').value = loaded / bytes
+        this.say(loaded < bytes ? `Loading the networks, ${mb(loaded)} of ${mb(bytes)} MB`
+          : 'Starting the networks …')
       })
     } catch (e) {
       this.networks.close()
@@ -238,7 +279,7 @@ class LivePage {
     const root = tag('div')
     $('explorer').replaceWith(root)
     root.id = 'explorer'
-    this.host = new LiveHost(this.manifest, this.networks, this.loaded.pictures)
+    this.host = new LiveHost(this.manifest, this.networks, this.pictures)
     this.explorer = root.explorer = new Explorer(root, this.host)
     document.body.dataset.engine = this.engine
     this.say(this.problem ? `WebGPU does not work here (${this.problem}); the networks run on the processor.` : '')
@@ -254,8 +295,9 @@ class LivePage {
   thumbnail(number, rgb) {
     const name = this.host.pictures[number].own ? `your picture ${number + 1 - this.manifest.pictures.length}`
       : `sample ${number + 1}`
-    const b = tag('button', {class: 'thumb', 'aria-label': name, title: name, 'data-number': number,
-      onclick: () => this.host.set({sample: number})}, canvasOf(rgb, this.manifest.size))
+    const canvas = canvasOf(rgb, this.manifest.size), b = tag('button', {class: 'thumb', 'aria-label': name,
+      title: name, 'data-number': number, onclick: () => this.host.set({sample: number})}, canvas)
+    canvas.setAttribute('aria-hidden', true)                 // the button says what it is
     const old = document.querySelector(`#strip [data-number="${number}"]`)
     old ? old.replaceWith(b) : $('strip').append(b)
   }

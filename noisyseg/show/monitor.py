@@ -8,7 +8,7 @@ Docs: https://noisyseg.github.io/noisyseg/show/monitor.html.md"""
 __all__ = ['TrainingMonitor']
 
 # %% ../../nbs/show/07_monitor.ipynb #01d28059
-import time, weakref
+import base64, io, time, weakref
 from html import escape
 from itertools import cycle
 
@@ -22,6 +22,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from IPython import get_ipython
 from IPython.display import HTML
+from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 from torch import nn
 
@@ -31,8 +32,8 @@ from ..measure.task import MaskTask
 from ..data.files import colorize, distinct_palette, to_rgb
 from ..nets.adapter import logits_of, to_classes
 from ..perturb.clone import perturbed
-from .pictures import (OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture, html_row,
-                                    plain_text, noisyseg_template)
+from .pictures import (INK, OKABE_ITO, SYMBOLS, TEXT_STYLE, html_block, html_legend, html_picture,
+                                    html_row, noisyseg_template, plain_text)
 from ..perturb.selectors import as_selector, conv_and_norm
 from .explorer import close_with_cell
 from ..train.method import LoopCallback
@@ -90,11 +91,14 @@ def _thinned(points, most=400):
     return [p[0] for p in kept], [p[1] for p in kept]
 
 # %% ../../nbs/show/07_monitor.ipynb #52e17a63
+def _axes(score, panels):
+    "What is drawn side by side: (title, its curves by name in the series)."
+    losses = 'loss', {'train_loss': 'training loss, smoothed', 'valid_loss': 'validation loss'}
+    return [losses, *([(score, {score: score})] if score else []), *((p.axis, p.curves) for p in panels)]
+
 def _curves(series, score, panels=()):
     "The figure of some series of (epoch, value): the losses on the left, then the score, then what `panels` draw."
-    axes = [('loss', {'train_loss': 'training loss, smoothed', 'valid_loss': 'validation loss'})] + [(score,
-            {score: score})] * bool(score)
-    axes += [(p.axis, p.curves) for p in panels]
+    axes = _axes(score, panels)
     fig = make_subplots(1, len(axes), horizontal_spacing=0.28 / len(axes))
     colors = cycle(zip(OKABE_ITO, SYMBOLS))
     for col, (title, curves) in enumerate(axes, 1):
@@ -109,6 +113,31 @@ def _curves(series, score, panels=()):
     fig.update_layout(template=noisyseg_template, autosize=True, height=270 if len(axes) < 3 else 320,
                       margin=dict(l=56, r=12, t=36, b=44), hovermode='closest')
     return fig.update_xaxes(title_text='epoch', rangemode='tozero')
+
+# %% ../../nbs/show/07_monitor.ipynb #903e2803
+def _plotted(ax, title, curves, series, colors):
+    "One panel of curves."
+    for key, name in curves.items(): ax.plot(*_thinned(series.get(key, [])), label=name, color=next(colors))
+    ax.set_xlabel('epoch', color=INK)
+    ax.set_ylabel(title, color=INK)
+    ax.tick_params(colors=INK, labelsize=8)
+    ax.legend(frameon=False, labelcolor=INK, fontsize=8)
+    for side, line in ax.spines.items(): line.set(color=INK, visible=side in ('left', 'bottom'))
+
+def _still(axes, series, pictures):
+    "Curves, and pictures by name below them, as a PNG without a ground."
+    fig = Figure(figsize=(7.6, 4.6 if pictures else 2.6), dpi=110, layout='constrained')
+    parts = fig.subfigures(2 if pictures else 1, 1, squeeze=False)[:, 0]
+    colors = cycle(OKABE_ITO)
+    for ax, (title, curves) in zip(parts[0].subplots(1, len(axes), squeeze=False)[0], axes):
+        _plotted(ax, title, curves, series, colors)
+    for ax, (name, pixels) in zip(parts[-1].subplots(1, len(pictures)) if pictures else (), pictures.items()):
+        ax.imshow(pixels)
+        ax.set_title(name, fontsize=9, color=INK)
+        ax.set_axis_off()
+    out = io.BytesIO()
+    fig.savefig(out, format='png', transparent=True)
+    return out.getvalue()
 
 # %% ../../nbs/show/07_monitor.ipynb #3ca905e5
 def _hear_at_once(widget):
@@ -212,8 +241,9 @@ class _Record(LoopCallback):
 # %% ../../nbs/show/07_monitor.ipynb #be2a0d64
 class TrainingMonitor(_Record):
     "Watch a fit: loss and score, one held-out sample with and without noise, time left, and a Stop button."
-    order, watches, _stateattrs = 60, True, ('_dash',)   # after the Recorder; widgets are not saved with a learner
-    _dash = None
+    # after the Recorder; widgets, and where they are shown, are not saved with a learner
+    order, watches, _stateattrs = 60, True, ('_dash', '_shown')
+    _dash = _shown = None
     def __init__(self,
         law=None,  # show the sample under this law's noise; None: that of the learner's WeightNoise, if it has one
         where=None,  # which weights: a Selector, a name pattern or a function; None: WeightNoise's, or conv_and_norm
@@ -297,6 +327,22 @@ def picture(self:TrainingMonitor):
     sample = [_sample_html(*self._held, self._masks, self._notes, **self._paint)] if self._masks else []
     return HTML('<br>'.join([*sample, *self._pictures.values()]))
 
+# %% ../../nbs/show/07_monitor.ipynb #4a2ad0fd
+@patch
+def _leave(self:TrainingMonitor):
+    "Put a picture of what was seen beside the dashboard, for readers without a kernel."
+    if self._shown is None or not self._dash or not self._dash.parts: return
+    pictures = {}
+    if self._masks:
+        x, y = self._held
+        palette, void = self._paint['palette'], self._paint['ignore_index']
+        known = lambda m: m if void is None else np.where(m == void, len(palette), m)
+        pictures = {'image': to_rgb(x, self._paint['stats'])[0]}
+        for name, m in {'truth': y[0].cpu().numpy(), **self._masks}.items():
+            pictures[name] = colorize(known(m), palette, void=(128, 128, 128))
+    png = base64.b64encode(_still(_axes(self._score, self.panels), self._series, pictures)).decode()
+    self._shown.update({**self._dash.box._repr_mimebundle_(), 'image/png': png}, raw=True)
+
 # %% ../../nbs/show/07_monitor.ipynb #42372558
 def _clock(seconds):
     return (f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min' if seconds < 6000
@@ -334,7 +380,7 @@ def _open(self:TrainingMonitor):
         self._dash, self._cell = _Dashboard(self.figure, lambda: me() and me()._ask(), len(self.panels)), None
     cell = getattr(get_ipython(), 'execution_count', None)
     if self._cell is None or cell != self._cell[0]:
-        display(self._dash.box)
+        self._shown = display(self._dash.box, display_id=True)
         close_with_cell(self._dash)
     self._cell = (cell,)
 
@@ -417,6 +463,7 @@ def after_epoch(self:TrainingMonitor):
 def _end(self:TrainingMonitor, state):
     self._on, self.state = False, state
     self._update()
+    self._leave()
 
 @patch
 def after_cancel_fit(self:TrainingMonitor):

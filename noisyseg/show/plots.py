@@ -17,9 +17,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.optimize import isotonic_regression
 
-from .pictures import (DASHES, INK, LINE, OKABE_ITO, SYMBOLS, class_colors, model_colors,
-                                    noisyseg_template,
-                                    plain_text, plot_prediction)
+from .pictures import (DASHES, INK, LINE, LINE_HEIGHT, OKABE_ITO, SYMBOLS, class_colors, model_colors,
+                                    noisyseg_template, plain_text, plot_prediction, subtitle)
 from ..measure.summary import PROTOCOLS, interruption, kind_of, main_metric, percent, protocols, summarise
 
 _all_ = ['model_colors', 'noisyseg_template', 'plot_prediction']  # all figures can be imported from here
@@ -60,10 +59,13 @@ def _x_axis(df):
 def _over(s, unit): return f"{s['n'].max()} {'noise draws' if unit == 'draw' else 'training seeds'}"
 
 # %% ../../nbs/show/02_plots.ipynb #912313a6
-def _layout(df, title, subtitle, y, height=440, **kw):
-    if told := interruption(df): subtitle = f'<b>interrupted: {plain_text(told)}</b> · {subtitle}'
-    title = dict(text=title, subtitle=dict(text=f"{subtitle} · {plain_text(df['law'].iloc[0])}"))
-    return dict(template=noisyseg_template, height=height, title=title, xaxis=_x_axis(df), yaxis=dict(title=y), **kw)
+def _layout(df, title, about, y, height=440, **kw):
+    told = interruption(df)
+    begin = [f'<b>interrupted: {plain_text(told)}</b>'] if told else []
+    below = subtitle(*begin, about, plain_text(df['law'].iloc[0]))
+    more = LINE_HEIGHT * below.count('<br>')
+    return dict(template=noisyseg_template, height=height + more, title=dict(text=title, subtitle=dict(text=below)),
+                xaxis=_x_axis(df), yaxis=dict(title=y), margin=dict(t=108 + more), **kw)
 
 # %% ../../nbs/show/02_plots.ipynb #83a6e647
 def _curve(s, kind, name, colour, i):
@@ -203,7 +205,7 @@ def plot_classes(
                         horizontal_spacing=0.03)
     layout = _layout(df, title, f'mean over {_over(s, unit)}, dotted: mIoU', 'IoU (%)', height, showlegend=False,
                      hovermode='closest')
-    fig.update_layout(layout, margin_t=100).update_xaxes({**layout['xaxis'], 'title': None})
+    fig.update_layout(layout, margin_t=layout['margin']['t'] - 8).update_xaxes({**layout['xaxis'], 'title': None})
     fig.update_xaxes(title=plain_text(kind.axis_title()), row=1, col=(len(models) + 1) // 2)
     of = lambda d, m: d[d['model'] == m]
     panels = [_class_panel(fig, i, of(s, m), of(mean, m), colours, kind, len(models)) for i, m in enumerate(models, 1)]
@@ -231,17 +233,18 @@ def plot_sensitivity(
     several = len(clean) > 1
     colors = {**model_colors(df), **(colors or {})}
     level = plain_text(_kind(df).level_text(s['level'].iloc[0]))
-    law = plain_text(df['law'].iloc[0])
+    told = f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval"
+    below = subtitle(told, plain_text(df['law'].iloc[0]), most=72)   # names of layers take room to the left
+    more = LINE_HEIGHT * below.count('<br>')
     label = {g: f"{plain_text(g)}  <span style='font-size:11px'>{n:,} weights</span>" for g, n in size.items()}
     fig = go.Figure(layout=dict(
-        template=noisyseg_template, height=150 + max(26, 18 * len(clean)) * len(size), hovermode='closest',
+        template=noisyseg_template, height=150 + more + max(26, 18 * len(clean)) * len(size), hovermode='closest',
         bargap=0.35, bargroupgap=0.1,
-        title=dict(text='What noise in one layer group costs' if title is None else title, subtitle=dict(text=
-            f"{level} in that group only; mean of {s['n'].max()} draws, 95 % interval · {law}")),
+        title=dict(text=title or 'What noise in one layer group costs', subtitle=dict(text=below)),
         xaxis=dict(title=f'{metric} lost (percentage points)', showgrid=True, gridcolor=LINE, zeroline=True,
                    showline=False, ticks=''),
         yaxis=dict(autorange='reversed', categoryorder='array', categoryarray=list(label.values()), showgrid=False),
-        margin_t=108 if several else 76))
+        margin_t=more + (108 if several else 76)))
     for name, bars in s.groupby('model', sort=False):
         without = f'without noise {100 * clean[name]:.1f} %'
         tell = [f"<b>{plain_text(g)}</b>, {size[g]:,} weights<br>{metric} {v} %, {without}"
