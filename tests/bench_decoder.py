@@ -18,12 +18,13 @@ from torch import nn
 
 from noisyseg.nets.fast.bnrelu import batch_norm_relu
 from noisyseg.nets.unet3plus import unet3plus_paper, unet3plus_resnet34, unet3plus_small, unet3plus_tiny
-from noisyseg.nets.fast.upconv import conv_of_upsampled, taps_win
+from noisyseg.nets.fast.upconv import conv_of_concatenated, conv_of_upsampled, taps_win
 from noisyseg.nets.fast.winograd import winograd_conv, winograd_wins
 
 NETS = {'ResNet34': lambda: unet3plus_resnet34(21, pretrained=False), "paper's encoder": lambda: unet3plus_paper(21),
         'tiny, width 32': lambda: unet3plus_tiny(7, width=32, deep_supervision=False),
-        'small': lambda: unet3plus_small(7)}
+        'small': lambda: unet3plus_small(7),
+        "small, 'after'": lambda: unet3plus_small(7, upsample='after', deep_supervision=False)}
 # network, pixels, batch, training, in quick mode too, the most that the ratio should be (or, of the tiny one, the
 # milliseconds)
 CASES = [
@@ -33,7 +34,8 @@ CASES = [
     ("paper's encoder", 256, 1, False, True, 1/3),
     ("paper's encoder", 128, 1, True, True, None), ("paper's encoder", 256, 1, True, False, 1/2.5),
     ('tiny, width 32', 128, 1, False, True, 45),
-    ('small', 128, 4, True, True, None)]
+    ('small', 128, 4, True, True, None),
+    ("small, 'after'", 96, 16, True, True, 1/1.5), ("small, 'after'", 96, 16, False, True, 1/1.5)]
 
 
 def step(model, x, cast=None):
@@ -192,7 +194,30 @@ def branches(plan):
             for other, name in (('plain', 'conv2d'), ('last', 'conv2d, channels last')):
                 yield row('winograd_conv' + ', with backward' * backward, f'320 → 320 channels, {side}²',
                           times['ours'], name, times[other], note=note)
+    yield from fusions(plan)
     yield from norms(plan)
+
+def fusions(plan):
+    "Of a finest level with five sources, upsample='after': where the plain way is taken, times are even."
+    shapes = [(width, side, batch) for side in (32, 64, 128) for batch in (1, 16) for width in (16, 32)]
+    for width, side, batch in shapes if plan.full else shapes[:6]:
+        torch.manual_seed(0)
+        maps = [torch.randn(batch, width, side >> k, side >> k, device=plan.device) for k in range(5)]
+        w = torch.randn(5 * width, 5 * width, 3, 3, device=plan.device, requires_grad=True) / 50
+        first, last = ([m.contiguous(memory_format=f).requires_grad_() for m in maps]
+                       for f in (torch.contiguous_format, torch.channels_last))
+        def plain(maps):
+            enlarged = [F.interpolate(m, (side, side), mode='bilinear', align_corners=True) for m in maps[1:]]
+            return F.conv2d(torch.cat([maps[0], *enlarged], 1), w, padding=1)
+        ours = lambda: conv_of_concatenated(last[0], last[1:], w)
+        ways = {'plain': (lambda: plain(first), first), 'last': (lambda: plain(last), last), 'ours': (ours, last)}
+        note = agreement(close(ours(), plain(first), 1e-2 if plan.cuda else 1e-4, 'conv_of_concatenated'))
+        for backward in (False, True):
+            timed = {k: (lambda f=f, x=x: with_backward(f, *x, w)) if backward else f for k, (f, x) in ways.items()}
+            with torch.set_grad_enabled(backward): times = plan.in_turns(timed)
+            for other, name in (('plain', 'concatenate, conv2d'), ('last', 'concatenate, conv2d, channels last')):
+                yield row('conv_of_concatenated' + ', with backward' * backward, f'5 × {width} channels, {side}², '
+                          f'batch {batch}', times['ours'], name, times[other], note=note)
 
 def norms(plan):
     for channels, side in ((320, 64), (64, 128)):

@@ -70,13 +70,20 @@ def methods(plan):
     n = 128 if plan.full or plan.cuda else 64
     model, where = resnet18_small().to(plan.device), f'ResNet-18, 32², batch {n}'
     x, y = torch.randn(n, 3, 32, 32, device=plan.device), torch.randint(10, (n,), device=plan.device)
-    plain, damp, noise, sam, norms, part = (Net(model, s) for s in (None, None, None, {}, {'where': norm_layers}, {}))
-    g, law, clone = plan.generator(), MaxGaussian(0.05), clone_weights(damp.model, kernels_and_scales)
+    plain, damp, bare, noise, sam, norms, part = (Net(model, s) for s in (None, None, None, None, {},
+                                                                          {'where': norm_layers}, {}))
+    g, law = plan.generator(), MaxGaussian(0.05)
+    clones = {rng: clone_weights(damp.model, kernels_and_scales, rng=rng) for rng in ('normal', 'blocks', 'table')}
 
-    def damp_step(sigma=0.1, m=8):
+    def damp_step(sigma=0.1, m=8, rng='normal'):
         damp.opt.zero_grad()
-        damp_backward(damp.model, loss_of, x, y, sigma=sigma, m=m, generator=g, clone=clone)
+        damp_backward(damp.model, loss_of, x, y, sigma=sigma, m=m, generator=g, clone=clones[rng])
         damp.opt.step()
+    def sub_batches(m=8):
+        "What DAMP would be without noise."
+        bare.opt.zero_grad()
+        for xs, ys in zip(x.split(n // m), y.split(n // m)): (loss_of(bare.model(xs), ys) / m).backward()
+        bare.opt.step()
     def noise_aware(level=0.05):
         noise.opt.zero_grad()
         with perturbed(noise.model, law.at(level), generator=g): noise.backward(x, y)
@@ -96,14 +103,19 @@ def methods(plan):
     sam.opt.set_rho(0.05)
     norms.opt.step(whole[norms]), part.opt.step(whole[part], ascent=half)
 
-    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'damp': damp_step, 'noise': noise_aware,
+    damps = {rng: lambda rng=rng: damp_step(rng=rng) for rng in clones}
+    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'bare': sub_batches, **damps, 'noise': noise_aware,
                            'sam': lambda: sam.opt.step(whole[sam]),
                            'norms': lambda: norms.opt.step(whole[norms]),
                            'half': lambda: part.opt.step(whole[part], ascent=half)}, warm_up=0)
     yield row('noise-aware: perturbed, MaxGaussian', where, times['noise'], 'plain SGD step', times['plain'],
               target=1.1)
-    yield row('DAMP, m = 8', where, times['damp'], 'plain SGD step', times['plain'], target=1.1,
-              note=f'sub-batches of {n // 8}')
+    yield row('8 sub-batches without noise', where, times['bare'], 'plain SGD step', times['plain'],
+              note=f'of {n // 8} images, what DAMP would be at sigma = 0')
+    for rng in clones:
+        yield row(f"DAMP, m = 8, rng='{rng}'", where, times[rng], 'the same sub-batches without noise', times['bare'],
+                  target=1.05 if rng == 'table' else None)
+    yield row('DAMP, m = 8', where, times['normal'], 'plain SGD step', times['plain'])
     yield row('SAM', where, times['sam'], 'plain SGD step', times['plain'], target=2.05)
     yield row('SAM, only norm layers climb', where, times['norms'], 'SAM', times['sam'])
     yield row('SAM, half of the batch ascends', where, times['half'], 'SAM', times['sam'])

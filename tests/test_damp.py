@@ -179,6 +179,37 @@ def test_under_weights_that_are_perturbed_already(how):
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), inside))
 
 
+@pytest.mark.parametrize('rng', ['normal', 'blocks', 'table'])
+def test_other_numbers_are_noise_too(rng):
+    "One seed, one gradient; without noise that of the sub-batches; a parametrized weight gets it anew each time"
+    net, (x, y) = small(), batch()
+    one, two = (damp_grads(net, x, y, sigma=0.2, m=3, generator=4, rng=rng) for _ in range(2))
+    assert all(map(torch.equal, one, two))
+    assert any(not torch.allclose(a, b) for a, b in zip(one, damp_grads(net, x, y, sigma=0.2, m=3, generator=5,
+                                                                         rng=rng)))
+    torch.testing.assert_close(damp_grads(net, x, y, sigma=0., m=3, rng=rng), damp_grads(net, x, y, sigma=0., m=3))
+    normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2)).train()
+    z = torch.randn(6, 4)
+    before = {k: v.clone() for k, v in normed.named_parameters()}
+    damp_backward(normed, F.mse_loss, z, z[:, :2], sigma=0.2, m=3, rng=rng)
+    assert all(torch.equal(v, before[k]) for k, v in normed.named_parameters())
+
+
+@pytest.mark.parametrize('rng', ['normal', 'blocks', 'table'])
+def test_a_draw_that_is_left_out(rng):
+    "Other processes' draws: the generator is where it would be after them"
+    law, g, h = MaxGaussian(0.1), torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    a, b = (clone_weights(small(), kernels_and_scales, rng=rng) for _ in range(2))
+    for _ in range(3): a.inject(law, g)
+    for _ in range(2): b.pass_over(h)
+    b.inject(law, h)
+    assert all(map(torch.equal, a.weights, b.weights))
+
+
+def test_sync_draws_in_one_way_only():
+    with pytest.raises(ValueError, match="rng: expected 'normal'"): DAMP(batchnorm='sync', rng='table')
+
+
 def test_unet3plus_both_ways():
     torch.manual_seed(0)
     net, x, y = unet3plus_tiny(3, width=4, filters=(4, 6, 8)).train(), torch.randn(6, 3, 32, 32), torch.randint(0, 3,

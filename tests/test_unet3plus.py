@@ -215,7 +215,7 @@ def both_ways(m, x, ways=('fast', 'plain')):
 @pytest.fixture
 def counted(monkeypatch):
     "How often each shortcut was taken"
-    calls = dict.fromkeys(('winograd_conv', 'batch_norm_relu', 'conv_of_upsampled'), 0)
+    calls = dict.fromkeys(('winograd_conv', 'batch_norm_relu', 'conv_of_upsampled', 'conv_of_concatenated'), 0)
     def count(name, f):
         def counting(*args, **kw):
             calls[name] += 1
@@ -245,12 +245,39 @@ def test_fast_is_plain(shape, training, upsample, counted):
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-def test_single_precision(training, counted):
+@pytest.mark.parametrize('shape, kw', [((2, 1, 97, 131), {}), ((1, 1, 16, 250), dict(bias=False)),
+                                       ((2, 1, 64, 64), dict(compress=(3, 4, 5, 6, 7), checkpoint=True))],
+                         ids=['odd', 'flat', 'even'])
+def test_coarse_maps_through_the_fusion(shape, kw, training, counted):
+    "upsample='after', in double precision: large levels never enlarge some of their coarse sources"
+    m, x = wide('after', width=16, **kw).double().train(training), images(*shape)
+    fast, plain = both_ways(m, x)
+    assert counted['conv_of_concatenated'] >= 1 and counted['winograd_conv'] == 0
+    for a, b in zip(fast[0], plain[0]): assert (a - b).abs().max() <= 1e-12*b.abs().max()
+    for k, g in plain[1].items(): assert (fast[1][k] - g).abs().max() <= 1e-10*max(1, g.abs().max()), k
+    for k, b in plain[2].items(): assert (fast[2][k] - b).abs().max() <= 1e-12*max(1, b.abs().max()), k
+    with torch.no_grad():
+        for a, b in zip(m(x, all_levels=True), plain[0]): assert (a - b).abs().max() <= 1e-12*b.abs().max()
+
+
+def test_dropout_takes_the_enlarged_maps(counted):
+    "Dropout before the fusion acts on the concatenation: in training it has to be there, in evaluation it need not"
+    m, x = wide('after', width=16, dropout=0.3).double().train(), images(2, 1, 64, 64)
+    m(x)
+    assert counted['conv_of_concatenated'] == 0
+    with torch.no_grad(): close(m.eval()(x), copy.deepcopy(m).set_decoder('plain')(x))
+    assert counted['conv_of_concatenated'] == 2
+
+
+@pytest.mark.parametrize('upsample, width, shortcut', [('before', 48, 'winograd_conv'),
+                                                       ('after', 16, 'conv_of_concatenated')])
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+def test_single_precision(training, upsample, width, shortcut, counted):
     "The fast decoder's distance from double precision is at most three times the plain one's"
-    m, x = wide().train(training), images(1, 1, 78, 49)
+    m, x = wide(upsample, width).train(training), images(1, 1, 78, 49)
     exact = both_ways(copy.deepcopy(m).double(), x, ['plain'])[0][0]
     ways = [way[0] for way in both_ways(m, x.float())]
-    assert counted['winograd_conv'] >= 1
+    assert counted[shortcut] >= 1
     with torch.no_grad(): ways.insert(0, m(x.float(), all_levels=True))
     errors = [max(((o - e).norm()/e.norm()).item() for o, e in zip(way, exact)) for way in ways]
     assert max(errors[:2]) <= 3*errors[2] and max(errors) <= 1e-5, errors

@@ -24,7 +24,9 @@ from .fast.bnrelu import batch_norm_relu, folded
 from .encoders import (ConvBlock, FastEncoder, PlainEncoder, encoder_channels, encoder_maps,
                                     lite0_encoder, may_fuse, resnet_encoder, slim_resnet_encoder, timm_encoder)
 from .fast.observers import watched
-from .fast.upconv import conv_by_taps, conv_of_upsampled, new_map, taps_gradients, taps_win
+from .fast.upconv import (conv_by_taps, conv_of_concatenated, conv_of_upsampled, new_map, taps_gradients,
+                                       taps_win)
+from .fast.winograd import winograd_wins
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #238a9f6c
 _all_ = ['ConvBlock', 'PlainEncoder', 'resnet_encoder']
@@ -110,49 +112,74 @@ class Level(nn.Module):
 
     def set_fast(self, fast): self.fast = self.fuse.fast = fast
 
-    def _conv(self, x, weight, bias, size, **kw):
-        "The convolution of one branch, at this level's size."
-        if x.shape[-2] < size[0] or x.shape[-1] < size[1]: return conv_of_upsampled(x, weight, size, bias, **kw)
-        y = F.conv2d(resize_to(x, size), weight, bias, padding=1)
-        return torch.clamp_min(y, 0, out=kw['out']) if kw else y
-
-    def _source(self, block, x, size):
-        "One branch."
-        finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
-        if self.after and not finer: return resize_to(block(x), size, align_corners=True)
-        if finer or not self.fast or watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward:
-            return block(resize_to(x, size))
-        return block.relu(block.bn(self._conv(x, block.conv.weight, block.conv.bias, size)))
-
     def forward(self, maps):
         size = tuple(maps[self.index].shape[-2:])
-        if self.fast and may_fuse(maps[self.index], self.branches): x = self._together(maps, size)
-        else: x = torch.cat([self._source(b, m, size) for b, m in zip(self.branches, maps)], 1)
+        n = self.index + 1 if self.after else len(maps)   # so many are of this size when their block is done
+        parts = []
+        if self.fast and may_fuse(maps[self.index], self.branches):
+            parts.append(self._together(maps[:n], size))
+            coarse = list(zip(self.branches[n:], maps[n:]))
+            if coarse and self._may_mix(parts[0]): return self._mixed(parts[0], [b(m) for b, m in coarse])
+        done = n if parts else 0
+        parts += [self._source(b, m, size) for b, m in zip(self.branches[done:], maps[done:])]
+        x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         # nobody else has seen this map
         mine = type(self.fuse) is ConvBlock and not torch.is_grad_enabled() and not watched(self.dropout, self.fuse)
         return self.fuse(self.dropout(x), inplace=True) if mine else self.fuse(self.dropout(x))
 
+# %% ../../nbs/nets/03_unet3plus.ipynb #459b9b5b
+@patch
+def _conv(self:Level, x, weight, bias, size, **kw):
+    "The convolution of one branch, at this level's size."
+    if x.shape[-2] < size[0] or x.shape[-1] < size[1]: return conv_of_upsampled(x, weight, size, bias, **kw)
+    y = F.conv2d(resize_to(x, size), weight, bias, padding=1)
+    return torch.clamp_min(y, 0, out=kw['out']) if kw else y
+
+@patch
+def _source(self:Level, block, x, size):
+    "One branch."
+    finer = x.shape[-2] >= size[0] and x.shape[-1] >= size[1]
+    if self.after and not finer: return resize_to(block(x), size, align_corners=True)
+    if finer or not self.fast or watched(block.conv) or type(block.conv).forward is not nn.Conv2d.forward:
+        return block(resize_to(x, size))
+    return block.relu(block.bn(self._conv(x, block.conv.weight, block.conv.bias, size)))
+
 # %% ../../nbs/nets/03_unet3plus.ipynb #c45cdb5d
 @patch
 def _together(self:Level, maps, size):
-    "All branches, those of this size normalised at once."
-    n = self.index + 1 if self.after else len(maps)
+    "The first branches, as many as there are maps: those of this size after their convolution, normalised at once."
     last = lambda x: x.contiguous(memory_format=torch.channels_last)
-    blocks = self.branches[:n]
+    blocks = self.branches[:len(maps)]
     norms, biases = [b.bn for b in blocks], [b.conv.bias for b in blocks]
     if torch.is_grad_enabled() or self.training:
         enlarge = lambda b, x: x.shape[2] <= size[0] and x.shape[3] <= size[1] and taps_win(x.shape,
                 b.conv.weight.shape, size)
         sources = [last(x if enlarge(b, x) else resize_to(x, size)) for b, x in zip(blocks, maps)]
-        here = batch_norm_relu(_Branches.apply(size, *sources, *(b.conv.weight for b in blocks)), norms, biases)
-    else:   # each convolution does its batch norm and ReLU, and writes into the concatenation
-        widths, (factor, bias) = [b.num_features for b in norms], folded(norms, biases)
-        here = maps[0].new_empty(len(maps[0]), *size, sum(widths)).permute(0, 3, 1, 2)
-        for b, x, f, shift, out in zip(blocks, maps, factor.split(widths), bias.split(widths),
-                                       here.split(widths, 1)):
-            self._conv(x, b.conv.weight * f.view(-1, 1, 1, 1), shift, size, relu=True, out=out)
-    return torch.cat([here, *(last(self._source(b, x, size)) for b, x in zip(self.branches[n:], maps[n:]))],
-                     1) if n < len(maps) else here
+        return batch_norm_relu(_Branches.apply(size, *sources, *(b.conv.weight for b in blocks)), norms, biases)
+    # each convolution does its batch norm and ReLU, and writes into the concatenation
+    widths, (factor, bias) = [b.num_features for b in norms], folded(norms, biases)
+    here = maps[0].new_empty(len(maps[0]), *size, sum(widths)).permute(0, 3, 1, 2)
+    for b, x, f, shift, out in zip(blocks, maps, factor.split(widths), bias.split(widths), here.split(widths, 1)):
+        self._conv(x, b.conv.weight * f.view(-1, 1, 1, 1), shift, size, relu=True, out=out)
+    return here
+
+# %% ../../nbs/nets/03_unet3plus.ipynb #f02e23ae
+@patch
+def _may_mix(self:Level, here):
+    "May coarse branches be enlarged on their way through the fusion? Winograd's convolution gains more where it wins."
+    inactive = not (self.training and self.dropout.p) and not watched(self.dropout)
+    large = here.shape[2] * here.shape[3] >= 32 * 32   # by measurement: below, the products are too many and too small
+    return large and inactive and type(self.fuse) is ConvBlock and may_fuse(here, [self.fuse]) and not winograd_wins(
+        (*here.shape[:1], self.fuse.conv.in_channels, *here.shape[2:]), self.fuse.conv.weight.shape)
+
+@patch
+def _mixed(self:Level, here, coarse):
+    "The fusion of branches of this size and of coarse ones, which are never made as large as it."
+    conv, bn = self.fuse.conv, self.fuse.bn
+    if torch.is_grad_enabled() or self.training:
+        return batch_norm_relu(conv_of_concatenated(here, coarse, conv.weight), [bn], [conv.bias])
+    factor, bias = folded([bn], [conv.bias])
+    return conv_of_concatenated(here, coarse, conv.weight * factor.view(-1, 1, 1, 1), bias).relu_()
 
 # %% ../../nbs/nets/03_unet3plus.ipynb #ca9f309d
 def gate(

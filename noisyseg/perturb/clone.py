@@ -282,6 +282,18 @@ def _drawing(self:WeightClone, generator, redraw):
             pool.shutdown(cancel_futures=True)
             self._block = _ALL
 
+# %% ../../nbs/perturb/02_clone.ipynb #e0ecb5ac
+@patch
+def pass_over(self:WeightClone,
+    generator,  # torch.Generator or None, as for `inject`
+):
+    "Leave out one draw, such as another process's: the generator is then where `inject` would have left it."
+    latest, self._z = self._z, None
+    try:
+        with torch.inference_mode(False), torch.no_grad(), self._drawing(generator, True) as draws:
+            for _ in draws: pass
+    finally: self._z = latest
+
 # %% ../../nbs/perturb/02_clone.ipynb #9f352a85
 _active = []  # weak references to the clones that hold noise now, oldest first
 _claiming = threading.RLock()  # held while a clone enters that list

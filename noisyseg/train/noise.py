@@ -43,6 +43,13 @@ class NoiseBlock(perturbed):
         return self.clone
 
     @HoldInterrupts.within
+    def again(self):
+        "Within the block: another draw in the place of this one. What is clean is not stored a second time."
+        if self.clone.computed: self.clone.recover()   # a parametrization may give other weights by now
+        self.clone.inject(self.law, self.generator)
+        self.hold.deliver()
+
+    @HoldInterrupts.within
     def __exit__(self, *exc): self._leave()
 
 # %% ../../nbs/train/03_noise.ipynb #0f554259

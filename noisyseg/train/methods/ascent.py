@@ -252,11 +252,13 @@ def gradients(self:Ascent,
     if len(weights) != len(jobs) or not sum(weights) > 0:
         raise ValueError(f"weights= gives each of the {len(jobs)} jobs its share, got {weights!r}")
     total = [p.grad.clone() if onto and p.grad is not None else None for p in params]
+    alone = len(jobs) == 1 and not onto   # then the mean is the gradient that is there
     start, moved = _Buffers(self.model) if len(jobs) > 1 else None, []
     for (ascend, descend), weight in zip(jobs, weights):
         clear_gradients(params)
         if start: start.put_back()
         results.append(self.guarded(self._excursion, groups, params, ascend, descend) if up else descend())
+        if alone: return results
         if start: moved.append(_Buffers(self.model).values)
         share = weight / sum(weights)
         total = [t if p.grad is None else p.grad.mul_(share).clone() if t is None else t.add_(p.grad, alpha=share)

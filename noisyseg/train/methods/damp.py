@@ -49,11 +49,12 @@ def _sizes(tensors, m):
     return [n // m + (i < n % m) for i in range(m)]
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #128e6cee
-def _settings(sigma, m, gradient, batchnorm):
+def _settings(sigma, m, gradient, batchnorm, rng):
     "The law, after a look at the settings."
     check_whole('m', m, 1)
     check_choice('gradient', gradient, 'algorithm', 'exact')
     check_choice('batchnorm', batchnorm, 'sub-batch', 'sync')
+    check_choice('rng', rng, 'normal', *(('blocks', 'table') if batchnorm == 'sub-batch' else ()))
     return MultiplicativeGaussian(sigma)
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #b29dc7da
@@ -102,6 +103,14 @@ def _with_xi(grads, params, clone, sigma):
     return [torch.addcmul(g, g, draws[p].to(g.dtype), value=sigma) if g is not None and p in draws else g for g,
             p in zip(grads, params)]
 
+# %% ../../../nbs/train/methods/01_damp.ipynb #c2b66392
+def _accumulate(total, grads):
+    "Add a list of gradients to another one, in its own memory; either may have none."
+    for i, g in enumerate(grads):
+        if g is None: continue
+        if total[i] is None: total[i] = g.clone()   # two parameters may have been given the same tensor
+        else: total[i].add_(g)
+
 # %% ../../../nbs/train/methods/01_damp.ipynb #114fcb72
 def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator, scaler):
     "Lines 6 to 11 of Algorithm 1: the loss, ready for backward, and the predictions."
@@ -114,23 +123,23 @@ def _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator
     total = [None] * len(params)
     losses = []
     preds = []
-    with _OneUpdate(inner) as statistics:
+    noise = NoiseBlock(clone, law, generator)
+    with _OneUpdate(inner) as statistics, noise:
         for k, size in enumerate(sizes):
             x, y = ([t.split(sizes)[k] for t in batch] for batch in (xb, yb))
             statistics.begin()
-            with NoiseBlock(clone, law, generator):
-                pred = (model if k == len(sizes) - 1 else inner)(*x)
-                loss = loss_func(pred, *y)
-                if loss.numel() != 1:
-                    raise ValueError(f"loss_func must return one number, the mean over its samples, got shape "
-                                     f"{tuple(loss.shape)}")
-                loss = loss * (size / n)
-                with torch.autocast(loss.device.type, enabled=False):
-                    grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), params,
-                                                allow_unused=True)
-                if gradient == 'exact': grads = _with_xi(grads, params, clone, law.sigma)
+            if k: noise.again()
+            pred = (model if k == len(sizes) - 1 else inner)(*x)
+            loss = loss_func(pred, *y)
+            if loss.numel() != 1:
+                raise ValueError(f"loss_func must return one number, the mean over its samples, got shape "
+                                 f"{tuple(loss.shape)}")
+            loss = loss * (size / n)
+            with torch.autocast(loss.device.type, enabled=False):
+                grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), params, allow_unused=True)
+            if gradient == 'exact': grads = _with_xi(grads, params, clone, law.sigma)
             statistics.keep(size / n)
-            total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads)]
+            _accumulate(total, grads)
             losses.append(loss.detach())
             preds.append(to_detach(pred, cpu=False, gather=False))
     loss = torch.stack(losses).sum()
@@ -225,17 +234,18 @@ def damp_loss(
     scaler=None,
     # of the weights of `where`, from clone_weights(model, where); kept between steps it saves making one
     clone: WeightClone = None,
+    rng: str = 'normal',  # how that one draws, where clone is None: 'normal', 'blocks' or 'table'
 ) -> Tensor:  # the mean loss of the sub-batches; its backward delivers their mean gradient to the parameters
     "The loss under multiplicative weight perturbations (DAMP, arXiv 2406.16540, eq. 7 and Algorithm 1)."
-    law = _settings(sigma, m, gradient, batchnorm)
+    law = _settings(sigma, m, gradient, batchnorm, rng)
     xb = _tensors(xb, 'xb')
     yb = _tensors(yb, 'yb')
     generator = as_generator(generator)
     sizes = _sizes(xb + yb, m)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if batchnorm == 'sub-batch':
-        return _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, WeightClone(inner, where) if clone is None
-                           else clone, generator, scaler)[0]
+        if clone is None: clone = WeightClone(inner, where, rng=rng)
+        return _one_by_one(model, loss_func, xb, yb, sizes, law, gradient, clone, generator, scaler)[0]
     with _in_lockstep(inner, where, law, gradient, sizes, generator): pred = model(*xb)
     return loss_func(pred, *yb)
 
@@ -278,12 +288,14 @@ class DAMP(Method):
         # which weights: a Selector, a name pattern, or a function (name, module, weight) -> bool
         where=kernels_and_scales,
         seed: int = None,  # of the draws; None takes one from torch's global generator. Kept in .seed
+        rng: str = 'normal',  # with 'sub-batch': 'normal', 'blocks' or 'table', as in `clone_weights`
     ):
-        self.law = _settings(sigma, m, gradient, batchnorm)
+        self.law = _settings(sigma, m, gradient, batchnorm, rng)
         self.m = m
         self.gradient = gradient
         self.batchnorm = batchnorm
         self.where = as_selector(where)
+        self.rng = rng
         self.seed = seed if seed is None else check_whole('seed', seed)
         self._generator = None
 
@@ -299,7 +311,8 @@ class DAMP(Method):
         if self._generator is None:
             self.seed = common_seed(self.seed)
             self._generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
-        if self._clone is None and self.batchnorm == 'sub-batch': self._clone = WeightClone(model, self.where)
+        if self._clone is None and self.batchnorm == 'sub-batch':
+            self._clone = WeightClone(model, self.where, rng=self.rng)
 
     def state_dict(self) -> dict:
         "What a resumed fit needs: the seed, and where the generator is."
@@ -309,11 +322,11 @@ class DAMP(Method):
 @patch
 def _pass_over(self:DAMP, n):
     "Leave out `n` draws, which are other processes': so the generator is in the same state in all of them."
-    if not n: return
-    weights = self._clone.clean if self._clone else [getattr(s.module, s.attr)
-                                                      for s in select(unwrapped(self.learn.model), self.where)]
     for _ in range(n):
-        for w in weights: fill_normal(torch.empty(w.shape, device=w.device), self._generator)
+        if self._clone is not None: self._clone.pass_over(self._generator); continue
+        for s in select(unwrapped(self.learn.model), self.where):
+            w = getattr(s.module, s.attr)
+            fill_normal(torch.empty(w.shape, device=w.device), self._generator)
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #296a8f5a
 @patch
