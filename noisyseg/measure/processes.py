@@ -245,8 +245,8 @@ def _died(worker, was_ready, job, name):
         return CannotTravel(f"a worker process ended {how} before it began. What it printed says why; or measure here, "
                             f"on='here'")
     at = '' if job is None else f' at {name(job)}'
-    return RuntimeError(f"a worker process ended {how}{at} (out of memory?). With a store, what was measured until then "
-                        f"is kept. Measure in this process instead, on='here', or with fewer of them: "
+    return RuntimeError(f"a worker process ended {how}{at} (out of memory?). What was measured until then is kept if "
+                        f"there is a store. Measure in this process instead, on='here', or with fewer of them: "
                         f"on=Processes(workers=1)")
 
 # %% ../../nbs/measure/07_processes.ipynb #78a7c661

@@ -33,7 +33,7 @@ from ..perturb import activations, bit_flips, devices, passes  # noqa: F401  who
 from ..perturb.disturbance import Disturbance
 from ..perturb.laws import MaxGaussian
 from ..perturb.selectors import (Selector, as_selector, conv_and_linear, conv_and_norm, kernels_and_scales,
-                                         weight_sites)
+                                        stages, weight_sites)
 from .predictor import (NoisyPredictor, controls, disturbance_of, menu_of, not_corruptible,
                                      values_of)
 
