@@ -32,13 +32,15 @@ set-up: ## the virtual environment (.venv), with pinned dependencies; the others
 lab: set-up ## open JupyterLab on the tour
 	NOISYSEG_DATA="$${NOISYSEG_DATA:-$$($(PY) tests/real_data.py)}" $(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT) $(TOUR)
 
-# as many processes as there are cores, of one thread each: two torch programs of two threads on two cores stand in each other's way
+# processes of one thread each: two torch programs of two threads on two cores stand in each other's way. One more than there
+# are cores, for many tests wait: for a browser, for Ray, for a process that ends
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $$($(PY) -c 'import os; print(min(os.cpu_count() + 1, 4))') \
+	--dist loadgroup --no-loadscope-reorder
 test: set-up ## run everything: the notebooks, tests/, and that code, README and site fit the notebooks
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: set-up ## what one runs while working: all that is quick, in under two minutes; no browser, no Ray, no notebooks
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
-		-m 'not browser and not ray and not kill and not slow' $(ARGS)
+	@$(PYTEST) -m 'not browser and not ray and not kill and not slow' $(ARGS)
 
 demo: set-up ## the tour without a browser, in under 5 minutes; leaves noisyseg-report.html
 	@$(PY) -m noisyseg.show.demo

@@ -668,7 +668,7 @@ CARD = 'card.png'  # the picture of a page, beside it
 CARD_SIZE = 1200, 630
 
 def page_head(
-    title: str,
+    title: str,  # of the page
     about: str,  # a sentence
     address: str = None,  # where the page will stand; None: then it has no picture, for pictures need a whole address
 ) -> str:  # HTML
