@@ -102,6 +102,17 @@ def test_it_leaves_by_itself_where_that_pays(two_threads, left_for, whole, monke
     same(rows, sweep(on='here', draws=20))
 
 
+class LastChannelFirst(Net):
+    "The same, its output in another order of memory, as networks with channels last give it"
+    def forward(self, x): return super().forward(x).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def test_outputs_may_lie_in_memory_as_they_like(two_threads, left_for, monkeypatch):
+    monkeypatch.setattr(sweeps, 'Local', lambda: Local(least=0, gain=0))
+    same(sweep(LastChannelFirst(), on='local', draws=20), sweep(LastChannelFirst(), on='here', draws=20))
+    assert left_for == [Processes()]
+
+
 def test_it_stays_where_threads_show_in_the_numbers(two_threads, left_for, monkeypatch):
     "A network whose output depends on the number of threads is measured here, by all of them"
     monkeypatch.setattr(sweeps, 'Local', lambda: Local(least=0, gain=0))

@@ -270,7 +270,9 @@ def one_thread_or_all(
     return seconds[n] / seconds[1]
 
 def _same_bits(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    if a.shape != b.shape or a.dtype != b.dtype: return False
+    a, b = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))   # as bytes, so that nan is nan
+    return torch.equal(a, b)
 
 # %% ../../nbs/measure/07_processes.ipynb #2054fd8f
 @dataclass(frozen=True)
