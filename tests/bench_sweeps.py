@@ -86,8 +86,8 @@ def by_size(plan):
         dl = [(x[:batch], y[:batch]), (x[batch:], y[batch:])]
         ours = lambda: sweep(model, dl, law, levels=levels, draws=draws, progress=False)
         plain = lambda: plain_loop(model, dl, law, levels, draws)
-        assert sorted(zip(*(ours()[c] for c in ('level', 'draw', 'metric', 'class', 'value')))) == sorted(
-            row[:5] for row in plain()), 'other numbers than the plain loop'
+        rows = ours()[['level', 'draw', 'metric', 'class', 'value']].itertuples(index=False, name=None)
+        assert sorted(rows) == sorted(r[:5] for r in plain()), 'other numbers than the plain loop'
         times = plan.in_turns({'ours': ours, 'other': plain}, warm_up=0)
         evaluations = 1 + draws * (len(levels) - 1)
         rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}

@@ -120,15 +120,14 @@ class CannotTravel(RuntimeError):
     "Work that can't be sent to another Python; the message says what to do."
 
 def _packed(work):
-    "The work as bytes: by cloudpickle, which takes what a notebook defines along, or by pickle."
-    try: from cloudpickle import Pickler
-    except ImportError: from pickle import Pickler
+    "The work as bytes, and with it what a notebook or a script defines."
+    from cloudpickle import Pickler
     try: return bytes(pack(work, Pickler))
     except Exception as e: raise CannotTravel(_how_to_travel(e)) from e
 
 def _how_to_travel(e):
     return (f"the models, the data or the disturbances can't be sent to another process ({type(e).__name__}: {e}). "
-            f"If the notebook or the script itself defines them, `pip install cloudpickle`; or measure here, on='here'")
+            f"Measure in this process, on='here'")
 
 # %% ../../nbs/measure/07_processes.ipynb #ebd37cf7
 def spawned():
@@ -270,7 +269,9 @@ def one_thread_or_all(
     return seconds[n] / seconds[1]
 
 def _same_bits(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    if a.shape != b.shape or a.dtype != b.dtype: return False
+    a, b = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))   # as bytes, so that nan is nan
+    return torch.equal(a, b)
 
 # %% ../../nbs/measure/07_processes.ipynb #2054fd8f
 @dataclass(frozen=True)
