@@ -73,7 +73,7 @@ def run_demo(
     "Train clean and under noise, sweep both, print the table, write the report."
     start = time.time()
     law = MaxGaussian(TRAIN_AT)
-    dls = scenes(n_train=n_train, n_valid=n_valid, size=48, bs=16, seed=0)
+    dls = scenes(n_train=n_train, n_valid=n_valid, size=64, bs=16, seed=0)
     models = {}
     seconds = {}
     for name, l in (('clean-trained', None), ('noise-trained', law)):
@@ -91,7 +91,7 @@ def run_demo(
     print(f'\n{table.to_string()}\n\n{verdict}')
     items = [('Under noise', plot_sweep(df)), table, verdict,
              ('What it looks like', _pictures(models, dls, law.at(0.2))), ('Which classes go first', plot_classes(df))]
-    meta = {'data': f'{n_train} + {n_valid} procedural scenes, 48×48', 'law': str(law.at(0)).replace('n=0, ', ''),
+    meta = {'data': f'{n_train} + {n_valid} procedural scenes, 64×64', 'law': str(law.at(0)).replace('n=0, ', ''),
             'draws': draws, 'epochs': epochs,
             'training seconds': ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), 'device': str(default_device()),
             'torch': torch.__version__}
