@@ -78,7 +78,7 @@ def plain_loop(model, dl, law, levels, draws):
 
 def by_size(plan):
     "Whole sweeps as `sweep` runs them by itself, beside the plain loop: never a loss, whatever the size."
-    law, levels, gains = MaxGaussian(0.05), [0, 0.02, 0.05, 0.1], []
+    law, levels, gains = MaxGaussian(0.05), [0., 0.02, 0.05, 0.1], []
     for net, size, batch, draws, quick in SIZES:
         if plan.cuda or not (plan.full or quick): continue
         torch.manual_seed(0)
