@@ -29,7 +29,8 @@ from ..data.files import distinct_palette, to_rgb
 from ..measure.evaluation import Batches
 from ..measure.metrics import valid_pixels
 from ..nets.adapter import class_names
-from ..perturb import activations, bit_flips, devices, passes  # noqa: F401  whose kinds are in the menu then
+# whose kinds are in the menu then, in this order
+from ..perturb import laws, quantization, activations, bit_flips, devices, passes  # noqa: F401
 from ..perturb.disturbance import Disturbance
 from ..perturb.laws import MaxGaussian
 from ..perturb.selectors import (Selector, as_selector, conv_and_linear, conv_and_norm, kernels_and_scales,
