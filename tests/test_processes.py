@@ -43,7 +43,17 @@ def same(a, b):
     assert a['value'].to_numpy().tobytes() == b['value'].to_numpy().tobytes()
 
 
-def children(): return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+def children():
+    "Processes that this one started since the test began: others are the suite's"
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE and p not in mine]
+
+
+mine = []
+
+
+@pytest.fixture(autouse=True)
+def earlier_children():
+    mine[:] = psutil.Process().children(recursive=True)
 
 
 @pytest.fixture(autouse=True)

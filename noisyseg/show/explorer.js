@@ -402,7 +402,8 @@ export class Explorer {
         title: 'Show this class alone; press again for all.', onclick: () => this.solo(c)},
         'only')
       const bars = models.map((m, i) => tag('i', {style: `background:${MODEL_COLOURS[i % MODEL_COLOURS.length]}`}))
-      return {chip, only, bars, box: tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b)))}
+      return {chip, only, bars, 
+        box: tag('div', {class: 'bars', role: 'img', 'aria-label': 'not measured yet'}, ...bars.map(b => tag('span', {}, b)))}
     })
     const under = tag('div', {class: 'under'},
       tag('div', {}, this.curveTitle, this.curve.el),
@@ -447,7 +448,7 @@ export class Explorer {
         onchange: () => this.protect(g.name)})
       const bars = info.models.map((m, i) => tag('i', {style: `background:${MODEL_COLOURS[i % MODEL_COLOURS.length]}`}))
       const label = tag('label', {title: 'Keep these layers exact, and the noise of the others as it is.'}, box, g.name)
-      const bar = tag('div', {class: 'bars', role: 'img'}, ...bars.map(b => tag('span', {}, b)))
+      const bar = tag('div', {class: 'bars', role: 'img', 'aria-label': 'not measured yet'}, ...bars.map(b => tag('span', {}, b)))
       return {name: g.name, box, bars, label, bar,
         share: tag('span', {class: 'share'}, `${short(100 * g.share)} %`)}
     })
