@@ -45,15 +45,16 @@ def same(a, b):
 
 def children():
     "Processes that this one started since the test began: others are the suite's"
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE and p not in mine]
+    return [p for p in psutil.Process().children(recursive=True)
+            if p.status() != psutil.STATUS_ZOMBIE and p not in earlier]
 
 
-mine = []
+earlier = []
 
 
 @pytest.fixture(autouse=True)
 def earlier_children():
-    mine[:] = psutil.Process().children(recursive=True)
+    earlier[:] = psutil.Process().children(recursive=True)
 
 
 @pytest.fixture(autouse=True)
