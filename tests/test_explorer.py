@@ -530,3 +530,11 @@ def test_the_gallery_is_small_and_made_of_this_code():
     assert sum(p.stat().st_size for p in folder.iterdir()) < 6e6
     assert sum(p.stat().st_size for p in (root/'noisyseg'/'show'/'models').iterdir()) < 3e6
     assert (folder/'explorer.js').read_text() == (root/'noisyseg'/'show'/'explorer.js').read_text()
+
+
+def test_pictures_have_the_colours_of_the_dashboard():
+    "Python paints the picture of an explorer, and JavaScript the explorer: a model has one colour in both"
+    import re
+    from noisyseg.show import explorer
+    found = re.search(r'const MODEL_COLOURS = \[(.*)\]', (root/'noisyseg'/'show'/'explorer.js').read_text())[1]
+    assert tuple(re.findall("'(.*?)'", found)) == explorer.MODEL_COLOURS
