@@ -26,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in a shell's backgr
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'.ci'))
 if data := os.environ.get('NOISYSEG_DATA') or prepare(): os.environ['NOISYSEG_DATA'] = str(data)
+os.environ.setdefault('RAY_worker_niceness', '0')   # at Ray's own 15, its workers starve beside other tests
 os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
 
 

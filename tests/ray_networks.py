@@ -13,11 +13,12 @@ def lines(log, what):
 
 
 class Net(nn.Sequential):
-    "A small network that notes each of its evaluations and each of its journeys in `log`, and meets with accidents"
-    def __init__(self, seed=0, log=None, pause=0., accident=None):
+    """A small network that notes each of its evaluations and each of its journeys in `log`, and meets with accidents;
+    after `last` evaluations it waits for ever"""
+    def __init__(self, seed=0, log=None, pause=0., accident=None, last=None):
         torch.manual_seed(seed)
         super().__init__(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
-        self.log, self.pause, self.accident, self.home = log, pause, accident, os.getpid()
+        self.log, self.pause, self.accident, self.last, self.home = log, pause, accident, last, os.getpid()
         self.clean = self[0].weight.detach().clone()
 
     def note(self, what):
@@ -31,6 +32,7 @@ class Net(nn.Sequential):
     def forward(self, x):
         self.note('evaluated')
         time.sleep(self.pause)
+        while self.last and len(lines(self.log, 'evaluated')) >= self.last: time.sleep(1)
         if self.accident and os.getpid() != self.home: self.accident(self)
         return super().forward(x)
 

@@ -65,8 +65,8 @@ def whole(): return sweep(on='local')
 
 
 def start(store, log, on, tmp_path):
-    "A driver in a process of its own, that has measured a few cells"
-    code = (f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, pause=0.1), '
+    "A driver in a process of its own, that has measured a few cells and is kept from measuring them all"
+    code = (f'import torch; torch.set_num_threads(1)\nfrom test_ray import *\nsweep(Net(log={str(log)!r}, last=20), '
             f'on={on!r}, store={str(store)!r})')
     env = {'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *sys.path]), 'RAY_ADDRESS': ''}
     # a Ray that listens to this machine only is met at 127.0.0.1
@@ -74,11 +74,14 @@ def start(store, log, on, tmp_path):
     with open(tmp_path/'out', 'w') as out:
         p = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, **env}, stdout=out,
                              stderr=subprocess.STDOUT)
-    until = time.monotonic() + 200
-    while len(lines(log, 'evaluated')) < 14 and p.poll() is None and time.monotonic() < until: time.sleep(0.05)
-    if p.poll() is not None or time.monotonic() > until:
+    # patience: on a busy machine that has never run it, a Ray took minutes to start
+    begun = time.monotonic()
+    while len(lines(log, 'evaluated')) < 14 and p.poll() is None and time.monotonic() < begun + 600: time.sleep(0.05)
+    if len(lines(log, 'evaluated')) < 14 or p.poll() is not None:
+        ended = p.poll()
         p.kill()
-        pytest.fail((tmp_path/'out').read_text())
+        pytest.fail(f'the driver noted {len(lines(log, "evaluated"))} evaluations within '
+                    f'{time.monotonic() - begun:.0f} s, exit status {ended}:\n{(tmp_path/"out").read_text()}')
     return p
 
 
@@ -106,8 +109,9 @@ def goes_on(folder, whole):
 
 
 @pytest.fixture(scope='module')
-def killed(tmp_path_factory):
-    "A driver with a Ray of its own that was killed: its folder, when that was, its workers, its other processes"
+def killed(cluster, tmp_path_factory):
+    """A driver with a Ray of its own that was killed: its folder, when that was, its workers, its other processes.
+    The cluster comes first, for it may take its time: a Ray that starts finds Ray's files in memory"""
     folder = tmp_path_factory.mktemp('killed')
     workers, family = kill_driver(folder, two)
     return folder, time.monotonic(), workers, family

@@ -221,7 +221,9 @@ def own_ray(
                 break
             except Exception as e:
                 ray.shutdown()
-                if left: continue
+                if left:
+                    warnings.warn(f'Ray did not start, and is tried again: {e}', stacklevel=4)
+                    continue
                 e.add_note('Ray did not start, in 3 attempts. Is this machine short of memory, or very busy?')
                 raise
         try: yield ray

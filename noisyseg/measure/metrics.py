@@ -91,25 +91,26 @@ class ConfusionMeter:
         # in a distributed run, add up over all processes whenever the matrix is read (all must read it)
         sync: bool = False,
     ):
-        from torchmetrics.classification import MulticlassConfusionMatrix  # dear to import: it loads torchvision
         self.n_classes = check_whole('n_classes', n_classes, 2)
         self.ignore_index = None if ignore_index is None else check_whole('ignore_index', ignore_index)
         self.sync = sync
-        self._counts = MulticlassConfusionMatrix(self.n_classes, validate_args=False, sync_on_compute=sync)
+        self._counts = torch.zeros(self.n_classes, self.n_classes, dtype=torch.long)
 
     @property
     def matrix(self) -> Tensor:
         "Pixel counts (n_classes, n_classes), int64, rows = truth, columns = prediction."
+        counts = self._counts.clone()
         several = self.sync and torch.distributed.is_available() and torch.distributed.is_initialized()
-        return (self._counts.compute() if several else self._counts.confmat).clone()
+        if several: torch.distributed.all_reduce(counts)
+        return counts
 
     def reset(self):
         "Forget all counts. Returns the meter."
-        self._counts.reset()
+        self._counts = torch.zeros_like(self._counts)
         return self
 
     def __repr__(self):
-        n = int(self._counts.confmat.sum())
+        n = int(self._counts.sum())
         return f"ConfusionMeter({self.n_classes} classes, {n:,} pixels counted, ignore_index={self.ignore_index})"
 
 # %% ../../nbs/measure/01_metrics.ipynb #cbd5a8ce
@@ -138,11 +139,9 @@ def update(self: ConfusionMeter,
     ok = valid_pixels(y, self.n_classes, self.ignore_index, 'the true mask')
     pred, y = pred[ok], y[ok]
     valid_pixels(pred, self.n_classes, what='the prediction')
-    self._counts = self._counts.to(y.device)
-    # when torch is asked for determinism, torchmetrics compares every pixel with every cell of the matrix at once:
-    # keep the pieces small
-    n = 2**14 if torch.are_deterministic_algorithms_enabled() else max(len(y), 1)
-    for p, t in zip(pred.split(n), y.split(n)): self._counts.update(p, t)
+    n = self.n_classes
+    counts = torch.bincount(n * y + pred, minlength=n * n).view(n, n)
+    self._counts = self._counts.to(y.device) + counts
     return self
 
 # %% ../../nbs/measure/01_metrics.ipynb #385ad8a6
