@@ -2,7 +2,10 @@
 
 The files are no part of the project; where they are not on this machine, these tests are skipped. What needs no file is
 tested in nbs/nets/05_classifiers.ipynb, 07_espnets.ipynb and 08_edgenets.ipynb."""
+import argparse
+import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -195,6 +198,54 @@ def test_what_goes_with_it(study):
     "Six files in the same order: 2 of 720 permutations are as far from chance"
     rho, p = study.permutation([1, 2, 3, 4, 5, 6], [10, 11, 15, 20, 21, 99])
     assert rho == pytest.approx(1) and 0.001 < p < 0.006
+
+
+def test_few_bits_are_strong(study):
+    "Whoever stands all bits stands more than who needs three, as with noise whoever is never halved"
+    assert study.stands('Quantize', math.inf) > study.stands('Quantize', 3) > study.stands('Quantize', 5)
+    assert study.stands('MaxGaussian', math.inf) > study.stands('MaxGaussian', 0.1)
+
+
+NETWORK = """
+import torch
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                               torch.nn.Linear(8, CHANNELS))
+"""
+
+
+def fits_the_schema(entry):
+    from jsonschema import validate   # not when tests are collected: half a second
+    validate(entry, json.loads((root/'nbs'/'studies'/'networks_of_others'/'schema.json').read_text()))
+
+
+def test_a_network_of_yours_gets_an_entry(study, tmp_path, monkeypatch):
+    "By one command; the entry keeps to the schema, and its levels follow from its scores"
+    there('cifar10', 'cifar10.zip')
+    monkeypatch.setattr(study, 'ENTRIES', tmp_path/'entries')
+    (tmp_path/'mine.py').write_text(NETWORK.replace('CHANNELS', '10'))
+    a = argparse.Namespace(what=['add'], size='small', every=400, draws=2, models=tmp_path/'stores', pictures='cifar10',
+                           network=f'{tmp_path}/mine.py:build', name='mine', source=None)
+    study.add(a)
+    found, = study.read_entries('small')
+    assert found['network'] == 'mine' and set(found['disturbances']) == set(study.LEVELS) and not found['study']
+    assert found['weights'] == 8 * 27 + 8 + 8 * 10 + 10
+    fits_the_schema(found)
+    page = study.sortable(study.halves([found]))
+    assert page.count('<button') == 4 + len(study.LEVELS) and '>mine<' in page
+    (tmp_path/'mine.py').write_text(NETWORK.replace('CHANNELS', '7'))
+    with pytest.raises(SystemExit, match='def groups'): study.add(a)
+
+
+def test_committed_entries_fit_the_schema_and_their_scores(study):
+    for found in study.read_entries('medium'):
+        fits_the_schema(found)
+        for kind, d in found['disturbances'].items():
+            halves = sorted(study.half_lost(d['levels'], scores, found['clean']) for scores in zip(*d['scores']))
+            assert len(halves) == (found['draws'] if len(d['scores'][0]) > 1 else 1)
+            said = [math.inf if d[k] is None else d[k] for k in ('low', 'half_lost', 'high')]
+            assert said == pytest.approx([halves[0], statistics.median(halves), halves[-1]], rel=1e-2), (kind, found)
 
 
 def test_every_file_is_asked(study):

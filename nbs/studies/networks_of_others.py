@@ -2,10 +2,16 @@
 
     python nbs/studies/networks_of_others.py sweep --size full
         # a store for each set of pictures, in --models; resumes where it was stopped. Hours on a CPU
-    python nbs/studies/networks_of_others.py table --size full
-        # from the stores: networks_of_others_full.csv, and what goes with it, networks_of_others_foretold_full.csv
-    python nbs/studies/networks_of_others.py sweep table --size medium     # about an hour and a half on one core
+    python nbs/studies/networks_of_others.py entries table --size full
+        # from the stores an entry for each network, networks_of_others/full/NAME.json; from the entries a table
+    python nbs/studies/networks_of_others.py sweep entries table --size medium   # about an hour and a half on one core
     python nbs/studies/networks_of_others.py sweep table --only s_0.5_pascal_256 resnet20     # a look, in minutes
+    python nbs/studies/networks_of_others.py add table --size medium --network my_networks.py:build --pictures 'voc 256'
+        # yours: a function without parameters in a file of yours returns it, with its weights
+
+Entries keep to networks_of_others/schema.json. A network that is added has the classes of its pictures as its channels
+(`voc`: these seven or VOC's 21; `camvid`: eleven, or Cityscapes' 19 or 20; CIFAR-10's ten), or says the groups of its
+classes in a function `groups` of the same file.
 
 Protocol, written before any full run.
 
@@ -43,8 +49,12 @@ fifteen looks, corrected by Holm. Files are few and kin (one family in four widt
 description of these files. No list of pictures chooses anything.
 """
 import argparse
+import importlib.util
+import json
 import os
+import re
 import sys
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +62,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.external import fastai_path
-from noise_aware import keep, out
+from noise_aware import made
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import normalize, to_tensor
@@ -63,6 +73,7 @@ from noisyseg.data.datasets import camvid_classes, voc_classes
 from noisyseg.data.files import data_root
 from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import sweep as run_sweep
+from noisyseg.nets.adapter import as_logits
 from noisyseg.nets.classifiers import read_resnet_cifar
 from noisyseg.nets.edgenets import read_dicenet, read_espnetv2
 from noisyseg.nets.espnets import Regrouped, camvid_in_cityscapes, espnet_stats, read_espnet
@@ -77,6 +88,7 @@ LEVELS = {'MaxGaussian': (0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1), 'RelativeGau
           'Quantize': (8, 7, 6, 5, 4, 3, 2), 'gaussian_noise': (1, 2, 3, 4, 5)}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEVEN = 'background cat cow dog horse person sheep'.split()
+ENTRIES = Path(__file__).parent/'networks_of_others'  # a folder for each size, a file for each network
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 class Pictures(NamedTuple):
@@ -143,17 +155,20 @@ def networks(a, s):
 
 def store(a, name): return a.models/f'{a.size}-{name.replace(" ", "-")}.csv'
 
+def measure(a, s, models, file):
+    "All disturbances on these networks, into a store that resumes."
+    x, y = (t.to(DEVICE).split(s.bs) for t in s.read(a, s.size, s.stats))
+    kinds = (MaxGaussian(), RelativeGaussian(), AbsoluteGaussian(), MultiplicativeGaussian(), Quantize(),
+             Corruption('gaussian_noise', table='cifar' if s.size == (32, 32) else 'imagenet', stats=s.stats))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run_sweep(models, list(zip(x, y)), dict(zip(LEVELS, kinds)), levels=LEVELS, draws=a.draws, seed=0,
+              ignore_index=255 if s.groups else None, class_names=s.names, store=file, progress=sys.stdout.isatty())
+
 def sweep(a):
     for name, s in SETS.items():
         if not (models := networks(a, s)): continue
         print(f'{name}: {", ".join(models)}', flush=True)
-        x, y = (t.to(DEVICE).split(s.bs) for t in s.read(a, s.size, s.stats))
-        kinds = (MaxGaussian(), RelativeGaussian(), AbsoluteGaussian(), MultiplicativeGaussian(), Quantize(),
-                 Corruption('gaussian_noise', table='cifar' if s.size == (32, 32) else 'imagenet', stats=s.stats))
-        store(a, name).parent.mkdir(parents=True, exist_ok=True)
-        run_sweep(models, list(zip(x, y)), dict(zip(LEVELS, kinds)), levels=LEVELS, draws=a.draws, seed=0,
-                  ignore_index=255 if s.groups else None, class_names=s.names, store=store(a, name),
-                  progress=sys.stdout.isatty())
+        measure(a, s, models, store(a, name))
 
 def half_lost(levels, scores, clean):
     "The level at which half of the clean score is lost, levels from mild to strong; infinity where none takes so much."
@@ -171,22 +186,87 @@ def facts(model):
     depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels]
     return {'weights': count([model]), 'depthwise': count(depthwise) / count([model])}
 
-def halves(a):
-    "A row for each file and disturbance: the level at which half is lost."
+def entry(a, name, s, df, model, net, **more):
+    "What is known of a network in one set of pictures, as networks_of_others/schema.json has it."
+    metric = 'mIoU' if s.groups else 'accuracy'
+    df = df[(df['metric'] == metric) & (df['model'] == model)]
+    clean = float(df.loc[df['level'] == 0, 'value'].iloc[0])
+    found = {}
+    for kind, d in df[df['level'] > 0].groupby('disturbance', sort=False):
+        levels = [level for level in LEVELS[kind] if level]
+        wide = d.pivot(index='draw', columns='level', values='value').reindex(columns=levels).dropna()
+        halves = sorted(half_lost(levels, scores, clean) for scores in wide.to_numpy())
+        second = int(len(halves) >= 10)
+        half = dict(half_lost=float(np.median(halves)), low=halves[second], high=halves[-1 - second])
+        half = {k: None if np.isinf(v) else round(float(v), 6) for k, v in half.items()}   # JSON knows no infinity
+        found[kind] = dict(levels=levels, scores=wide.T.round(5).to_numpy().tolist(), **half)
+    return dict(network=model, pictures=name, metric=metric, classes=s.names, **facts(net), clean=round(clean, 5),
+                draws=a.draws, disturbances=found, **more, made=made(a))
+
+def write(a, found):
+    file = ENTRIES/a.size/f'{found["network"]}.json'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    on_one_line = lambda m: '[' + ' '.join(m[1].split()) + ']'
+    text = re.sub(r'\[\s+([^][{}"]+?)\s+\]', on_one_line, json.dumps(found, indent=1, ensure_ascii=False))
+    file.write_text(text + '\n')
+
+def entries(a):
     for name, s in SETS.items():
         models = networks(a, s)
         if not models or not store(a, name).exists(): continue
         df = load_sweep(store(a, name))
-        df = df[(df['metric'] == ('mIoU' if s.groups else 'accuracy')) & df['model'].isin(models)]
-        clean = df[df['level'] == 0].set_index('model')['value']
-        for (model, kind), d in df[df['level'] > 0].groupby(['model', 'disturbance'], sort=False):
-            levels = [level for level in LEVELS[kind] if level]
-            wide = d.pivot(index='draw', columns='level', values='value').reindex(columns=levels).dropna()
-            found = sorted(half_lost(levels, scores, clean[model]) for scores in wide.to_numpy())
-            second = int(len(found) >= 10)
-            if found: yield dict(pictures=name, model=model, **facts(models[model]), clean=clean[model],
-                                 disturbance=kind, half_lost=np.median(found), low=found[second],
-                                 high=found[-1 - second], draws=len(found))
+        for model, net in models.items():
+            write(a, entry(a, name, s, df, model, net, study=True, source=f'pretrained/{s.files.split("/")[0]}'))
+
+class Logits(nn.Module):
+    "A network that returns logits alone, whatever form it has for them."
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x): return as_logits(self.module(x))
+
+def own(a, s):
+    "The network of `--network file.py:function`, in the classes of its pictures."
+    file, _, function = a.network.partition(':')
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    net = Logits(getattr(module, function or 'build')()).eval()
+    with torch.no_grad(): channels = net(torch.zeros(1, 3, *s.size)).shape[1]
+    known = {len(s.names): None}
+    if s.groups: known[1 + max(max(g) for g in s.groups)] = s.groups
+    if s.read is camvid: known[20] = s.groups
+    groups = module.groups() if hasattr(module, 'groups') else known.get(channels, channels)
+    if groups == channels:
+        sys.exit(f"{a.network}: {channels} channels, but '{a.pictures}' has the classes {', '.join(s.names)}. Say in "
+                 f"{file} which of yours make up each of them:\ndef groups(): return [[0], [3, 4], ...]")
+    return (Regrouped(net, groups) if groups else net).to(DEVICE)
+
+def add(a):
+    "A network of yours: measured like the others, and an entry for it."
+    if not a.network or a.pictures not in SETS:
+        sys.exit(f"add needs --network file.py:function and --pictures, one of {', '.join(map(repr, SETS))}")
+    s = SETS[a.pictures]
+    name = a.name or a.network.split(':')[-1]
+    net = own(a, s)
+    file = a.models/f'{a.size}-{a.pictures.replace(" ", "-")}-{name}.csv'
+    measure(a, s, {name: net}, file)
+    write(a, entry(a, a.pictures, s, load_sweep(file), name, net, study=False, source=a.source))
+
+def read_entries(size):
+    "All entries of a size."
+    return [json.loads(f.read_text()) for f in sorted((ENTRIES/size).glob('*.json'))]
+
+def halves(found):
+    "A row for each entry and disturbance: the level at which half is lost."
+    rows = []
+    for e in found:
+        same = {k: e[k] for k in ('pictures', 'network', 'weights', 'depthwise', 'clean', 'study', 'draws')}
+        for kind, d in e['disturbances'].items():
+            some = {k: np.inf if d[k] is None else d[k] for k in ('half_lost', 'low', 'high')}
+            rows.append(same | dict(disturbance=kind) | some)
+    return pd.DataFrame(rows)
 
 def permutation(x, y, times=10_000):
     "Spearman's rank correlation, and how often chance alone gives one as far from 0."
@@ -196,41 +276,94 @@ def permutation(x, y, times=10_000):
     chance = np.array([np.corrcoef(x, rng.permutation(y))[0, 1] for _ in range(times)])
     return found, (1 + (abs(chance) >= abs(found) - 1e-9).sum()) / (1 + times)
 
+def stands(kind, half_lost):
+    "The more, the more a network stands: few bits are a strong disturbance; infinity is the best everywhere."
+    return -half_lost if kind == 'Quantize' and half_lost < np.inf else half_lost
+
 def foretold(df):
     "What goes with standing much, among VOC's files; p after Holm."
-    voc_files = df[df['pictures'].str.startswith('voc')]
+    voc_files = df[df['pictures'].str.startswith('voc') & df['study']]
     rows = []
     for kind, d in voc_files.groupby('disturbance', sort=False):
         if kind == 'gaussian_noise' or len(d) < 5: continue
         for what in ('weights', 'clean', 'depthwise'):
-            # few bits are strong: there the lower level is the better one
-            rho, p = permutation(d[what], d['half_lost'] * (-1 if kind == 'Quantize' else 1))
+            rho, p = permutation(d[what], [stands(kind, v) for v in d['half_lost']])
             rows.append(dict(disturbance=kind, what=what, rho=rho, p=p, files=len(d)))
     found = pd.DataFrame(rows).sort_values('p', ignore_index=True) if rows else pd.DataFrame()
     if rows: found['p_holm'] = np.minimum(1, np.maximum.accumulate(found['p'] * range(len(found), 0, -1)))
     return found
 
-def table(a):
-    df = pd.DataFrame(halves(a))
-    keep(out(a, 'networks_of_others.csv'), df, a)
-    wide = df.pivot(index=['pictures', 'model', 'weights', 'clean'], columns='disturbance', values='half_lost')
-    print(wide.reindex(columns=list(LEVELS)).round(4).to_string())
-    if len(found := foretold(df)):
-        keep(out(a, 'networks_of_others_foretold.csv'), found, a)
-        print(found.round(3).to_string())
+UNITS = {'MaxGaussian': '%', 'RelativeGaussian': '%', 'AbsoluteGaussian': '', 'MultiplicativeGaussian': '%',
+         'Quantize': ' bits', 'gaussian_noise': ''}  # of a level
+FACTORS = {kind: 100 if unit == '%' else 1 for kind, unit in UNITS.items()}
 
-def run(steps, doc, sizes, folder):
-    "The command line of a study: its steps by name, and what `--size` sets."
+def cell(row):
+    "A level with its interval, and the number that it is sorted by."
+    strongest = LEVELS[row.disturbance][-1] * FACTORS[row.disturbance]
+    factor, unit = FACTORS[row.disturbance], UNITS[row.disturbance]
+    beyond = f'< {strongest:g}' if row.disturbance == 'Quantize' else f'> {strongest:g}'
+    text = lambda v: beyond if np.isinf(v) else f'{factor * v:.3g}'
+    unlike = {text(row.low), text(row.high)} != {text(row.half_lost)}
+    between = f' <small>{text(row.low)} to {text(row.high)}</small>' if unlike else ''
+    return f'{text(row.half_lost)}{unit}{between}', min(stands(row.disturbance, row.half_lost), 1e9)
+
+SORT = """<style>
+table.sortable button { all: unset; cursor: pointer; font-weight: bold }
+table.sortable button:focus-visible { outline: 2px solid }
+table.sortable [aria-sort=descending] button::after { content: " \\2193" }
+table.sortable [aria-sort=ascending] button::after { content: " \\2191" }
+table.sortable small { opacity: .7; white-space: nowrap }
+</style>
+<script>
+for (const b of document.querySelectorAll('table.sortable th button')) b.onclick = () => {
+  const th = b.parentElement, body = th.closest('table').tBodies[0], i = th.cellIndex
+  const down = th.ariaSort !== 'descending'
+  const value = row => { const v = row.cells[i].dataset.by; return v === undefined ? row.cells[i].textContent : +v }
+  const order = (a, b) => { const x = value(a), y = value(b); return x < y ? -1 : x > y ? 1 : 0 }
+  for (const o of th.parentElement.cells) o.ariaSort = null
+  th.ariaSort = down ? 'descending' : 'ascending'
+  body.append(...[...body.rows].sort((a, b) => down ? order(b, a) : order(a, b)))
+}
+</script>"""
+
+def sortable(df):
+    "An HTML table of the rows of `halves`, a line for each network; a click on a column's name sorts by it."
+    names = ['network', 'pictures', 'million weights', 'clean, %', *LEVELS]
+    head = ''.join(f'<th scope="col"><button type="button">{n}</button></th>' for n in names)
+    lines = []
+    for (pictures, network), d in df.groupby(['pictures', 'network'], sort=False):
+        row = d.iloc[0]
+        known = {r.disturbance: cell(r) for r in d.itertuples()}
+        cells = [(f'{row.weights / 1e6:.2f}', row.weights), (f'{100 * row.clean:.1f}', row.clean),
+                 *(known.get(kind, ('', -1e9)) for kind in LEVELS)]
+        tds = ''.join(f'<td data-by="{by:g}">{text}</td>' for text, by in cells)
+        lines.append(f'<tr><th scope="row">{escape(network)}</th><td>{pictures}</td>{tds}</tr>')
+    # Quarto would make a table of its own of it
+    start = f'<table class="sortable" data-quarto-disable-processing="true"><thead><tr>{head}</tr></thead><tbody>'
+    return '\n'.join([start, *lines, '</tbody></table>', SORT])
+
+def table(a):
+    df = halves(read_entries(a.size))
+    wide = df.pivot(index=['pictures', 'network', 'weights', 'clean'], columns='disturbance', values='half_lost')
+    print(wide.reindex(columns=list(LEVELS)).round(4).to_string())
+    if len(found := foretold(df)): print(found.round(3).to_string())
+
+def run(steps, doc, sizes, folder, more=None):
+    "The command line of a study: its steps by name, what `--size` sets, and `more` options of its own."
     p = argparse.ArgumentParser(description=doc.split('\n')[0])
     p.add_argument('what', nargs='+', choices=steps)
     p.add_argument('--size', choices=sizes, default='small')
     p.add_argument('--only', nargs='+', help='files whose names contain one of these')
     p.add_argument('--models', type=Path, default=fastai_path('model')/folder, help='folder of what was measured')
     p.add_argument('--threads', type=int, default=os.cpu_count())
+    for name, says in (more or {}).items(): p.add_argument(name, help=says)
     p.set_defaults(without=())  # starts of the names of files that a size leaves out
     a = p.parse_args()
     for k, v in sizes[a.size].items(): setattr(a, k, v)
     torch.set_num_threads(a.threads)
     for w in a.what: steps[w](a)
 
-if __name__ == '__main__': run({'sweep': sweep, 'table': table}, __doc__, SIZES, 'noisyseg-others')
+if __name__ == '__main__':
+    run({'sweep': sweep, 'entries': entries, 'add': add, 'table': table}, __doc__, SIZES, 'noisyseg-others',
+        {'--network': 'file.py:function', '--pictures': f'one of {", ".join(SETS)}', '--name': 'of its entry',
+         '--source': 'where it can be had'})

@@ -131,14 +131,17 @@ def trained(a):
     return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in a.seeds
             if (f := file(a, way, seed)).exists()}
 
-def companion(path, a, **info):
-    "What made a results file, beside it; where the checkpoints lay is nobody's business."
+def made(a, **info):
+    "Command, hardware, date, versions and settings; where the checkpoints lay is nobody's business."
     argv = [w for before, w in zip(sys.argv, sys.argv[1:]) if '--models' not in (before, w)]
     versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}
-    made = dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *argv]), hardware=machine(),
+    return dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *argv]), hardware=machine(),
                 date=time.strftime('%Y-%m-%d'),
                 versions=versions, settings={k: v for k, v in vars(a).items() if k not in ('what', 'models')}, **info)
-    write_atomic(path.with_name(path.name + '.json'), json.dumps(made, indent=1, ensure_ascii=False) + '\n')
+
+def companion(path, a, **info):
+    "What made a results file, beside it."
+    write_atomic(path.with_name(path.name + '.json'), json.dumps(made(a, **info), indent=1, ensure_ascii=False) + '\n')
 
 def keep(path, df, a, **info):
     write_atomic(path, df.to_csv(index=False))
