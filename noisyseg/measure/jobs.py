@@ -214,7 +214,7 @@ def own_ray(
     ray = import_ray()
     with only_here(), tempfile.TemporaryDirectory(prefix='ray', ignore_cleanup_errors=True) as d:
         folder = d if len(d) < 40 else None   # the paths of its sockets may have 107 letters
-        for left in reversed(range(3)):   # on a busy machine its processes may be too slow for it: once more
+        for left in reversed(range(5)):   # Ray gives its processes 30 s to start, which a busy machine may not keep
             try:
                 ray.init('local', include_dashboard=False, log_to_driver=False, logging_level='ERROR', num_cpus=cpus,
                          _temp_dir=folder, object_store_memory=2 * size + 2**30)
@@ -224,7 +224,7 @@ def own_ray(
                 if left:
                     warnings.warn(f'Ray did not start, and is tried again: {e}', stacklevel=4)
                     continue
-                e.add_note('Ray did not start, in 3 attempts. Is this machine short of memory, or very busy?')
+                e.add_note('Ray did not start, in 5 attempts. Is this machine short of memory, or very busy?')
                 raise
         try: yield ray
         finally: ray.shutdown()
