@@ -243,7 +243,7 @@ def split(out, sizes):
 
 
 def simply(m, model, x, y, weak, s1, s2, inside, progress, at):
-    "A step without any economy: every pass is one of the whole network, gives all outputs, and goes backward in the end."
+    "A step without any economy: each pass is one of the whole network and gives all outputs; one backward in the end."
     draw = lambda what: m._generator(SimpleNamespace(at=at), what)
     n, u, given = len(x), len(weak), {}
 
@@ -290,7 +290,8 @@ def test_is_the_simple_step(kw): check_simple('unet', kw)
 
 
 @pytest.mark.parametrize('name, kw', [
-    ('flat', {}), ('flat', dict(level='fixmatch')), ('presence', {}), ('presence', dict(in_parts=False)), ('deeplab', {}),
+    ('flat', {}), ('flat', dict(level='fixmatch')),
+    ('presence', {}), ('presence', dict(in_parts=False)), ('deeplab', {}),
     ('vgg', dict(level='unimatch')), ('frozen', {}), ('frozen', dict(in_parts=False))])
 def test_is_the_simple_step_of_other_networks(name, kw): check_simple(name, kw)
 
@@ -324,7 +325,8 @@ def check_simple(name, kw):
         for (k, v), w in zip(ours.named_buffers(), theirs.buffers()):
             torch.testing.assert_close(v, w, rtol=1e-5, atol=1e-8, msg=k)
         for opt in opts: opt.step()
-    assert a.n_steps == steps and (len(offs) > 1 or steps == 1 or not (a.volatile or a.network_perturbation) or a.p == 0.)
+    one_alone = steps == 1 or a.p == 0. or not (a.volatile or a.network_perturbation)
+    assert a.n_steps == steps and (len(offs) > 1 or one_alone)
 
 
 def count_blocks(model, **kw):

@@ -71,7 +71,7 @@ class MatchStep(_Switches):
         batch_norm: str = 'frozen',  # running statistics with a block off: 'frozen', or 'update' as published
         pseudo: str = 'train',  # pseudo-labels from the pass in 'train' mode (as published), or one more in 'eval' mode
         burn_in=0,  # supervised only at first: this many steps (an int), or this share of training (a float below 1)
-        # backward after each pass, so that only one pass's activations are in memory; None: unless something is against it
+        # backward after each pass, so that only one pass's activations are in memory; None: where nothing is against it
         in_parts: bool = None,
         shared: bool = True,  # distributed: all processes switch off the same block, or each its own
         supervised=None,  # loss(logits, masks) of the labelled terms; None: cross-entropy, mean over valid pixels
@@ -267,7 +267,8 @@ def _in_parts(self:MatchStep, s, n_passes, scaler):
     given = [t for t in (s.x, s.weak, *s.strong) if t is not None]
     kind = s.x.device.type
     unscaled = scaler is None and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return n_passes > 1 and not self.whole and torch.is_grad_enabled() and not unscaled and not any(t.requires_grad for t in given)
+    if unscaled or self.whole or any(t.requires_grad for t in given): return False
+    return n_passes > 1 and torch.is_grad_enabled()
 
 @patch
 def _state(self:MatchStep, model, images, at, burning):
