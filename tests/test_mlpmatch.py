@@ -12,10 +12,18 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from noisyseg.train.methods.match_loss import UNLABELLED, MatchLoss, PseudoLabels, consistency, pseudo_labels
 from noisyseg.train.methods.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, semi_learner, step_cost, unet3plus_slim
+from noisyseg.basics import evaluating
+from noisyseg.data.semi_supervised import cutmix, cutmix_boxes, partners
+from noisyseg.nets.blocks import deactivated, feature_dropout
+from noisyseg.nets.deeplab import deeplabv3plus
+from noisyseg.nets.unet3plus import unet3plus_tiny
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.methods.sam_callback import SAMCallback
@@ -201,7 +209,6 @@ def test_modes_and_weights_are_restored():
 
 def test_other_networks():
     b = batch(size=64)
-    from noisyseg.nets.deeplab import deeplabv3plus
     model = deeplabv3plus(5, encoder='resnet18', pretrained=False).train()
     m = method()
     m.check(model)
@@ -225,6 +232,159 @@ def test_step_cost_leaves_the_model_alone():
             > 0).all()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None
             for p in model.parameters())
+
+
+# ---- the step against a simple one
+
+def split(out, sizes):
+    "Any output, as one for each part of the batch."
+    if isinstance(out, torch.Tensor): return out.split(sizes)
+    return [type(out)(parts) for parts in zip(*(split(o, sizes) for o in out))]
+
+
+def simply(m, model, x, y, weak, s1, s2, inside, progress, at):
+    "A step without any economy: each pass is one of the whole network and gives all outputs; one backward in the end."
+    draw = lambda what: m._generator(SimpleNamespace(at=at), what)
+    n, u, given = len(x), len(weak), {}
+
+    def passed(images, *names):
+        sizes = [n if k[0] == 'x' else u for k in names]
+        given.update(zip(names, split(model(images), sizes)))
+    if m.pseudo == 'eval':
+        with torch.no_grad(), evaluating(model): labels = model(weak)
+    both = torch.cat([x, weak])
+    if m.feature_perturbation:
+        with feature_dropout(model, m.dropout, draw(0)): passed(both, 'x', 'weak', 'xf', 'u_fp')
+    elif m.pseudo == 'train': passed(both, 'x', 'weak')
+    else: passed(x, 'x')
+    if m.pseudo == 'eval': given['weak'] = labels
+    names = ['x_np'] * m.volatile + ['u_np'] * m.network_perturbation
+    if names:
+        images = torch.cat([x] * m.volatile + [weak] * m.network_perturbation)
+        with deactivated(model, None, m.unit, m.p, draw(1), m.batch_norm): passed(images, *names)
+    g, boxes, other = draw(2), (None, None), None
+    if m.strong_views:
+        views = (s1, s2)[:m.strong_views]
+        other = partners(u, g)
+        boxes = [cutmix_boxes(u, tuple(x.shape[-2:]), g, m.cutmix) for _ in views]
+        mixed = [cutmix(v, v[other], b) for v, b in zip(views, boxes)]
+        passed(torch.cat(mixed), *('u_s1', 'u_s2')[:m.strong_views])
+        boxes = (*boxes, None)[:2]
+    keys = 'x_np', 'weak', 'u_s1', 'u_s2', 'u_fp', 'u_np'
+    return m.loss(given['x'], y, *(given.get(k) for k in keys), inside, boxes, other, progress)
+
+
+NETS = {'unet': net, 'flat': lambda: net(deep_supervision=False), 'presence': lambda: net(cgm=True),
+        'vgg': lambda: unet3plus_tiny(5).train(),
+        'frozen': net,
+        'deeplab': lambda: deeplabv3plus(5, encoder='resnet18', pretrained=False, dropout=0.).train()}
+SETTINGS = [{}, dict(in_parts=False), dict(in_parts=True), dict(pseudo='eval'), dict(feature_perturbation=False),
+            dict(feature_perturbation=False, pseudo='eval'), dict(network_perturbation=False), dict(volatile=False),
+            dict(network_perturbation=False, volatile=False), dict(strong_views=0), dict(strong_views=1),
+            dict(unit='stage', p=0.4), dict(unit='stage', p=0.), dict(batch_norm='update'),
+            dict(level='fixmatch'), dict(level='unimatch')]
+
+
+@pytest.mark.parametrize('kw', SETTINGS, ids=lambda kw: ' '.join(f'{k}={v}' for k, v in kw.items()) or 'default')
+def test_is_the_simple_step(kw): check_simple('unet', kw)
+
+
+@pytest.mark.parametrize('name, kw', [
+    ('flat', {}), ('flat', dict(level='fixmatch')),
+    ('presence', {}), ('presence', dict(in_parts=False)), ('deeplab', {}),
+    ('vgg', dict(level='unimatch')), ('frozen', {}), ('frozen', dict(in_parts=False))])
+def test_is_the_simple_step_of_other_networks(name, kw): check_simple(name, kw)
+
+
+def check_simple(name, kw):
+    "Losses, gradients and buffers of steps that follow one another, with the weights moving in between."
+    steps = 1 if name == 'deeplab' else 3
+    torch.manual_seed(0)
+    ours = NETS[name]().double()
+    if name == 'frozen':
+        for p in [*ours.encoder.conv1.parameters(), *ours.encoder.layer1.parameters()]: p.requires_grad_(False)
+        ours.encoder.layer2.eval()
+    theirs = copy.deepcopy(ours)
+    opts = [torch.optim.SGD(m.parameters(), 0.05) for m in (ours, theirs)]
+    a, b = method(**kw), method(**kw)
+    offs = set()
+    for at in range(steps):
+        images = [t.double() if t.is_floating_point() else t for t in batch(at, size=64 if name == 'deeplab' else 32)]
+        torch.manual_seed(at)   # of the presence head's dropout
+        terms = a.step(ours, *images, progress=at / steps)
+        torch.manual_seed(at)
+        expected = simply(b, theirs, *images, at / steps, at)
+        offs.update(terms.off)
+        for k, v in expected.numbers().items(): assert terms.numbers()[k] == pytest.approx(v, rel=1e-5, nan_ok=True), k
+        for opt, total in zip(opts, (terms.total, expected.total)):
+            opt.zero_grad()
+            total.backward()
+        for (k, p), q in zip(ours.named_parameters(), theirs.parameters()):
+            assert (p.grad is None) == (q.grad is None), k
+            if p.grad is not None: torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-8, msg=k)
+        for (k, v), w in zip(ours.named_buffers(), theirs.buffers()):
+            torch.testing.assert_close(v, w, rtol=1e-5, atol=1e-8, msg=k)
+        for opt in opts: opt.step()
+    one_alone = steps == 1 or a.p == 0. or not (a.volatile or a.network_perturbation)
+    assert a.n_steps == steps and (len(offs) > 1 or one_alone)
+
+
+def count_blocks(model, **kw):
+    "How many images each residual block of the encoder computes in a step, without hooks: those would be noticed."
+    seen, own = {}, BasicBlock.forward
+    names = {m: n for n, m in model.encoder.named_modules()}
+
+    def forward(self, x):
+        seen[names[self]] = seen.get(names[self], 0) + len(x)
+        return own(self, x)
+    with mock.patch.object(BasicBlock, 'forward', forward):
+        terms = method(**kw).step(model, *batch(), at=3)
+    return seen, terms
+
+
+@pytest.mark.parametrize('in_parts', [False, True])
+def test_common_blocks_run_once(in_parts):
+    seen, terms = count_blocks(net(), in_parts=in_parts)
+    b, u = 2, 3
+    before = True
+    for name, n in seen.items():
+        before &= name != terms.off[0]
+        # clean and strong; again with a block off, after that block, which itself is not among them
+        assert n == b + u + 2 * u + (0 if before or name == terms.off[0] else b + u), name
+    assert terms.off[0] != 'layer1.0'
+    seen, terms = count_blocks(net(), in_parts=in_parts, batch_norm='update')   # its statistics count each pass
+    assert all(n == (2 - (name == terms.off[0])) * (b + u) + 2 * u for name, n in seen.items())
+
+
+def test_who_watches_sees_every_pass():
+    model, passes = net(), []
+    plain = net()
+    expected = gradients(plain, method().step(plain, *batch(), at=3))
+    handle = model.encoder.layer1.register_forward_hook(lambda m, i, o: passes.append(len(o)))
+    watched = gradients(model, method().step(model, *batch(), at=3))
+    handle.remove()
+    assert passes == [5, 5, 6]
+    for g, h in zip(watched, expected): same(g, h)
+
+
+def test_in_parts_unless_something_is_against_it():
+    b, model = batch(), net()
+    known = lambda terms: not terms.L_x.requires_grad
+    assert known(method().step(model, *b)) and not known(method(in_parts=False).step(model, *b))
+    assert not known(method('supervised').step(model, *b))   # one pass
+    assert not known(method(burn_in=1).step(model, *b))
+    leaf = b[2].clone().requires_grad_()
+    method().step(model, *b[:2], leaf, *b[3:]).total.backward()
+    assert leaf.grad.abs().sum() > 0
+    with torch.no_grad(): assert method().step(model, *b).total > 0
+    with torch.autocast('cpu', torch.float16): terms = method().step(model, *b)
+    assert not known(terms)   # nobody has said by what to scale
+    with torch.autocast('cpu', torch.bfloat16): assert known(method().step(model, *b))
+    late = learner([b], law=MaxGaussian(0.02), noise_args=dict(seed=3, gradient='recovered'))
+    soon = learner([b], law=MaxGaussian(0.02), noise_args=dict(seed=3))
+    for l in (late, soon): fit(l)
+    assert late.mlp_match.method.whole and not soon.mlp_match.method.whole
+    with pytest.raises(ValueError, match='in_parts: expected'): method(in_parts='yes')
 
 
 # ---- the callback

@@ -71,8 +71,10 @@ class _Known(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradients of this DAMP loss were delivered already: compute the loss anew for "
                                "another backward")
-        grads, ctx.grads = ctx.grads, None
-        return None, None, None, *(None if v is None else v * (g / ctx.scale).to(v.dtype) for v in grads)
+        grads, ctx.grads = list(ctx.grads), None
+        for i, v in enumerate(grads):   # one after the other, so that there are never two of all
+            grads[i] = None if v is None else v * (g / ctx.scale).to(v.dtype)
+        return None, None, None, *grads
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #84cbaf7d
 class _OneUpdate:

@@ -36,7 +36,8 @@ def pseudo_labels(
     inside: Tensor = None,  # (u, h, w) bool; None: there are no margins
 ) -> PseudoLabels:
     "Labels and their confidence, in float32 whatever the logits are."
-    logits = as_logits(out, None if inside is None else inside.shape[1:]).detach().float()
+    # softmax is faster over maps with channels first
+    logits = as_logits(out, None if inside is None else inside.shape[1:]).detach().float().contiguous()
     if logits.ndim != 4:
         raise ValueError(f"expected logits (images, classes, height, width), got shape {tuple(logits.shape)}")
     labels = to_classes(logits)
@@ -74,7 +75,8 @@ def consistency(
         if len(logits) != len(counts):
             raise ValueError(f"logits of shape {tuple(logits.shape)} don't fit pseudo-labels of shape "
                              f"{tuple(counts.shape)}")
-        logits = as_logits(logits, counts.shape[1:]).float()
+        # softmax is faster over maps with channels first
+        logits = as_logits(logits, counts.shape[1:]).float().contiguous()
         if logits.shape[1] > 1: ce = F.cross_entropy(logits, pseudo.labels, reduction='none')
         else: ce = F.binary_cross_entropy_with_logits(logits[:, 0], pseudo.labels.float(), reduction='none')
         return torch.where(counts, ce, 0.).sum() / pseudo.inside.sum().clamp(min=1)

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...basics import check_choice, check_number, check_share, check_whole, evaluating
 from .damp import _Known
-from ...nets.blocks import find_encoder, deactivated, feature_dropout, residual_blocks
+from ...nets.blocks import (deactivated, draw_blocks, feature_dropout, find_encoder, heads_for, residual_blocks,
+                                  shared_start)
 from .match_loss import UNLABELLED, MatchLoss, Terms, agreement, pseudo_labels
 from ...data.semi_supervised import cutmix, cutmix_boxes, partners
 
@@ -70,7 +71,8 @@ class MatchStep(_Switches):
         batch_norm: str = 'frozen',  # running statistics with a block off: 'frozen', or 'update' as published
         pseudo: str = 'train',  # pseudo-labels from the pass in 'train' mode (as published), or one more in 'eval' mode
         burn_in=0,  # supervised only at first: this many steps (an int), or this share of training (a float below 1)
-        in_parts: bool = False,  # backward after each pass, so that only one pass's activations are in memory
+        # backward after each pass, so that only one pass's activations are in memory; None: where nothing is against it
+        in_parts: bool = None,
         shared: bool = True,  # distributed: all processes switch off the same block, or each its own
         supervised=None,  # loss(logits, masks) of the labelled terms; None: cross-entropy, mean over valid pixels
         ignore_index: int = None,  # label of void pixels, for the default of supervised=
@@ -80,12 +82,14 @@ class MatchStep(_Switches):
         check_choice('unit', unit, 'block', 'stage')
         check_choice('batch_norm', batch_norm, 'frozen', 'update')
         check_choice('pseudo', pseudo, 'train', 'eval')
+        check_choice('in_parts', in_parts, None, False, True)
         for name, v in dict(cutmix=cutmix, dropout=dropout, p=p).items(): check_share(name, v)
         if isinstance(burn_in, float): check_number('burn_in', burn_in, 0, 0.999)
         else: check_whole('burn_in', burn_in, 0)
         if seed is not None: check_whole('seed', seed, 0)
         store_attr('cutmix,dropout,unit,p,batch_norm,pseudo,burn_in,in_parts,shared,seed')
         self.n_steps = 0
+        self.whole = False  # does a learner change something between forward and backward? Then not in parts
         self.loss = MatchLoss(supervised, ignore_index, threshold, lam, weights)
 
 # %% ../../../nbs/train/methods/06_match_step.ipynb #29fd5a94
@@ -105,6 +109,10 @@ def _parted(out, sizes):
     if isinstance(out, Tensor): return out.split(sizes)
     return [type(out)(o) for o in zip(*(_parted(o, sizes) for o in out))]
 
+def _copied(out):
+    "An output that does not keep those of other images in memory."
+    return out.clone() if isinstance(out, Tensor) else type(out)(_copied(o) for o in out)
+
 # %% ../../../nbs/train/methods/06_match_step.ipynb #088e8bbb
 def _inner(model): return model.module if isinstance(model, (DistributedDataParallel, nn.DataParallel)) else model
 
@@ -121,14 +129,16 @@ def _clean(self:MatchStep, s):
         with torch.no_grad(), evaluating(s.model): s.pseudo = pseudo_labels(s.wrapped(s.weak), s.inside)
         s.sent()
         torch.clear_autocast_cache()   # it holds copies of the weights that were made without a gradient
-    joint = s.on and (self.pseudo == 'train' or self.feature_perturbation)
     fp = s.on and self.feature_perturbation
-    n, u = len(s.x), len(s.weak) if joint else 0
-    with feature_dropout(s.model, self.dropout, self._generator(s, 0)) if fp else nullcontext():
-        out = s.forward(torch.cat([s.x, s.weak]) if joint else s.x)
-    parts = _parted(out, [n] + [u] * joint + [n, u] * fp)
-    s.pred = parts[0]
-    if s.on and s.pseudo is None: s.pseudo = pseudo_labels(parts[1], s.inside)
+    n, u = len(s.x), len(s.weak) if s.joint else 0
+    sizes = [n] + [u] * s.joint + [n, u] * fp   # labelled, weak, and both again with channels dropped
+    look = [1] if s.on and s.pseudo is None else []
+    with (feature_dropout(s.model, self.dropout, self._generator(s, 0)) if fp else nullcontext(),
+          heads_for(s.model, sizes, [0] + [3] * fp, look) as order):
+        out = s.forward(s.images if s.joint else s.x)
+    parts = dict(zip(order, _parted(out, [sizes[i] for i in order])))
+    s.pred = _copied(parts[0]) if len(parts) > 1 else parts[0]
+    if look: s.pseudo = pseudo_labels(parts[1], s.inside)
     terms = {'L_x': self.loss.labelled(s.pred, s.y)}
     return terms | self._compared(s, 'L_u_fp', parts[3], s.pseudo) if fp else terms
 
@@ -138,9 +148,9 @@ def _network(self:MatchStep, s):
     "With a block switched off."
     volatile, np_ = self.volatile, s.on and self.network_perturbation
     images = [s.x] * volatile + [s.weak] * np_
-    with deactivated(s.model, None, self.unit, self.p, self._generator(s, 1, 0 if self.shared else None),
-                     self.batch_norm) as s.off:
-        parts = list(_parted(s.forward(torch.cat(images)), [len(i) for i in images]))
+    together = s.images if s.joint and len(images) == 2 else torch.cat(images)
+    with deactivated(s.model, s.off, self.unit, batch_norm=self.batch_norm):
+        parts = list(_parted(s.forward(together), [len(i) for i in images]))
     terms = {'L_x_np': self.loss.labelled(parts.pop(0), s.y)} if volatile else {}
     return terms | self._compared(s, 'L_u_np', parts[0], s.pseudo) if np_ else terms
 
@@ -182,11 +192,13 @@ def _gradients(loss, params, scaler):
     with torch.autocast(loss.device.type, enabled=False):
         grads = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), params, allow_unused=True)
     torch.clear_autocast_cache()   # the copies of the weights in it belong to the graph that is gone
-    return grads
+    return list(grads)
 
-def _sum(grads):
-    grads = [g for g in grads if g is not None]
-    return sum(grads) if grads else None
+def _add(grads, more):
+    "Add what another pass gave; each of its gradients is let go at once."
+    for i, g in enumerate(more):
+        more[i] = None
+        if g is not None: grads[i] = g if grads[i] is None else grads[i] + g
 
 # %% ../../../nbs/train/methods/06_match_step.ipynb #06ae2ef5
 @patch
@@ -222,22 +234,56 @@ def _batch(self:MatchStep, x, y, weak, strong1, strong2, inside):
 
 # %% ../../../nbs/train/methods/06_match_step.ipynb #0f7b315a
 @patch
+def _start(self:MatchStep, s):
+    "What the clean pass and the one with a block off have in common; frozen statistics don't count it twice."
+    same = s.joint and s.on and self.volatile and self.network_perturbation and self.batch_norm == 'frozen'
+    return shared_start(s.model, s.images if same else None, s.off, self.unit, s.in_parts)
+
+@patch
 def _passed(self:MatchStep, s, passes, factors, params, scaler):
-    "The terms of these passes, and with in_parts=True the gradients that each of them gave."
-    terms = {}
-    parts = []
-    with _buffers_once(s.wrapped) as s.sent:
-        for one_pass in passes:
-            s.forward = s.model if self.in_parts and one_pass != passes[-1] else s.wrapped
+    "The terms of these passes, and with in_parts=True the gradients of all of them."
+    terms, grads = {}, [None] * len(params)
+    with _buffers_once(s.wrapped) as s.sent, self._start(s) as start:
+        for i, one_pass in enumerate(passes):
+            s.forward = s.model if s.in_parts and i + 1 < len(passes) else s.wrapped
             new = one_pass(s)
             if s.forward is s.wrapped: s.sent()
-            if self.in_parts:
-                parts.append(_gradients(sum(factors[n] * t for n, t in new.items()), params, scaler))
+            if s.in_parts:
+                loss = sum(factors[n] * t for n, t in new.items())
                 new = {n: t.detach() for n, t in new.items()}
+                here = _gradients(loss, params + start.cuts, scaler)
+                start.arrive(here[len(params):])
+                _add(grads, here[:len(params)])
+                del here, loss
+                if one_pass == self._network: _add(grads, start.gradients(params))
             terms |= new
-    return terms, parts
+    return terms, grads
 
 # %% ../../../nbs/train/methods/06_match_step.ipynb #78d08788
+@patch
+def _in_parts(self:MatchStep, s, n_passes, scaler):
+    "Can each pass go backward at once? One that needs no more than the weights' gradients, and knows its scale."
+    if self.in_parts is not None: return self.in_parts
+    given = [t for t in (s.x, s.weak, *s.strong) if t is not None]
+    kind = s.x.device.type
+    unscaled = scaler is None and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    if unscaled or self.whole or any(t.requires_grad for t in given): return False
+    return n_passes > 1 and torch.is_grad_enabled()
+
+@patch
+def _state(self:MatchStep, model, images, at, burning):
+    "What the passes of a step know of it."
+    x, y, weak, strong, inside = self._batch(*images)
+    on = self.unlabelled and not burning
+    s = SimpleNamespace(wrapped=model, model=_inner(model), x=x, y=y, weak=weak, strong=strong, inside=inside, at=at,
+                        on=on, pseudo=None, off=[], more={})
+    s.joint = on and (self.pseudo == 'train' or self.feature_perturbation)
+    s.images = torch.cat([x, weak]) if s.joint else None
+    if (self.volatile or self.network_perturbation) and not burning:
+        s.off = draw_blocks(s.model, self.unit, self.p, self._generator(s, 1, 0 if self.shared else None))
+    return s
+
+# %% ../../../nbs/train/methods/06_match_step.ipynb #359aceb9
 @patch
 def step(self:MatchStep,
     model: nn.Module,  # in training mode
@@ -249,26 +295,24 @@ def step(self:MatchStep,
     inside: Tensor = None,  # (u, h, w) bool: False in margins; None: there are none
     progress: float = 0.,  # share of training that is done, from 0 to 1
     at: int = None,  # number of the step, for the draws; None counts
-    scaler=None,  # with in_parts=True: a torch.amp.GradScaler, which is to scale each part
+    scaler=None,  # where the step goes in parts: a torch.amp.GradScaler, which is to scale each part
 ) -> Terms:  # .total.backward() comes next; .pred is the output for x, .off the blocks that were off
     "The terms of one step."
     if self.seed is None: self.seed = int(torch.randint(2**31, ()))
     if at is None: at, self.n_steps = self.n_steps, self.n_steps + 1
     burning = progress < self.burn_in if isinstance(self.burn_in, float) else at < self.burn_in
-    x, y, weak, strong, inside = self._batch(x, y, weak, strong1, strong2, inside)
-    s = SimpleNamespace(wrapped=model, model=_inner(model), x=x, y=y, weak=weak, strong=strong, inside=inside, at=at,
-                        on=self.unlabelled and not burning, pseudo=None, off=[], more={})
+    s = self._state(model, (x, y, weak, strong1, strong2, inside), at, burning)
     off = (self.volatile or self.network_perturbation) and not burning
     passes = [self._clean] + [self._network] * off + [self._strong] * (s.on and self.strong_views > 0)
+    s.in_parts = self._in_parts(s, len(passes), scaler)
     factors = self.loss.coefficients(['L_x'] if burning else self.names, progress)
     params = [p for m in (s.model, self.loss) for p in m.parameters() if p.requires_grad]
-    terms, parts = self._passed(s, passes, factors, params, scaler)
+    terms, grads = self._passed(s, passes, factors, params, scaler)
     if s.pseudo is not None: s.more |= self.loss.statistics(s.pseudo)
     terms = self.loss.collect(terms | s.more, progress)
-    if self.in_parts:
+    if s.in_parts:
         scale = torch.ones_like(terms.total)
-        terms['total'] = _Known.apply(terms.total, scale if scaler is None else scaler.scale(scale),
-                                      [_sum(g) for g in zip(*parts)], *params)
+        terms['total'] = _Known.apply(terms.total, scale if scaler is None else scaler.scale(scale), grads, *params)
     terms.pred, terms.off = s.pred, s.off
     return terms
 

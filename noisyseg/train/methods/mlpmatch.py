@@ -134,6 +134,8 @@ def refuses(self:MLPMatch, other):
 def check(self:MLPMatch, learn):
     if mix := next((c for c in learn.cbs if isinstance(c, MixHandler)), None):
         raise ValueError(f"{mix.name} and MLPMatch both decide what is done with a batch: take one of them")
+    # its weights are recovered between forward and backward
+    self.method.whole = any(getattr(c, 'gradient', None) == 'recovered' for c in learn.cbs)
     self.method.check(learn.model)
 
 # %% ../../../nbs/train/methods/07_mlpmatch.ipynb #8a8d8918
@@ -173,7 +175,7 @@ def gradients(self:MLPMatch, step, batch, draw, inner):
                          f"`semi_learner(semi(dls, n=20))` makes them of any data")
     at, progress = draw.mine.get(self, (None, min(learn.pct_train, 1.)))   # the same draws when SAM asks again
     terms = m.step(learn.model, *parts, progress=progress, at=at,
-                   scaler=getattr(learn, 'scaler', None) if m.in_parts else None)
+                   scaler=getattr(learn, 'scaler', None))
     learn.xb, learn.yb = parts[:1], parts[1:2]   # what other callbacks and metrics expect
     if at is None:
         draw.mine[self] = m.n_steps - 1, progress
