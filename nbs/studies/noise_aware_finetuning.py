@@ -102,7 +102,7 @@ def ways(a, seed):
             'SAM, quarter batch': [SAMCallback(0.05, batch_part=0.25)],
             'SAM, every 4th step': [SAMCallback(0.05, every=4)]}
 
-class Losses(Callback):
+class ShowLosses(Callback):
     def after_epoch(self):
         print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:3]), flush=True)
 
@@ -111,7 +111,7 @@ def trained(a, way, seed):
     set_seed(seed)
     opt = partial(SGD, mom=MOMENTUM, wd=WD, decouple_wd=False)
     learn = Learner(data(a, seed), untouched().to(memory_format=torch.channels_last), CrossEntropyLossFlat(),
-                    opt_func=opt, cbs=[*ways(a, seed)[way], Losses()])
+                    opt_func=opt, cbs=[*ways(a, seed)[way], ShowLosses()])
     start = time.process_time()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, LR, moms=(MOMENTUM,) * 3)
     return learn.model.eval(), time.process_time() - start
