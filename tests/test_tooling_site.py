@@ -186,6 +186,8 @@ head = '''<!doctype html><html><head><title>x</title>
 @pytest.fixture
 def small(tmp_path):
     "Two pages without a fault; gives a function that writes one of them anew and says what is found then"
+    tmp_path = tmp_path/'site'   # what lies beside it is this test's own, too
+    tmp_path.mkdir()
     def write(at='index.html', body='<a href="two.html#here">two</a>', more='', cut=None):
         text = head.format(home=check_site.HOME, at=at, body=body, more=more)
         (tmp_path/at).write_text(text.replace(cut, '') if cut else text)
