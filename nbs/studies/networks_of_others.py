@@ -3,9 +3,10 @@
     python nbs/studies/networks_of_others.py sweep --size full
         # a store for each set of pictures, in --models; resumes where it was stopped. Hours on a CPU
     python nbs/studies/networks_of_others.py entries table --size full
-        # from the stores an entry for each network, networks_of_others/full/NAME.json; from the entries a table
-    python nbs/studies/networks_of_others.py sweep entries table --size medium   # about an hour and a half on one core
-    python nbs/studies/networks_of_others.py sweep table --only s_0.5_pascal_256 resnet20     # a look, in minutes
+        # from the stores an entry for each network, networks_of_others/full/NAME.json; from the entries a table, also
+        # one that sorts: networks_of_others/full/table.html
+    python nbs/studies/networks_of_others.py sweep entries table --size medium   # hours on one core
+    python nbs/studies/networks_of_others.py sweep entries table --only s_0.5_pascal_256 resnet20     # a look
     python nbs/studies/networks_of_others.py add table --size medium --network my_networks.py:build --pictures 'voc 256'
         # yours: a function without parameters in a file of yours returns it, with its weights
 
@@ -276,9 +277,13 @@ def permutation(x, y, times=10_000):
     chance = np.array([np.corrcoef(x, rng.permutation(y))[0, 1] for _ in range(times)])
     return found, (1 + (abs(chance) >= abs(found) - 1e-9).sum()) / (1 + times)
 
+def falls(kind):
+    "Is a low level the strong one, as of bits?"
+    return LEVELS[kind][0] > LEVELS[kind][-1]
+
 def stands(kind, half_lost):
-    "The more, the more a network stands: few bits are a strong disturbance; infinity is the best everywhere."
-    return -half_lost if kind == 'Quantize' and half_lost < np.inf else half_lost
+    "The more, the more a network stands, also where low levels are strong; infinity is the best everywhere."
+    return -half_lost if falls(kind) and half_lost < np.inf else half_lost
 
 def foretold(df):
     "What goes with standing much, among VOC's files; p after Holm."
@@ -301,7 +306,7 @@ def cell(row):
     "A level with its interval, and the number that it is sorted by."
     strongest = LEVELS[row.disturbance][-1] * FACTORS[row.disturbance]
     factor, unit = FACTORS[row.disturbance], UNITS[row.disturbance]
-    beyond = f'< {strongest:g}' if row.disturbance == 'Quantize' else f'> {strongest:g}'
+    beyond = f'{"<" if falls(row.disturbance) else ">"} {strongest:g}'
     text = lambda v: beyond if np.isinf(v) else f'{factor * v:.3g}'
     unlike = {text(row.low), text(row.high)} != {text(row.half_lost)}
     between = f' <small>{text(row.low)} to {text(row.high)}</small>' if unlike else ''
@@ -344,6 +349,8 @@ def sortable(df):
 
 def table(a):
     df = halves(read_entries(a.size))
+    if df.empty: sys.exit(f'There is no entry in {ENTRIES/a.size}: sweep entries --size {a.size} writes some')
+    (ENTRIES/a.size/'table.html').write_text(sortable(df))
     wide = df.pivot(index=['pictures', 'network', 'weights', 'clean'], columns='disturbance', values='half_lost')
     print(wide.reindex(columns=list(LEVELS)).round(4).to_string())
     if len(found := foretold(df)): print(found.round(3).to_string())

@@ -6,9 +6,9 @@ what each then withstands.
     python nbs/studies/noise_aware_finetuning.py table                     # noise_aware_finetuning.csv, and the claims
 
 Protocol, written before any run, but for a trial of the script's own lines, which scored the untouched network on 50
-test images. `noise_aware.py` trains small networks from nothing, for six epochs: they are far from
-trained. Here the network is a public one, which was trained for 200 epochs (resnet20-12fca82f, published with 91.8 %,
-81.0 % on this JPEG copy), and what is compared is how it goes on.
+test images. `noise_aware.py` trains small networks from nothing, for six epochs: they are far from trained. Here the
+network is a public one, which was trained for 200 epochs (resnet20-12fca82f, published with 91.8 %, 81.0 % on this JPEG
+copy), and what is compared is how it goes on.
 
 *Data*: CIFAR-10 as JPEGs of quality 75, so no accuracy is a paper's. `small`: 4,000 training images (equally many of
 each class), two epochs of them, 500 test images, five training seeds. `full`: all training images but 5,000, twenty
