@@ -298,9 +298,9 @@ def foretold(df):
     if rows: found['p_holm'] = np.minimum(1, np.maximum.accumulate(found['p'] * range(len(found), 0, -1)))
     return found
 
-UNITS = {'MaxGaussian': '%', 'RelativeGaussian': '%', 'AbsoluteGaussian': '', 'MultiplicativeGaussian': '%',
+UNITS = {'MaxGaussian': ' %', 'RelativeGaussian': ' %', 'AbsoluteGaussian': '', 'MultiplicativeGaussian': ' %',
          'Quantize': ' bits', 'gaussian_noise': ''}  # of a level
-FACTORS = {kind: 100 if unit == '%' else 1 for kind, unit in UNITS.items()}
+FACTORS = {kind: 100 if unit == ' %' else 1 for kind, unit in UNITS.items()}
 
 def cell(row):
     "A level with its interval, and the number that it is sorted by."
@@ -313,6 +313,7 @@ def cell(row):
     return f'{text(row.half_lost)}{unit}{between}', min(stands(row.disturbance, row.half_lost), 1e9)
 
 SORT = """<style>
+table.sortable { font-family: sans-serif; border-spacing: .8em .2em }
 table.sortable button { all: unset; cursor: pointer; font-weight: bold }
 table.sortable button:focus-visible { outline: 2px solid }
 table.sortable [aria-sort=descending] button::after { content: " \\2193" }
@@ -350,7 +351,8 @@ def sortable(df):
 def table(a):
     df = halves(read_entries(a.size))
     if df.empty: sys.exit(f'There is no entry in {ENTRIES/a.size}: sweep entries --size {a.size} writes some')
-    (ENTRIES/a.size/'table.html').write_text(sortable(df))
+    head = '<!doctype html><meta charset="utf-8"><title>What networks of others withstand</title>\n'
+    (ENTRIES/a.size/'table.html').write_text(head + sortable(df))
     wide = df.pivot(index=['pictures', 'network', 'weights', 'clean'], columns='disturbance', values='half_lost')
     print(wide.reindex(columns=list(LEVELS)).round(4).to_string())
     if len(found := foretold(df)): print(found.round(3).to_string())
