@@ -12,7 +12,10 @@ from conftest import root
 from PIL import Image, ImageOps
 
 from noisyseg.data import files
-from noisyseg.data.files import PairReader, label_table, read_colour_mask, read_image, read_mask
+from noisyseg.data.datasets import CocoReader
+from noisyseg.data.doctor import survey
+from noisyseg.data.files import PairReader, can_reduce, label_table, read_colour_mask, read_image, read_mask
+from noisyseg.data.keypoints import KeypointDataset, Pose
 from noisyseg.data.loaders import MaskDataset
 
 HEIGHT, WIDTH = 9000, 10_000
@@ -157,6 +160,58 @@ def test_a_reader_of_yours_reads_everything(tmp_path, large_from_here):
         return np.array(Image.open(path).convert('L'))
     reader = PairReader(label_table(7), read_image=read)
     assert reader.image(photo(tmp_path/'a.png'), within=(64, 64)).shape == (400, 500, 1) and len(seen) == 1
+
+
+def test_who_can_be_asked(tmp_path):
+    "`read_image`, readers of files, and their methods; not a function of yours, nor a reader that calls one"
+    reader, own = PairReader(label_table(7)), PairReader(label_table(7), read_image=lambda path: None)
+    assert [can_reduce(o) for o in (read_image, reader, reader.image, CocoReader(None, {}))] == [True] * 4
+    assert [can_reduce(o) for o in (own, own.image, np.load)] == [False] * 3
+
+
+class Square:
+    "An annotation as pycocotools has it"
+    imgs = {1: dict(height=400, width=500)}
+    def getAnnIds(self, number): return [0]
+    def loadAnns(self, ids): return [dict(category_id=5)]
+    def annToMask(self, annotation): return np.pad(np.ones((100, 100), np.uint8), ((0, 300), (0, 400)))
+
+
+def test_polygons_of_a_large_picture(tmp_path, large_from_here):
+    "The mask whole, the image reduced; one of another size is found out"
+    item, reader = (photo(tmp_path/'a.jpg'), 1), CocoReader(Square(), {5: 2})
+    (x, y), (whole, same) = reader(item, within=(40, 50)), reader(item)
+    assert whole.shape[:2] == y.shape == (400, 500) and x.shape[0] <= 100
+    assert np.array_equal(y, same) and (y == 2).sum() == 100 * 100
+    other = photo(tmp_path/'b.jpg', (401, 500)), 1
+    with pytest.raises(ValueError, match='500x401'): reader(other, within=(40, 50))
+
+
+def test_the_doctor_sees_the_same(tmp_path, monkeypatch):
+    "Counts exactly, thumbnails up to resampling"
+    Image.fromarray(np.random.default_rng(0).integers(0, 7, (400, 500), np.uint8)).save(tmp_path/'mask.png')
+    pair = photo(tmp_path/'a.jpg'), tmp_path/'mask.png'
+    def found(largest_whole):
+        monkeypatch.setattr(files, 'LARGE', largest_whole)
+        return survey([pair], PairReader(label_table(7)))
+    reduced, whole = found(100_000), found(10**9)
+    assert np.array_equal(reduced.pixels, whole.pixels) and not reduced.faults
+    assert abs(reduced.thumbs - whole.thumbs).max() < 0.02
+
+
+@pytest.mark.parametrize('augment', [False, True])
+def test_animals_of_a_large_picture(tmp_path, augment, monkeypatch):
+    "Points where they were, to a hundredth of a pixel and the rounding of the cut; the picture up to resampling"
+    points = np.array([[200, 100, 1], [260, 300, 1], [0, 0, 0]], np.float32)
+    pose = Pose(photo(tmp_path/'a.jpg'), points, (150, 50, 390, 330))
+    def item(largest_whole):
+        monkeypatch.setattr(files, 'LARGE', largest_whole)
+        data = KeypointDataset([pose], ['nose', 'tail', 'ear'], size=32, augment=augment, seed=1)
+        return data.picture(0)[0].shape, *(np.array(o, float) for o in data[0])
+    (small, x, y), (large, whole_x, whole_y) = item(100_000), item(10**9)
+    assert small[0] < large[0]
+    assert abs(y - whole_y).max() < 0.5 and np.array_equal(y[:, 2] > 0, whole_y[:, 2] > 0)
+    assert abs(x - whole_x).mean() < 4
 
 
 def test_masks_are_looked_up_in_blocks(tmp_path):

@@ -23,8 +23,8 @@ from fastai.data.external import URLs, fastai_path
 from ..basics import check_choice, check_whole
 from .archives import fetch_and_extract
 from .loaders import augmenter, mask_dataloaders
-from .files import (MissingData, PairReader, check_sizes, data_root, distinct_palette, label_table,
-                                 other_size, pair_files, read_image)
+from .files import (MissingData, PairReader, check_sizes, data_root, distinct_palette, image_size,
+                                 label_table, other_size, pair_files, read_image)
 from .procedural import outlines, scene, scene_classes, scene_palette
 
 # %% ../../nbs/data/05_datasets.ipynb #ee047737
@@ -273,7 +273,8 @@ class CocoReader:
         self.labels = labels
         self.ignore_index = ignore_index
 
-    def image(self, item): return read_image(item[0] if isinstance(item, tuple) else item)
+    reduces = True   # `within` is as in `read_image`
+    def image(self, item, within=None): return read_image(item[0] if isinstance(item, tuple) else item, within)
     def mask(self, number):
         info = self.coco.imgs[number]
         y = np.zeros((info['height'], info['width']), np.uint8)
@@ -282,9 +283,11 @@ class CocoReader:
             y[self.coco.annToMask(a)>0] = self.ignore_index if a.get('iscrowd') else self.labels[a['category_id']]
         return y
 
-    def __call__(self, item):
-        x, y = self.image(item), self.mask(item[1])
-        if x.shape[:2]!=y.shape: raise ValueError(other_size(item[0], 'its annotation', x.shape[1::-1], y.shape[::-1]))
+    def __call__(self, item, within=None):
+        "Image and mask; with `within`, a large image may be smaller than its mask"
+        x, y = self.image(item, within), self.mask(item[1])
+        size = x.shape[1::-1] if within is None else image_size(item[0])
+        if size!=y.shape[::-1]: raise ValueError(other_size(item[0], 'its annotation', size, y.shape[::-1]))
         return x, y
 
 # %% ../../nbs/data/05_datasets.ipynb #6da2ed2e
@@ -326,4 +329,5 @@ def coco(
     return mask_dataloaders(*items, _read_coco, vocab, distinct_palette(len(vocab)), 255, size, bs, **kwargs)
 
 # %% ../../nbs/data/05_datasets.ipynb #69c28233
-def _read_coco(item): return item[0](item[1:])
+def _read_coco(item, within=None): return item[0](item[1:], within)
+_read_coco.reduces = True

@@ -7,8 +7,8 @@ Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 # %% auto #0
 __all__ = ['FORMATS', 'LARGE', 'MissingData', 'data_root', 'UnusableFile', 'open_image', 'read_image', 'reduction', 'strips',
            'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'lossless', 'read_mask',
-           'row_blocks', 'read_colour_mask', 'PairReader', 'image_size', 'other_size', 'files_by_name', 'pair_files',
-           'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
+           'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size', 'files_by_name',
+           'pair_files', 'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../../nbs/data/02_files.ipynb #c6e4bdd0
 import os
@@ -328,6 +328,13 @@ def _colours_of(im):
     return upright(strips(im, 'RGB'), orientation(im))
 
 # %% ../../nbs/data/02_files.ipynb #9d4cb17e
+def can_reduce(
+    read # item -> image, or item -> (image, mask)
+) -> bool:
+    "Does this reader also take `within`, for images that are larger than they need be? It says so by `reduces`"
+    owner = getattr(read, '__self__', read)   # of a method: `PairReader(...).image`
+    return read is read_image or bool(getattr(owner, 'reduces', False))
+
 class PairReader:
     "Reads (image, mask) files: call it with a pair, or `image` with a pair or an image alone"
     def __init__(self,
@@ -340,11 +347,11 @@ class PairReader:
         self.read_image = read_image
 
     @property
-    def reduces(self): return self.read_image is read_image   # a function of yours reads all pixels
+    def reduces(self): return can_reduce(self.read_image)   # a function of yours reads all pixels
 
     def image(self, item, within=None):
         file = item[0] if isinstance(item, (tuple,list,L)) else item
-        return as_image(read_image(file, within) if self.reduces else self.read_image(file), item)
+        return as_image(self.read_image(file, within) if self.reduces else self.read_image(file), item)
     def mask(self, file):
         if self.colours is not None: return read_colour_mask(file, self.colours)
         return read_mask(file, self.table)

@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..basics import check_number, check_whole
-from .files import MissingData, read_image, to_rgb
+from .files import MissingData, image_size, read_image, to_rgb
 from .loaders import EpochDL, mean_std, seeded
 from .own import draw_groups
 from .procedural import _ground
@@ -140,21 +140,31 @@ class KeypointDataset:
         return res
 
     def picture(self, i):
-        "Decoded, before it is cut."
-        image = self.items[i].image
-        if isinstance(image, np.ndarray): return image
+        "(picture, pose), before it is cut; a large file comes reduced, with the pose in its pixels."
+        pose = self.items[i]
+        if isinstance(pose.image, np.ndarray): return pose.image, pose
         if i in self._kept: return self._kept[i]
-        image = read_image(image)
-        if self.cache: self._kept[i] = image
-        return image
+        found = _reduced(pose, self.size)
+        if self.cache: self._kept[i] = found
+        return found
 
     def item(self, i, epoch=0):
         "(picture of bytes, (keypoints, 3))"
         i = range(len(self))[i]
-        with seeded(self.seed, epoch, i): x, y = self._cut(self.picture(i), self.items[i])
+        with seeded(self.seed, epoch, i): x, y = self._cut(*self.picture(i))
         return TensorImage(x), torch.from_numpy(np.ascontiguousarray(y, np.float32))
 
 # %% ../../nbs/data/14_keypoints.ipynb #e2cb97fd
+def _reduced(pose, size):
+    "The picture of a file so large that the box keeps twice `size` pixels in each cut, and the pose in it."
+    width, height = image_size(pose.image)
+    needed = size / (0.8 * larger_side(pose.box))  # 0.8: the closest cut of the augmentation
+    image = read_image(pose.image, (height * needed, width * needed))
+    scale = np.divide(image.shape[1::-1], (width, height))
+    points = np.array(pose.points, np.float32)
+    points[:, :2] *= scale
+    return image, pose._replace(points=points, box=tuple(np.multiply(pose.box, [*scale, *scale])))
+
 def _between(low, high): return low + (high - low) * float(torch.rand(()))
 
 @patch

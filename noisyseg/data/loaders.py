@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from PIL import Image
 from ..basics import check_whole
-from .files import as_image, as_mask, colorize, read_image, to_rgb
+from .files import as_image, as_mask, can_reduce, colorize, read_image, to_rgb
 
 # %% ../../nbs/data/03_loaders.ipynb #66d969f9
 def height_width(
@@ -183,7 +183,7 @@ class MaskDataset:
 @patch
 def _pair(self:MaskDataset, item):
     "Image and mask as they are read; a large image is reduced on the way, where the reader can do that"
-    if not getattr(self.read, 'reduces', False): return as_tensors(*self.read(item), item)
+    if not can_reduce(self.read): return as_tensors(*self.read(item), item)
     largest = 1. if self.augment is None else self.largest
     x, y = self.read(item, tuple(math.ceil(largest*s) for s in self.size))
     return as_tensors(x, y, item, y.shape)
@@ -244,7 +244,7 @@ def _new_image(ds, file):
     "A file as the set's reader reads its images; a large one is reduced where the reader can do that"
     image = getattr(ds.read, 'image', None)
     if image is None: return read_image(file, ds.size)
-    return image(file, ds.size) if getattr(ds.read, 'reduces', False) else image(file)
+    return image(file, ds.size) if can_reduce(image) else image(file)
 
 # %% ../../nbs/data/03_loaders.ipynb #efb6b48d
 def show_masks(
@@ -380,7 +380,7 @@ def stats_of(
     n:int=64 # images that are measured
 ) -> tuple: # ([mean], [std])
     "The normalisation of a set; it fits the channels of the first image"
-    how = {'within': (256,256)} if getattr(read, 'reduces', False) else {}   # a large image has the same mean, reduced
+    how = {'within': (256,256)} if can_reduce(read) else {}   # a large image has the same mean, reduced
     pixels = lambda i: as_image(read(items[i], **how)[0], items[i])
     channels = pixels(0).shape[-1]
     if stats is not None or channels==3: return mean_std(imagenet_stats if stats is None else stats, channels)

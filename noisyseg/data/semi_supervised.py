@@ -28,7 +28,7 @@ from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
 from ..basics import check_whole
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
 from .loaders import ColourOnly, as_image, seeded, stats_of
-from .files import colorize, read_image, to_rgb
+from .files import can_reduce, colorize, read_image, to_rgb
 from .datasets import scenes
 from .own import custom_masks
 from .splits import check_apart, check_images, pair_some, split_labelled
@@ -52,8 +52,7 @@ class _WithInside:
     "Reads an image, and a mask of ones, which geometry will carry along"
     def __init__(self, read):
         self.read = read
-        # `read_image`, or the images of a `PairReader`, may come smaller where they are large
-        self.reduces = read is read_image or getattr(getattr(read, '__self__', None), 'reduces', False)
+        self.reduces = can_reduce(read)
 
     def __call__(self, item, within=None):
         x = as_image(self.read(item, within) if self.reduces else self.read(item), item)
