@@ -315,19 +315,17 @@ def foretold(df):
     if rows: found['p_holm'] = np.minimum(1, np.maximum.accumulate(found['p'] * range(len(found), 0, -1)))
     return found
 
-UNITS = {'MaxGaussian': ' %', 'RelativeGaussian': ' %', 'AbsoluteGaussian': '', 'MultiplicativeGaussian': ' %',
-         'Quantize': ' bits', 'gaussian_noise': ''}  # of a level
-FACTORS = {kind: 100 if unit == ' %' else 1 for kind, unit in UNITS.items()}
+KINDS = {k.__name__: k for k in (MaxGaussian, RelativeGaussian, AbsoluteGaussian, MultiplicativeGaussian, Quantize)}
+KINDS['gaussian_noise'] = Corruption
 
 def cell(row):
     "A level with its interval, and the number that it is sorted by."
-    strongest = LEVELS[row.disturbance][-1] * FACTORS[row.disturbance]
-    factor, unit = FACTORS[row.disturbance], UNITS[row.disturbance]
-    beyond = f'{"<" if falls(row.disturbance) else ">"} {strongest:g}'
+    factor, percent = (100, ' %') if KINDS[row.disturbance].share else (1, '')
+    beyond = f'{"<" if falls(row.disturbance) else ">"} {factor * LEVELS[row.disturbance][-1]:g}'
     text = lambda v: beyond if np.isinf(v) else f'{factor * v:.3g}'
     unlike = {text(row.low), text(row.high)} != {text(row.half_lost)}
     between = f' <small>{text(row.low)} to {text(row.high)}</small>' if unlike else ''
-    return f'{text(row.half_lost)}{unit}{between}', min(stands(row.disturbance, row.half_lost), 1e9)
+    return f'{text(row.half_lost)}{percent}{between}', min(stands(row.disturbance, row.half_lost), 1e9)
 
 SORT = """<style>
 table.sortable { font-family: sans-serif; border-spacing: .8em .2em }
@@ -351,7 +349,7 @@ for (const b of document.querySelectorAll('table.sortable th button')) b.onclick
 
 def sortable(df):
     "An HTML table of the rows of `halves`, a line for each network; a click on a column's name sorts by it."
-    names = ['network', 'pictures', 'million weights', 'clean, %', *LEVELS]
+    names = ['network', 'pictures', 'million weights', 'clean, %', *(f'{k}, {v.unit}' for k, v in KINDS.items())]
     head = ''.join(f'<th scope="col"><button type="button">{n}</button></th>' for n in names)
     lines = []
     for (pictures, network), d in df.groupby(['pictures', 'network'], sort=False):
