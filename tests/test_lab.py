@@ -110,6 +110,11 @@ def opened(home):
         yield project, page, url, token
 
 
+def wait_until(page, condition, seconds=60, arg=None):
+    "Waits for a condition in JavaScript. It is asked four times a second: at each frame, all that time would be drawn"
+    page.wait_for_function(condition, arg=arg, timeout=seconds * 1000, polling=250)
+
+
 def write_notebook(path, *sources):
     "A new notebook with these cells"
     code = lambda o: dict(cell_type='code', id=secrets.token_hex(4), metadata={}, source=o, outputs=[],
@@ -121,10 +126,10 @@ def write_notebook(path, *sources):
 def start_notebook(page, url, token, path):
     "Opens a notebook and runs its cells, without waiting for their end: `window.outcome` says when that is"
     page.goto(f'{url}/lab/tree/{path}?token={token}&reset')
-    page.wait_for_function('''() => {
+    wait_until(page, '''() => {
         const panel = window.jupyterapp?.shell.currentWidget
         return panel?.sessionContext?.isReady && panel.content.model?.cells.length > 0
-            && panel.sessionContext.session?.kernel?.status === "idle" }''', timeout=120_000)
+            && panel.sessionContext.session?.kernel?.status === "idle" }''', 120)
     page.evaluate('''() => {
         window.outcome = null
         jupyterapp.commands.execute("notebook:run-all-cells").finally(() => { window.outcome = "done" }) }''')
@@ -138,7 +143,7 @@ def cells_of(page):
 def run_notebook(page, url, token, path, seconds):
     "Opens a notebook, runs all its cells, and gives its cells as JSON"
     start_notebook(page, url, token, path)
-    page.wait_for_function('() => window.outcome !== null', timeout=seconds*1000)
+    wait_until(page, '() => window.outcome !== null', seconds)
     return cells_of(page)
 
 

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from test_lab import cells_of, ours, start_notebook, write_notebook
+from test_lab import cells_of, ours, start_notebook, wait_until, write_notebook
 
 FIT = '''
 from noisyseg import *
@@ -34,14 +34,14 @@ def test_stop_in_jupyterlab(in_jupyterlab):
     start_notebook(page, url, token, 'nbs/stop.ipynb')
     stop = page.get_by_role('button', name='Stop', exact=True).first
     stop.wait_for(timeout=60_000)
-    page.wait_for_function('''() => {
+    wait_until(page, '''() => {
         const lines = [...document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line")]
         return lines.length >= 3 && lines.every(p => p.getAttribute("d").length > 20)
-    }''', timeout=60_000)
+    }''')
     picture = page.locator('img[alt^="Mask predicted with noisy weights"]').first
     seen = picture.get_attribute('src')
-    page.wait_for_function('seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src '
-                           '!== seen', arg=seen, timeout=30_000)
+    wait_until(page, 'seen => document.querySelector(`img[alt^="Mask predicted with noisy weights"]`).src !== seen',
+               arg=seen)
     assert page.locator('progress[aria-label="Progress of the fit"]').first.evaluate('p => p.value') < 0.9
     assert page.get_by_role('status').filter(has_text='training').count() == 1
     size = page.locator('.js-plotly-plot').first.evaluate('p => [p._fullLayout.width, '
@@ -49,7 +49,7 @@ def test_stop_in_jupyterlab(in_jupyterlab):
     assert size[0] <= size[1] + 1, f'curves {size[0]} pixels wide where there are {size[1]}'
     assert page.evaluate('() => window.outcome') is None
     stop.click()
-    page.wait_for_function('() => window.outcome !== null', timeout=60_000)
+    wait_until(page, '() => window.outcome !== null')
     last = cells_of(page)[1]['outputs'][-1]
     assert last['output_type'] == 'stream', last
     told = json.loads(last['text'])
@@ -93,10 +93,8 @@ def test_pseudo_labels_in_jupyterlab(in_jupyterlab):
     picture = page.locator('img[alt^="Pseudo-label of image 4"]').first
     picture.wait_for(timeout=120_000)
     seen = picture.get_attribute('src')
-    page.wait_for_function('seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen',
-                           arg=seen, timeout=60_000)
-    page.wait_for_function('() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length '
-                           '>= 5', timeout=60_000)
+    wait_until(page, 'seen => document.querySelector(`img[alt^="Pseudo-label of image 4"]`).src !== seen', arg=seen)
+    wait_until(page, '() => document.querySelectorAll(".js-plotly-plot .scatterlayer path.js-line").length >= 5')
     assert page.locator('img[alt^="Confidence in image"]').count() == page.locator(
             'img[alt^="True mask of image"]').count() == 2
     assert 'τ = 0.4' in page.locator('body').inner_text() and '<img src=x onerror=' in page.locator(
@@ -107,7 +105,7 @@ def test_pseudo_labels_in_jupyterlab(in_jupyterlab):
     wide = page.locator('img[alt^="Pseudo-label of image"]').evaluate_all(edges)
     assert all(a <= b + 1 for a, b in wide), wide
     page.get_by_role('button', name='Stop', exact=True).first.click()
-    page.wait_for_function('() => window.outcome !== null', timeout=60_000)
+    wait_until(page, '() => window.outcome !== null')
     last = cells_of(page)[1]['outputs'][-1]
     assert last['output_type'] == 'stream', last
     told = json.loads(last['text'])
