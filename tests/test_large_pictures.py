@@ -1,14 +1,13 @@
 """Pictures of 90 megapixels: opened in little memory, and the same as whole ones.
 
-Each case runs in a process of its own, which begins with the memory that Python, PyTorch and the package need and notes
-its peak. The bounds are about twice what was measured: they hold on other systems, and fail where one more copy of all
+Each case runs in a process of its own, forked from one that has imported PyTorch, and notes its peak above what it
+begins with. The bounds are about twice what was measured: they hold on other systems, and fail where one more copy of all
 pixels (90 MB a channel) is made."""
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import root
 from PIL import Image, ImageOps
 
 from noisyseg.data import files
@@ -67,11 +66,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def peak(folder, code):
+def peak(server, folder, code):
     "The most memory that this took, in MB"
-    done = subprocess.run([sys.executable, '-c', MEASURE, str(folder), code], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+    [(status, said)] = server.script(MEASURE, folder, {}, args=[folder, code])
+    assert status == 0, said
+    return float(said.split()[-1])
 
 
 @pytest.mark.slow
@@ -82,7 +81,7 @@ def peak(folder, code):
     ("read_image(folder/'a.jpg')", 800),                        # that, and the array of 270 MB
     ("item('jpg')", 500),                                       # its mask is read whole: 90 MB, and its labels
     ("predict_mask(net, folder/'a.jpg', size=(256, 256))", 500)])   # the answer is 90 MB
-def test_memory(folder, code, most): assert peak(folder, code) < most
+def test_memory(server, folder, code, most): assert peak(server, folder, code) < most
 
 
 # --- the same pictures
