@@ -26,6 +26,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as in a shell's backgr
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'.ci'))
 if data := os.environ.get('NOISYSEG_DATA') or prepare(): os.environ['NOISYSEG_DATA'] = str(data)
+# PyTorch's threads, where there are several, sleep while they wait: else they take the cores from the tests beside them
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('RAY_worker_niceness', '0')   # at Ray's own 15, its workers starve beside other tests
 os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
 
