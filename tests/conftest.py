@@ -1,5 +1,6 @@
 "Shared by the tests: where the project is, its notebooks in reading order, and a copy of it to break things in."
 import contextlib
+import fcntl
 import functools
 import gc
 import inspect
@@ -82,22 +83,34 @@ def sh():
 
 
 class Server:
-    "Forks a process for each notebook and script (warm_server.py): torch and fastai are imported once, not each time"
-    def __init__(self):
-        cmd = [sys.executable, root/'tests'/'warm_server.py']
+    """Forks a process for each notebook and script (warm_server.py): torch and fastai are imported once, not each time,
+    and once for all processes that test. Whoever is the first to need it starts it; it ends after all of them."""
+    def __init__(self, folder):
+        self.process, self.connection = None, socket.socket(socket.AF_UNIX)
+        with open(folder/'lock', 'w') as lock:   # others wait here while it starts
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try: self.connection.connect(str(folder/'warm'))
+            except OSError:                      # there is none, or it has ended
+                self.start(folder/'warm')
+                self.connection.connect(str(folder/'warm'))
+        self.to, self.said = self.connection.makefile('w'), self.connection.makefile('r')
+
+    def start(self, path):
+        path.unlink(missing_ok=True)
+        cmd = [sys.executable, root/'tests'/'warm_server.py', path]
         self.process = subprocess.Popen(cmd, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout.readline() == 'ready\n'
 
     def run(self, *jobs):
         "For each job its exit status and what it said. However this ends, what they started ends too"
-        print(json.dumps([{**job, 'out': str(job['out'])} for job in jobs]), file=self.process.stdin, flush=True)
-        pids, statuses = self.process.stdout.readline().split(), None
-        try: statuses = self.process.stdout.readline().split()
+        print(json.dumps([{**job, 'out': str(job['out'])} for job in jobs]), file=self.to, flush=True)
+        pids, statuses = self.said.readline().split(), None
+        try: statuses = self.said.readline().split()
         finally:
             for pid in pids:
                 try: os.killpg(int(pid), signal.SIGKILL)
                 except ProcessLookupError: pass
-            if statuses is None: self.process.stdout.readline()
+            if statuses is None: self.said.readline()
         return [(int(s), Path(job['out']).read_text(errors='replace')) for s, job in zip(statuses, jobs)]
 
     def notebook(self, path, out, flags=''): return self.run(dict(path=str(path), flags=flags, out=out))[0]
@@ -115,8 +128,10 @@ class Server:
         return [s for s, _ in said], [text for _, text in said]
 
     def close(self):
+        for o in self.to, self.said, self.connection: o.close()
+        if self.process is None: return
         self.process.stdin.close()
-        self.process.wait(60)
+        if 'PYTEST_XDIST_WORKER' not in os.environ: self.process.wait(60)   # else others may still need it
 
 
 def ranks(n=2):
@@ -130,8 +145,9 @@ def ranks(n=2):
 
 
 @pytest.fixture(scope='session')
-def server():
-    server = Server()
+def server(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    server = Server(folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder)
     yield server
     server.close()
 

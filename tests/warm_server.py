@@ -1,7 +1,9 @@
 """Runs notebooks and scripts, each in a process of its own that need not import torch and fastai once more.
 
-It imports them once, with what else many notebooks import of others (nothing of noisyseg), and waits. Each line on
-stdin is a list of jobs that run at the same time. For each it forks a child with its output in the file `out`. A job
+It imports them once, with what else many notebooks import of others (nothing of noisyseg), and waits at the socket that
+it is called with. Each connection is served by a process of its own, as long as it lasts; the server ends after all of
+them, once whoever started it has closed its stdin. Each line on a connection is a list of jobs that run at the same
+time. For each job a child is forked with its output in the file `out`. A job
 with a `path` does what the command `nbdev-test PATH --flags FLAGS` does; one with a `script` what `python SCRIPT ARGS`
 does, with `env` in its environment (without what is null there). The answer is two lines: the children's process ids,
 which are also those of their process groups, and their exit statuses."""
@@ -10,6 +12,9 @@ import gc
 import json
 import os
 import runpy
+import select
+import signal
+import socket
 import sys
 import threading
 import traceback
@@ -92,8 +97,8 @@ def leave(status):
     os._exit(status)
 
 
-def main():
-    print('ready', flush=True)
+def serve():
+    "In the process of a connection: does what each line asks for"
     for line in sys.stdin:
         pids = []
         for job in json.loads(line):
@@ -105,4 +110,26 @@ def main():
     leave(0)
 
 
-if __name__ == '__main__': main()
+def main(path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for those who are served; they close their connections
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen()
+    connections = []
+    print('ready', flush=True)
+    while listening in select.select([listening, 0], [], [])[0]:
+        connection, _ = listening.accept()
+        connections.append(os.fork())
+        if not connections[-1]:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            listening.close()
+            for fd in 0, 1: os.dup2(connection.fileno(), fd)
+            connection.close()
+            serve()
+        connection.close()
+    os.unlink(path)
+    for pid in connections: os.waitpid(pid, 0)
+    leave(0)
+
+
+if __name__ == '__main__': main(sys.argv[1])
