@@ -1,8 +1,8 @@
 """Pictures of 90 megapixels: opened in little memory, and the same as whole ones.
 
 Each case runs in a process of its own, forked from one that has imported PyTorch, and notes its peak above what it
-begins with. The bounds are about twice what was measured: they hold on other systems, and fail where one more copy of all
-pixels (90 MB a channel) is made."""
+begins with. The bounds are about twice what was measured: they hold on other systems, and fail where one more copy of
+all pixels (90 MB a channel) is made."""
 import subprocess
 import sys
 
