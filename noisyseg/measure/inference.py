@@ -173,7 +173,7 @@ def _own_size_logits(*args, **kwargs):
 
 # %% ../../nbs/measure/04_inference.ipynb #f1abe6eb
 def _labels_at(out, size, most=2**26):
-    "Class numbers at another size; of large ones not more than about `most` logits are in memory at a time"
+    "Class numbers at another size; of large ones not more than about a quarter of `most` logits are in memory"
     h, w = size
     if h < out.shape[1] or w < out.shape[2] or len(out) * h * w <= most:
         if out.shape[1:] != size:
@@ -182,7 +182,8 @@ def _labels_at(out, size, most=2**26):
         return to_classes(out[None])[0].cpu().numpy().astype(_label_type(out))
     wide = interpolate(out[None], (out.shape[1], w), mode='bilinear')[0]
     at = ((torch.arange(h, device=out.device) + 0.5) * out.shape[1] / h - 0.5).clamp(min=0)
-    above, labels, step = at.long(), np.empty(size, _label_type(out)), max(1, most // (4 * len(out) * w))
+    above, labels = at.long(), np.empty(size, _label_type(out))
+    step = max(1, most // (16 * len(out) * w))  # of a strip, there are four at once
     for top in range(0, h, step):
         rows = above[top:top + step]
         share = (at[top:top + step] - rows).view(-1, 1)
