@@ -5,10 +5,10 @@ weight noise, and scored on the third.
     python nbs/studies/camvid_by_drive.py run --seeds 0 1      # trains and measures; a file for each network; resumes
     python nbs/studies/camvid_by_drive.py table                # camvid_by_drive.csv, and what can be said
 
-Protocol, written before any network was scored (fourteen steps were timed). What was known: how often each class occurs in each drive, the older
-study of CamVid (`camvid_weight_noise.py`: another network, validated on one clip between training frames of the same
-drive), and the study of VOC's animals (`voc_weight_noise.py`: the same network), whose learning rate and noise this
-one takes over.
+Protocol, written before any network was scored (fourteen steps were timed). What was known: how often each class occurs
+in each drive, the older study of CamVid (`camvid_weight_noise.py`: another network, validated on one clip between
+training frames of the same drive), and the study of VOC's animals (`voc_weight_noise.py`: the same network), whose
+learning rate and noise this one takes over.
 
 *Data*: the frames of SegNet's training and validation lists, in 11 classes, by drive (the first part of their names):
 0006R0, 0016E5 and 0001TP. 0016E5 has one clip of 101 frames in 6.7 seconds, in effect a single scene; of it every 15th
@@ -30,7 +30,7 @@ half of the steps) is trained without the last fifth of each drive and the five 
 the last fifths (two draws) the level of CANDIDATES counts at which it keeps the share of its mIoU that lies nearest to
 75 %. Nothing else was chosen.
 
-*Budget*: as many whole epochs as come nearest to STEPS training steps, the same for every way. Steps, not epochs, are
+*Budget*: as many whole epochs as come nearest to the steps named below, the same for every way. Steps, not epochs, are
 kept equal from drive to drive: two drives have 163, 273 or 312 frames together, so equal epochs would train the network
 for 0016E5 half as long as the others, and the difference between drives would be one of training, too.
 
