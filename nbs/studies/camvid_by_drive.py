@@ -4,6 +4,7 @@ weight noise, and scored on the third.
     python nbs/studies/camvid_by_drive.py choose               # camvid_by_drive_levels.csv: the trained levels
     python nbs/studies/camvid_by_drive.py run --seeds 0 1      # trains and measures; a file for each network; resumes
     python nbs/studies/camvid_by_drive.py table                # camvid_by_drive.csv, and what can be said
+    python nbs/studies/camvid_by_drive.py masks                # camvid_by_drive_masks.png: four masks of one frame
 
 Protocol, written before any network was scored (fourteen steps were timed). What was known: how often each class occurs
 in each drive, the older study of CamVid (`camvid_weight_noise.py`: another network, validated on one clip between
@@ -61,6 +62,7 @@ import torch
 from camvid_weight_noise import drive_and_frame
 from fastai.torch_core import default_device
 from noise_aware import keep, machine, out
+from PIL import Image
 from voc_weight_noise import ALPHA, CANDIDATES, kept, train
 
 from noisyseg.data.datasets import camvid, camvid_classes, camvid_palette
@@ -68,6 +70,7 @@ from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.measure.summary import corrected, paired_difference
 from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.encoders import lite0_stats
+from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.train.checkpoints import load_model, save_model
 
@@ -231,9 +234,25 @@ def table(a):
     print(wide.round(3).to_string())
     print(claims(df).round(4).to_string())
 
+@torch.no_grad()
+def masks(a, drive='0006R0', seed=0):
+    """The middle frame of a drive that was held out, as four masks side by side: the truth, `clean` without noise,
+    `clean` and `noise` under one draw of twice the trained level. Labels only: the photographs are not passed on."""
+    film, read = films(a)
+    dls = loaders(a, by_drive(film, drive), read, seed)
+    x, y = (torch.cat(t)[[len(film[drive]) // 2]] for t in zip(*dls.valid))
+    found = [y[0]]
+    for way, times in (('clean', 0), ('clean', 2), ('noise', 2)):
+        model = load_model(NETWORKS/f'{stem(a, way, drive, seed)}.safetensors', device=x.device)
+        with perturbed(model, MaxGaussian(times * trained_levels(a)[drive], alpha=ALPHA), generator=0):
+            found.append(model(x)[0].argmax(0))
+    picture = Image.fromarray(torch.cat(found, 1).cpu().numpy().astype(np.uint8), 'P')
+    picture.putpalette([v for rgb in [*camvid_palette, (255, 255, 255)] for v in rgb])
+    picture.save(out(a, 'camvid_by_drive_masks.csv').with_suffix('.png'))
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table'])
+    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table', 'masks'])
     p.add_argument('--size', choices=SIZES, default='small')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     p.add_argument('--only', nargs='+', choices=WAYS, help='ways of training')
@@ -241,4 +260,4 @@ if __name__ == '__main__':
     a = p.parse_args()
     for k, v in SIZES[a.size].items(): setattr(a, k, v)
     torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table)[w](a)
+    for w in a.what: dict(choose=choose, run=run, table=table, masks=masks)[w](a)
