@@ -226,8 +226,12 @@ def claims(df):
         found.append(corrected(over_drives(old[old['times'] == 0], 'neighbours')))
     return pd.concat(found, ignore_index=True)
 
+def rows(file):
+    "The rows of a file; a drive stays a name (0016E5 would be a number)."
+    return pd.read_csv(file, dtype={'drive': str}, keep_default_na=False)
+
 def table(a):
-    df = pd.concat([pd.read_csv(f) for f in sorted(NETWORKS.glob(f'{a.size}-*.csv'))], ignore_index=True)
+    df = pd.concat([rows(f) for f in sorted(NETWORKS.glob(f'{a.size}-*.csv'))], ignore_index=True)
     keep(out(a, 'camvid_by_drive.csv'), df, a, networks=len(df.drop_duplicates(['model', 'drive', 'train_seed'])))
     main = df[df['metric'] == 'mIoU']
     wide = main.pivot_table(index=['frames', 'disturbance', 'drive', 'model'], columns='level', values='value')
