@@ -244,7 +244,7 @@ def masks(a, drive='0006R0', seed=0):
     `clean` and `noise` under one draw of twice the trained level. Labels only: the photographs are not passed on."""
     film, read = films(a)
     dls = loaders(a, by_drive(film, drive), read, seed)
-    x, y = (torch.cat(t)[[len(film[drive]) // 2]] for t in zip(*dls.valid))
+    x, y = (torch.cat(t)[[len(film[drive]) // 2]].as_subclass(torch.Tensor) for t in zip(*dls.valid))
     found = [y[0]]
     for way, times in (('clean', 0), ('clean', 2), ('noise', 2)):
         model = load_model(NETWORKS/f'{stem(a, way, drive, seed)}.safetensors', device=x.device)
