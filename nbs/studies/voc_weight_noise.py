@@ -86,7 +86,8 @@ def train(dls, a, seed, epochs, noise=0., gradient='noisy'):
     "A learner, trained; without noise, or under it."
     set_seed(seed)
     law = MaxGaussian(noise, alpha=ALPHA) if noise else None
-    learn = segmentation_learner(dls, unet3plus_lite0, law, HybridLoss(msssim=0, ignore_index=255), metrics=[],
+    loss = HybridLoss(msssim=0, ignore_index=dls.ignore_index)
+    learn = segmentation_learner(dls, unet3plus_lite0, law, loss, metrics=[],
                                  arch_args=dict(width=a.width, upsample='after', deep_supervision=False,
                                                 encoder_args=dict(out_indices=a.maps)),
                                  noise_args=dict(seed=seed, gradient=gradient) if law else None,
