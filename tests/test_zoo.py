@@ -251,6 +251,20 @@ def test_a_network_of_yours_gets_an_entry(study, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='def groups'): study.add(a)
 
 
+def test_committed_entries(study):
+    "Each keeps to the schema, says what its scores say, and goes on until every draw has lost half, or to the end"
+    found = [e for size in ('medium', 'full') for e in study.read_entries(size)]
+    assert found
+    for e in found:
+        fits_the_schema(e)
+        follows_from_its_scores(study, e)
+        for kind, d in e['disturbances'].items():
+            levels = [level for level in study.LEVELS[kind] if level]
+            lost = [max(scores) <= e['clean'] / 2 for scores in d['scores']]
+            assert d['levels'] == levels[:len(lost)] and not any(lost[:-1]), (e['network'], kind)
+            assert lost[-1] or len(lost) == len(levels), (e['network'], kind)
+
+
 def test_every_file_is_asked(study):
     folder = there('pretrained')
     found = [f for s in study.SETS.values() for f in folder.glob(s.files)]
