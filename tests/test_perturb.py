@@ -280,3 +280,16 @@ def test_the_fast_path_of_attention_carries_the_noise():
             keep = ~padding if name == 'packed' else ...
             torch.testing.assert_close(fast[keep], slow[keep], rtol=1e-4, atol=1e-5)
             assert torch.equal(call(net), clean)
+
+
+@pytest.mark.parametrize('name, left_out', [
+    ('vit_b_16', '99 %'), ('convnext_tiny', '93 %'), ('resnet18', None), ('efficientnet_b0', None)])
+def test_the_default_says_what_it_leaves_out(name, left_out):
+    "Of a transformer, conv_and_norm is the first convolution: a sweep would be flat, and nobody would know why"
+    net = torchvision.models.get_model(name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        with perturbed(net, MaxGaussian(0.1)): pass
+        with perturbed(net, MaxGaussian(0.1), where=kernels_and_scales): pass
+    assert [f'{left_out} of the kernels' in str(o.message) for o in said] == [True] * bool(left_out)
+    assert all('where=kernels_and_scales' in str(o.message) for o in said)

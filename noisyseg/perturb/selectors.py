@@ -279,6 +279,19 @@ def _report_unreachable(model, where, reached):
                   f"TorchScript) and gets no noise: perturb the model before it is converted, or leave it out with "
                   f"where=", stacklevel=4)
 
+# %% ../../nbs/perturb/01_selectors.ipynb #5b1f09ae
+def _report_left_out(everything, picked):
+    names = {s.name for s in picked}
+    sizes = {s: s.value().numel() for s in conv_and_linear._pick(everything)
+             if not isinstance(s.value(), nn.parameter.UninitializedTensorMixin)}
+    out = [s for s in sizes if s.name not in names]
+    share = sum(sizes[s] for s in out) / max(1, sum(sizes.values()))
+    if share < 0.5 or not picked: return
+    kinds = ', '.join(sorted({type(s.module).__name__ for s in out}))
+    warnings.warn(f"where=conv_and_norm, the default, leaves out {100 * share:.0f} % of the kernels' weights (in "
+                  f"{kinds}), which get no noise. If they should have some: where=kernels_and_scales, from "
+                  f"noisyseg.perturb.selectors", stacklevel=4)
+
 # %% ../../nbs/perturb/01_selectors.ipynb #c119376a
 def span(
     weight: Tensor,  # any ordinary tensor with at least one number
@@ -323,6 +336,7 @@ def select(
         if s.parametrized or place not in seen: sites.append(s)
         seen.add(place)
     _report_unreachable(model, where, sites)
+    if where is conv_and_norm: _report_left_out(everything, sites)
     if not sites:
         kinds = sorted({type(s.module).__name__ for s in everything})
         raise ValueError(f"where={where} selects no weights in {type(model).__name__}, whose weights are in "
