@@ -333,7 +333,7 @@ table.sortable button { all: unset; cursor: pointer; font-weight: bold }
 table.sortable button:focus-visible { outline: 2px solid }
 table.sortable [aria-sort=descending] button::after { content: " \\2193" }
 table.sortable [aria-sort=ascending] button::after { content: " \\2191" }
-table.sortable small { opacity: .7; white-space: nowrap }
+table.sortable small { display: block; opacity: .7; white-space: nowrap }
 </style>
 <script>
 for (const b of document.querySelectorAll('table.sortable th button')) b.onclick = () => {
@@ -352,6 +352,7 @@ def sortable(df):
     names = ['network', 'pictures', 'million weights', 'clean, %', *(f'{k}, {v.unit}' for k, v in KINDS.items())]
     head = ''.join(f'<th scope="col"><button type="button">{n}</button></th>' for n in names)
     lines = []
+    df = df.sort_values(['pictures', 'weights'], kind='stable')
     for (pictures, network), d in df.groupby(['pictures', 'network'], sort=False):
         row = d.iloc[0]
         known = {r.disturbance: cell(r) for r in d.itertuples()}
@@ -360,8 +361,9 @@ def sortable(df):
         tds = ''.join(f'<td data-by="{by:g}">{text}</td>' for text, by in cells)
         lines.append(f'<tr><th scope="row">{escape(network)}</th><td>{pictures}</td>{tds}</tr>')
     # Quarto would make a table of its own of it
-    start = f'<table class="sortable" data-quarto-disable-processing="true"><thead><tr>{head}</tr></thead><tbody>'
-    return '\n'.join([start, *lines, '</tbody></table>', SORT])
+    start = (f'<div style="overflow-x: auto"><table class="sortable" data-quarto-disable-processing="true"><thead>'
+             f'<tr>{head}</tr></thead><tbody>')
+    return '\n'.join([start, *lines, '</tbody></table></div>', SORT])
 
 def table(a):
     df = halves(read_entries(a.size))
