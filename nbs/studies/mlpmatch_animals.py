@@ -6,9 +6,9 @@ ImageNet, and a validation set of other scenes.
     python nbs/studies/mlpmatch_animals.py table               # mlpmatch_animals.csv, and what can be said
 
 Protocol, the second one, written before any run of it. The first let every way begin with a decoder of random weights,
-for 160 steps; its first network, supervised, scored 18.2 % on val (background 79, cats 26, others 13 or less): what such
-a network says of a picture is no label. It was given up there, before any of the other ways had been scored, and that network is in no
-table. Else only a few steps of each way had been run, for their speed, on pictures of train_aug.
+for 160 steps; its first network, supervised, scored 18.2 % on val (background 79, cats 26, others 13 or less): what
+such a network says of a picture is no label. It was given up there, before any of the other ways had been scored, and
+that network is in no table. Else only a few steps of each way had been run, for their speed, on pictures of train_aug.
 
 *Data*: the pictures of `voc_animals`, seven classes, as in voc_weight_noise.py: train_aug (3,131 are here) and val
 (445). Pictures with masks: those of the published lists of 92, 183 and 366 that are here, which are 31, 65 and 104. The
