@@ -209,6 +209,8 @@ def claims(df):
 def table(a):
     df = pd.concat([pd.read_csv(f, keep_default_na=False, na_values={'value': ''})
                     for f in sorted(ROWS.glob(f'{a.size}-*.csv'))], ignore_index=True)
+    whole = df.groupby(['labelled', 'model'])['train_seed'].transform('nunique') >= len(a.seeds)
+    df = df[whole]  # a way enters the table with all of its seeds
     keep(out(a, 'mlpmatch_animals.csv'), df, a, validation=len(names('val')),
          networks=len(df.drop_duplicates(['model', 'labelled', 'train_seed'])))
     main = df[df['metric'] == 'mIoU']
