@@ -121,8 +121,12 @@ def network(a, seed):
 
 def trained(a, dls, n, arm, seed):
     "The learner, which begins where its seed's start ended, and the seconds of processor time that training took."
-    net, file = network(a, seed), a.models/f'{a.size}-{n}-{seed}.safetensors'
-    if arm != 'start': net.load_state_dict(load_file(file))
+    file = a.models/f'{a.size}-{n}-{seed}.safetensors'
+    net = network(a, seed)
+    if arm != 'start':
+        # its scores may be there without its weights, which are not kept with them
+        if not file.exists(): trained(a, loaders(a, n, seed, 'start'), n, 'start', seed)
+        net.load_state_dict(load_file(file))
     learn = semi_learner(dls, net, metrics=[], columns=False, seed=seed, threshold=THRESHOLD, cbs=[NoPeeking()],
                          **ARMS[arm])
     begin = time.process_time()
