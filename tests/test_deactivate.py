@@ -345,6 +345,13 @@ def test_draws(net):
     one = draw_blocks(net)
     torch.manual_seed(4)
     assert draw_blocks(net) == one
+    g = torch.Generator().manual_seed(0)
+    for n in (2, 5, 8):
+        several = [draw_blocks(net, generator=g, n=n) for _ in range(100)]
+        assert all(len(set(names)) == n for names in several)
+        assert {name for names in several for name in names} == set(residual_blocks(net))
+    assert draw_blocks(net, generator=3, n=4)[:2] == draw_blocks(net, generator=3, n=2)
+    with pytest.raises(ValueError, match='at most the 8 blocks that there are, got 9'): draw_blocks(net, n=9)
     with deactivated(net, []) as off: assert off == []
 
 

@@ -21,9 +21,9 @@ from noisyseg.train.methods.match_loss import UNLABELLED, MatchLoss, PseudoLabel
 from noisyseg.train.methods.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, semi_learner, step_cost, unet3plus_slim
 from noisyseg.basics import evaluating
 from noisyseg.data.semi_supervised import cutmix, cutmix_boxes, partners
-from noisyseg.nets.blocks import deactivated, feature_dropout
+from noisyseg.nets.blocks import deactivated, feature_dropout, residual_blocks
 from noisyseg.nets.deeplab import deeplabv3plus
-from noisyseg.nets.unet3plus import unet3plus_tiny
+from noisyseg.nets.unet3plus import unet3plus_lite0, unet3plus_tiny
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.train.methods.sam_callback import SAMCallback
@@ -551,3 +551,31 @@ def test_cuda_mixed_precision(in_parts):
     assert learn.mlp_match.frame().total.notna().all()
     table = step_cost(net().cuda(), b, n=1, ignore_index=255)
     assert (table.megabytes.diff()[1:] > 0).all()
+
+
+@pytest.mark.parametrize('n_off', [1, 3, 6])
+def test_inverted_bottlenecks_of_lite0_are_off(n_off):
+    "Those with a skip, as many as asked for: as if they were not there; the first is the one that is off alone"
+    torch.manual_seed(0)
+    model = unet3plus_lite0(5, width=4, pretrained=False, deep_supervision=False,
+                            encoder_args=dict(out_indices=(0, 1, 2, 3))).train()
+    with_skip = [name for name, m in model.encoder.named_modules() if getattr(m, 'has_skip', False)]
+    assert list(residual_blocks(model)) == with_skip and len(with_skip) == 6
+    one, several = method(), method(n_off=n_off)
+    x, y, weak, *_ = views = batch()
+    twin = copy.deepcopy(model)
+    terms = several.step(model, *views, at=3)
+    assert len(set(terms.off)) == n_off and terms.off[:1] == one.step(copy.deepcopy(twin), *views, at=3).off
+    for name in terms.off: twin.encoder.set_submodule(name, nn.Identity())
+    with torch.no_grad(): out = twin(torch.cat([x, weak]))
+    same(terms.L_x_np.detach(), MatchLoss(ignore_index=255).labelled(out[:len(x)], y))
+    terms.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_more_blocks_off_than_there_are():
+    with pytest.raises(ValueError, match='n_off: expected at most the 4 blocks of this encoder, got 5'):
+        method(n_off=5).check(net())
+    with pytest.raises(ValueError, match='n_off: expected'): method(n_off=0)
+    method(n_off=5, unit='stage').check(net())
+    assert 'by 3 blocks' in method(n_off=3).describe() and 'by block' in method().describe()

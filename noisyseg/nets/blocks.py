@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..basics import check_choice, check_number, check_share
+from ..basics import check_choice, check_number, check_share, check_whole
 from .deeplab import DeepLabV3Plus
 from .encoders import ResNetEncoder, channels_last
 from .fast.observers import watched
@@ -78,15 +78,20 @@ def residual_blocks(
 # %% ../../nbs/nets/06_blocks.ipynb #b0356d7e
 def draw_blocks(
     encoder: nn.Module,  # as in `residual_blocks`
-    unit: str = 'block',  # exactly one, each as likely (the paper), or 'stage': each with probability p (its code)
+    unit: str = 'block',  # `n` of them, each as likely (the paper), or 'stage': each with probability p (its code)
     p: float = 0.25,  # probability of each stage, from 0 to 1; not used with unit='block'
     generator=None,  # torch.Generator, a seed, or None for torch's global generator
+    n: int = 1,  # how many blocks, no block twice; not used with unit='stage'
 ) -> list[str]:  # names, as in `residual_blocks`
     "Draw what is to be switched off in one pass."
     check_share('p', p)
     names, generator = list(residual_blocks(encoder, unit)), as_generator(generator)
     device = 'cpu' if generator is None else generator.device
-    if unit == 'block': return [names[int(torch.randint(len(names), (), generator=generator, device=device))]]
+    if check_whole('n', n, 1) > len(names) and unit == 'block':
+        raise ValueError(f"n: expected at most the {len(names)} blocks that there are, got {n}")
+    # a further block leaves the ones before it as they were drawn
+    one = lambda: names.pop(int(torch.randint(len(names), (), generator=generator, device=device)))
+    if unit == 'block': return [one() for _ in range(n)]
     return [n for n, u in zip(names, torch.rand(len(names), generator=generator, device=device).tolist()) if u < p]
 
 # %% ../../nbs/nets/06_blocks.ipynb #bee5b69a

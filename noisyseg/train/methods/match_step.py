@@ -68,6 +68,7 @@ class MatchStep(_Switches):
         dropout: float = 0.5,  # share of channels that feature perturbation drops
         unit: str = 'block',  # what is switched off: one 'block' (paper), or each 'stage' with probability p (code)
         p: float = 0.25,  # see unit=
+        n_off: int = 1,  # how many blocks are off at once, with unit='block'; the paper says one
         batch_norm: str = 'frozen',  # running statistics with a block off: 'frozen', or 'update' as published
         pseudo: str = 'train',  # pseudo-labels from the pass in 'train' mode (as published), or one more in 'eval' mode
         burn_in=0,  # supervised only at first: this many steps (an int), or this share of training (a float below 1)
@@ -86,8 +87,9 @@ class MatchStep(_Switches):
         for name, v in dict(cutmix=cutmix, dropout=dropout, p=p).items(): check_share(name, v)
         if isinstance(burn_in, float): check_number('burn_in', burn_in, 0, 0.999)
         else: check_whole('burn_in', burn_in, 0)
+        check_whole('n_off', n_off, 1)
         if seed is not None: check_whole('seed', seed, 0)
-        store_attr('cutmix,dropout,unit,p,batch_norm,pseudo,burn_in,in_parts,shared,seed')
+        store_attr('cutmix,dropout,unit,p,n_off,batch_norm,pseudo,burn_in,in_parts,shared,seed')
         self.n_steps = 0
         self.whole = False  # does a learner change something between forward and backward? Then not in parts
         self.loss = MatchLoss(supervised, ignore_index, threshold, lam, weights)
@@ -97,7 +99,8 @@ class MatchStep(_Switches):
 def describe(self:MatchStep) -> str:
     on = [f'{self.strong_views} strong views (CutMix {self.cutmix:g})'] * bool(self.strong_views)
     on += [f'feature perturbation {self.dropout:g}'] * self.feature_perturbation
-    on += [f'network perturbation by {self.unit}'] * self.network_perturbation
+    unit = f'{self.n_off} blocks' if self.unit == 'block' and self.n_off > 1 else self.unit
+    on += [f'network perturbation by {unit}'] * self.network_perturbation
     on += [f'volatile learning to λ = {self.loss.lam}'] * self.volatile
     said = f"MLPMatch, level {self.level}: {', '.join(on) or 'labelled images only'}"
     return said + (f"; threshold {self.loss.threshold:g}, pseudo-labels in {self.pseudo} mode, running statistics "
@@ -207,9 +210,11 @@ def check(self:MatchStep,
 ):
     "Has the network what this level perturbs? An error says what is missing."
     if (self.network_perturbation or self.volatile):
-        try: residual_blocks(model, self.unit)
+        try: there = residual_blocks(model, self.unit)
         except ValueError as e:
             raise ValueError(f"{e}, or the small unet3plus_slim. For level='unimatch' any encoder will do") from None
+        if self.unit == 'block' and self.n_off > len(there):
+            raise ValueError(f"n_off: expected at most the {len(there)} blocks of this encoder, got {self.n_off}")
     if self.feature_perturbation and find_encoder(model) in (model, _inner(model)):
         raise ValueError(f"feature perturbation drops channels between encoder and decoder, but "
                          f"{type(_inner(model)).__name__} has no .encoder or .backbone")
@@ -280,7 +285,7 @@ def _state(self:MatchStep, model, images, at, burning):
     s.joint = on and (self.pseudo == 'train' or self.feature_perturbation)
     s.images = torch.cat([x, weak]) if s.joint else None
     if (self.volatile or self.network_perturbation) and not burning:
-        s.off = draw_blocks(s.model, self.unit, self.p, self._generator(s, 1, 0 if self.shared else None))
+        s.off = draw_blocks(s.model, self.unit, self.p, self._generator(s, 1, 0 if self.shared else None), self.n_off)
     return s
 
 # %% ../../../nbs/train/methods/06_match_step.ipynb #359aceb9
