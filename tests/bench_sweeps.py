@@ -86,17 +86,22 @@ def by_size(plan):
         dl = [(x[:batch], y[:batch]), (x[batch:], y[batch:])]
         ours = lambda: sweep(model, dl, law, levels=levels, draws=draws, progress=False)
         plain = lambda: plain_loop(model, dl, law, levels, draws)
-        rows = ours()[['level', 'draw', 'metric', 'class', 'value']].itertuples(index=False, name=None)
-        written = lambda rows: sorted(repr(tuple(r[:5])) for r in rows)   # nan is nan
-        assert written(rows) == written(plain()), 'other numbers than the plain loop'
+        # a sweep draws once for all levels and scales that (`rescale`), which rounds elsewhere than the loop does: now
+        # and then a pixel on the edge between two classes falls to the other
+        key = ['level', 'draw', 'metric', 'class']
+        found, expected = (df.set_index(key)['value'].sort_index() for df in (
+            ours(), pd.DataFrame([r[:5] for r in plain()], columns=[*key, 'value'])))
+        assert found.index.equals(expected.index) and found.isna().equals(expected.isna())
+        error = (found - expected).abs().max()
+        assert error < 1e-3, f'other numbers than the plain loop: {error}'
         times = plan.in_turns({'ours': ours, 'other': plain}, warm_up=0)
         evaluations = 1 + draws * (len(levels) - 1)
         rate = {k: evaluations / statistics.median(t) * 1e3 for k, t in times.items()}
         gains.append(rate['ours'] / rate['other'])
         yield row('a whole sweep', f'{net}, 2 batches of {batch}, {size}²', times['ours'],
                   'the plain loop, all threads', times['other'], per_second=rate['ours'],
-                  note=f'{rate["ours"]:.1f} evaluations a second, the plain loop {rate["other"]:.1f}; the same numbers '
-                  f'bit for bit')
+                  note=f'{rate["ours"]:.1f} evaluations a second, the plain loop {rate["other"]:.1f}; '
+                  f'{agreement(error, "scores")}')
     if gains: yield row('median over sizes', f'{len(gains)} sizes', 1 / statistics.median(gains), unit='of the time',
                         target=1/1.3, of='ours')
 
