@@ -39,7 +39,8 @@ added after a `small` run of that file and ResNet-20.
 
 *Where it stops*: levels are taken from mild to strong, and none beyond the first at which every draw has lost half of
 the clean score: the main result needs no more. (All levels were to be measured; changed for the hours that it takes,
-before any network was measured at `medium` or `full`.)
+before any network was measured whole at `medium` or `full`. An earlier run had been stopped after 109 evaluations of
+three ESPNetv2, one draw each, which were seen and discarded.)
 
 *Main result*: for each file and disturbance, the level at which half of its clean score is lost, interpolated
 linearly between levels for each draw (infinite where the strongest level costs less); the median over draws, between
