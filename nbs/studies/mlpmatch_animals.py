@@ -57,6 +57,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.external import fastai_path
 from fastai.torch_core import default_device, set_seed
 from fastcore.basics import noop
+from mlpmatch import ARMS as KNOWN
 from noise_aware import keep, out
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -76,15 +77,10 @@ SIZES = {'small': dict(px=64, start=400, steps=120, bs=4, width=16, maps=(0, 1, 
          'full': dict(px=256, start=2000, steps=20_000, bs=8, width=32, maps=(0, 1, 2, 3, 4))}
 LISTS = {65: '183', 31: '92', 104: '366'}  # labelled pictures that are here: the published list's folder
 LONG = 6               # steps of `supervised, long` for each step of the others
-ARMS = {
+ARMS = {  # in the order in which they are run; what each of the known ones is stands in the first study
     'start': dict(level='supervised'),
-    'supervised': dict(level='supervised'),
-    'UniMatch': dict(level='unimatch'),
-    'MLPMatch': dict(level='mlpmatch'),
-    'supervised, long': dict(level='supervised'),
-    'UniMatch + network perturbation': dict(level='unimatch', network_perturbation=True),
-    'UniMatch + volatile learning': dict(level='unimatch', volatile=True),
-    'FixMatch': dict(level='fixmatch'),
+    **{arm: KNOWN[arm] for arm in ('supervised', 'UniMatch', 'MLPMatch', 'supervised, long',
+                                   'UniMatch + network perturbation', 'UniMatch + volatile learning', 'FixMatch')},
     'MLPMatch, three blocks off': dict(level='mlpmatch', n_off=3),
 }
 MAIN = ('start', 'supervised', 'UniMatch', 'MLPMatch')

@@ -23,8 +23,8 @@ from fastai.data.external import URLs, fastai_path
 from ..basics import check_choice, check_whole
 from .archives import fetch_and_extract
 from .loaders import augmenter, mask_dataloaders
-from .files import (MissingData, PairReader, check_sizes, data_root, distinct_palette, image_size,
-                                 label_table, other_size, pair_files, read_image)
+from .files import (MissingData, PairReader, check_fit, check_sizes, data_root, distinct_palette,
+                                 label_table, pair_files, read_image)
 from .procedural import outlines, scene, scene_classes, scene_palette
 
 # %% ../../nbs/data/05_datasets.ipynb #ee047737
@@ -286,8 +286,7 @@ class CocoReader:
     def __call__(self, item, within=None):
         "Image and mask; with `within`, a large image may be smaller than its mask"
         x, y = self.image(item, within), self.mask(item[1])
-        size = x.shape[1::-1] if within is None else image_size(item[0])
-        if size!=y.shape[::-1]: raise ValueError(other_size(item[0], 'its annotation', size, y.shape[::-1]))
+        check_fit(x, y, item[0], 'its annotation', within)
         return x, y
 
 # %% ../../nbs/data/05_datasets.ipynb #6da2ed2e

@@ -53,13 +53,13 @@ def survey(
 ) -> Survey:
     "Read a whole set and count"
     kept, pixels, lonely, thumbs, faults = [], [], [], [], []
+    reduces = can_reduce(read)   # then an image may come smaller than its mask, and who reads them has compared both
     for item in progress_bar(items) if progress else items:
         try:
             if images:
-                image, mask = read(item, THUMB) if can_reduce(read) else read(item)
+                image, mask = read(item, THUMB) if reduces else read(item)
                 image = as_image(image, item)
-                # one that came reduced is smaller than its mask, and was compared with it by who read it
-                mask = as_mask(mask, mask.shape if can_reduce(read) else image.shape[:2], item)
+                mask = as_mask(mask, mask.shape if reduces else image.shape[:2], item)
                 thumbs.append(thumbnail(image))
             else: mask = read.mask(item[1])
         except ValueError as e: faults.append(str(e))

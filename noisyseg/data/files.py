@@ -7,8 +7,8 @@ Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 # %% auto #0
 __all__ = ['FORMATS', 'LARGE', 'MissingData', 'data_root', 'UnusableFile', 'open_image', 'read_image', 'reduction', 'strips',
            'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'lossless', 'read_mask',
-           'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size', 'files_by_name',
-           'pair_files', 'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
+           'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size', 'check_fit',
+           'files_by_name', 'pair_files', 'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../../nbs/data/02_files.ipynb #c6e4bdd0
 import os
@@ -359,9 +359,7 @@ class PairReader:
     def __call__(self, pair, within=None):
         "Image and mask; with `within`, as in `read_image`, a large image may be smaller than its mask"
         x, y = self.image(pair, within), self.mask(pair[1])
-        size = x.shape[1::-1]
-        if within is not None and size!=y.shape[::-1]: size = image_size(pair[0])
-        if size!=y.shape[::-1]: raise ValueError(other_size(*pair, size, y.shape[::-1]))
+        check_fit(x, y, *pair, within)
         return x, y
 
 # %% ../../nbs/data/02_files.ipynb #30705333
@@ -386,6 +384,18 @@ def other_size(
         return f"{text}. Scale it: Image.open(mask).resize({tuple(size)}, Image.NEAREST)"
     return (f"{text}. Was the photo turned (EXIF) after the mask was drawn? Turn the mask, too: "
             "Image.open(mask).transpose(Image.ROTATE_270).save(mask), or ROTATE_90")
+
+def check_fit(
+    x, # the image as it was read, (height, width, ...)
+    y, # its mask, (height, width)
+    image, # file of the image
+    mask, # file of the mask, or what else it came from
+    within:tuple|None=None # with which the image was read, if it may have come reduced
+):
+    "ValueError unless an image, before it was reduced, and its mask have the same size"
+    size = x.shape[1::-1]
+    if within is not None and size!=y.shape[::-1]: size = image_size(image)
+    if size!=y.shape[::-1]: raise ValueError(other_size(image, mask, size, y.shape[::-1]))
 
 # %% ../../nbs/data/02_files.ipynb #c38e63dc
 def files_by_name(

@@ -281,6 +281,7 @@ def _report_unreachable(model, where, reached):
 
 # %% ../../nbs/perturb/01_selectors.ipynb #5b1f09ae
 def _report_left_out(everything, picked):
+    "A warning where the default picks less than half of what layers multiply by."
     names = {s.name for s in picked}
     sizes = {s: s.value().numel() for s in conv_and_linear._pick(everything)
              if not isinstance(s.value(), nn.parameter.UninitializedTensorMixin)}
