@@ -74,16 +74,16 @@ STRENGTHS = (0.005, 0.01, 0.02, 0.04)
 
 def names(part): return (data_root()/'voc_animals'/f'{part}.txt').read_text().split()
 
-def animals(px, seed, valid, without=()):
+def animals(px, seed, valid, without=(), bs=BS):
     "DataLoaders of the pictures in train_aug, less those of `without`, validated on those named in `valid`."
     root = data_root()/'voc_animals'
     used = [n for n in names('train_aug') if n not in set(without)] + list(valid)
     pairs = [(root/'images'/f'{n}.jpg', root/'masks'/f'{n}.png') for n in used]
-    return custom_masks(pairs, None, SEVEN, px, BS, valid=list(valid), codes=CODES, check=False, seed=seed, cache=True,
+    return custom_masks(pairs, None, SEVEN, px, bs, valid=list(valid), codes=CODES, check=False, seed=seed, cache=True,
                         stats=lite0_stats)
 
-def train(dls, a, seed, epochs, noise=0., gradient='noisy'):
-    "A learner, trained; without noise, or under it."
+def train(dls, a, seed, epochs, noise=0., gradient='noisy', methods=()):
+    "A learner, trained; without noise, or under it, and with other methods of training."
     set_seed(seed)
     law = MaxGaussian(noise, alpha=ALPHA) if noise else None
     loss = HybridLoss(msssim=0, ignore_index=dls.ignore_index)
@@ -91,7 +91,7 @@ def train(dls, a, seed, epochs, noise=0., gradient='noisy'):
                                  arch_args=dict(width=a.width, upsample='after', deep_supervision=False,
                                                 encoder_args=dict(out_indices=a.maps)),
                                  noise_args=dict(seed=seed, gradient=gradient) if law else None,
-                                 cbs=[NoPeeking(), EpochLog()])
+                                 cbs=[*methods, NoPeeking(), EpochLog()])
     learn.model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU, same function
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, LR)
     return learn
