@@ -24,6 +24,10 @@ LATENCY = '''async ({root, moves}) => {
 MEMORY = ('import gc, psutil\nfrom ipywidgets.widgets.widget import _instances\ngc.collect()\n'
           'print(psutil.Process().memory_info().rss // 2**20, len(_instances))')
 
+LARGE = ['import torch\nfrom noisyseg.show.explorer import NoiseExplorer\nfrom noisyseg.nets.unet3plus import '
+         'unet3plus_resnet34', 'torch.manual_seed(0)\nnet = unet3plus_resnet34(7, pretrained=False, '
+         'deep_supervision=False)', 'e = NoiseExplorer(net, torch.rand(2, 3, 256, 256))\ne']
+
 def heap(page):
     session = page.context.new_cdp_session(page)
     session.send('HeapProfiler.collectGarbage')
@@ -61,6 +65,19 @@ def explorer(plan):
         yield row('a drag of 60 moves settles after the last', where, settled,
                   note=f'the slowest of {len(settled)}: {max(settled):.0f} ms')
         if plan.full: yield from growth(page, move, where)
+        with live(lab, LARGE) as page: yield from large(Seen(page))
+
+def large(seen):
+    "A large network: previews while the slider moves, and only the layers behind the first disturbed one."
+    where = '256², UNet3+ on ResNet34'
+    move = lambda n: seen.root.evaluate(f'(root) => ({LATENCY})({{root, moves: {n}}})')
+    for layers in ('conv and norm', 'last 5 layers'):
+        seen.more().root.get_by_label('which layers are disturbed').select_option(layers)
+        move(6)
+        times = move(24)
+        note = f'of {layers}; shown at 1/{seen.data("shrink")} of the size, 95th percentile {quantile(times, .95):.0f} ms'
+        yield row(f'a move of the slider, {layers}', where, times, note=note)
+        seen.wait(lambda: seen.data('shrink') == '1')
 
 def growth(page, move, where):
     "What is left in memory; the widgets must not grow in number."

@@ -480,6 +480,50 @@ def test_a_page_keeps_no_network_of_a_fit():
     assert len(set(widgets)) == 1
 
 
+SLOW_HOST = """({ms, obeys}) => {
+    // the page's host, as slow as a large network; it keeps a list of what it was asked for
+    const {explorer} = document.querySelector('.noisyseg-explorer'), {host} = explorer, quick = host.frame.bind(host)
+    window.asked = []
+    host.frame = async (state, shrink = 1) => {
+        asked.push(shrink)
+        await new Promise(r => setTimeout(r, ms / shrink ** 2))
+        return {...await quick(state), shrink: obeys ? shrink : 1}
+    } }"""
+
+DRAG_FOR = """async ({root, ms}) => {
+    const s = root.querySelector('.level input[type=range]'), until = performance.now() + ms, seen = new Set()
+    for (let i = 0; performance.now() < until; i++) {
+        s.value = (i * 7 % 13) / 12 * s.max; s.dispatchEvent(new Event('input'))
+        await new Promise(r => setTimeout(r, 50))
+        seen.add(`${root.dataset.shrink} ${root.querySelectorAll('figcaption .note')[1].textContent.split(':')[0]}`)
+    }
+    return [...seen] }"""
+
+
+@pytest.mark.timeout(200)
+def test_a_slow_network_is_previewed_while_the_slider_moves(tmp_path):
+    "At half the size, said so, and in full when the hand rests; a fast one, or one that refuses, never"
+    browser_path()
+    with served(root/'nbs') as url, browser_page(tmp_path/'profile') as page:
+        page.goto(f'{url}/explorer/index.html')
+        seen = Seen(page)
+        dragged = lambda **host: (page.evaluate(SLOW_HOST, host),
+                                  seen.root.evaluate(f'(root) => ({DRAG_FOR})({{root, ms: 2500}})'))[1]
+        shown = dragged(ms=400, obeys=True)
+        assert '2 preview' in shown and any(o.startswith('1 mIoU') for o in shown)
+        seen.wait(lambda: seen.data('shrink') == '1')                               # it follows by itself
+        assert 'preview' not in seen.root.locator('figcaption').nth(1).inner_text()
+        asked = page.evaluate('asked')
+        assert asked[:2] == [1, 1] and asked.count(2) > 2 and asked[-1] == 1 and 4 not in asked   # 128 / 4 is too small
+        page.reload()
+        seen = Seen(page)
+        assert not any('preview' in o for o in dragged(ms=400, obeys=False))
+        page.reload()
+        seen = Seen(page)
+        dragged(ms=0, obeys=True)
+        assert set(page.evaluate('asked')) == {1}
+
+
 def test_one_wrong_pixel_of_an_absent_class_costs_one_pixel(tmp_path):
     "The mIoU of a single picture is over the classes in its truth, on the page as in what the page says of itself"
     browser_path()

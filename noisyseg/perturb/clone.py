@@ -131,10 +131,18 @@ def _blocks(size, *tensors):
 
 # %% ../../nbs/perturb/02_clone.ipynb #078d1fc1
 @patch
+def _unchanged(self:WeightClone):
+    "Are the weights what they were when the clone was taken? Reading them costs less than to prepare `rescale` anew."
+    if self._computed or any(a.own for a in self._aliases): return False
+    bits = lambda t: t.detach().view(getattr(torch, f'int{8 * t.element_size()}'))
+    return all(torch.equal(bits(p), bits(c)) for p, c in zip(self._params, self._clean))
+
+@patch
 @_changes_weights
 def store(self:WeightClone):
     "Clone the current weights anew, in the same buffers. `inject` does so whenever no noise is in."
     if self.injected: raise RuntimeError("the weights hold noise now: recover() before taking the clone anew")
+    if self._unit is not None and self._unchanged(): return   # what `rescale` prepared stays good
     n = len(self._params)
     if all(p.device.type == 'cpu' for p in self._params):
         for p, c in zip(self._params, self._clean):

@@ -9,7 +9,8 @@
                 mask, hidden, layer, protected, rescued, stability
                 costs(state)  where there is a kernel: a promise of {group of layers: share of pixels that change}
                 set(changes)  change the state; `onChange` is called when it changed, from here or from elsewhere
-                frame(state)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists, text, name}
+                frame(state, shrink)  a promise of {image, truth, preds: [{classes, confidence, reference}], hists,
+                text, name, shrink}; where shrink > 1 it may be a preview
    From a frame on all is done here: blending, errors, IoU, curves. */
 
 // Okabe and Ito's, safe for colour-blind eyes
@@ -310,11 +311,14 @@ function drawHistograms(target, hists) {
 
 // ---------------------------------------------------------------- the dashboard
 
+const SLOW = 200, RESTED = 250                               // ms: what a hand notices, and when it rests
+
 export class Explorer {
   constructor(el, host) {
     this.el = el; this.host = host
     this.curves = new Map(); this.frame = null; this.busy = false; this.waiting = false; this.closed = false
     this.view = {zoom: 1, x: 0, y: 0, mark: null}
+    this.shrink = 1; this.slow = 0; this.moved = -Infinity   // of previews; slow frames in a row; the last move
     this.build()
     this.unlisten = host.onChange(keys => this.changed(keys))
     this.resizer = new ResizeObserver(() => this.redraw())
@@ -362,8 +366,10 @@ export class Explorer {
     this.el.setAttribute('aria-label', 'noise explorer')
     this.el.addEventListener('keydown', e => this.key(e))
     this.slider = tag('input', {type: 'range', 'aria-label': 'noise level',
-      title: 'How much of it: drag, or use the arrow keys.', oninput: e => this.setLevel(this.kind.log
-        ? levelAt(this.kind, +e.target.value) : +e.target.value)})
+      title: 'How much of it: drag, or use the arrow keys.', oninput: e => {
+        this.moved = performance.now()
+        this.setLevel(this.kind.log ? levelAt(this.kind, +e.target.value) : +e.target.value)
+      }})
     this.number = tag('input', {type: 'number', 'aria-label': 'noise level, as a number',
       title: 'The same as a number.', min: 0, onchange: e => this.setLevel(+e.target.value)})
     this.levelName = tag('b')
@@ -708,10 +714,12 @@ export class Explorer {
     this.busy = true
     do {
       this.waiting = false
-      const state = {...this.host.state}
+      const state = {...this.host.state}, begun = performance.now()
+      const shrink = begun - this.moved < RESTED ? this.shrink : 1
       try {
-        const frame = await this.host.frame(state)
+        const frame = await this.host.frame(state, shrink)
         if (this.closed) return
+        this.pace(performance.now() - begun, frame, shrink)
         this.el.classList.remove('failed')
         this.frame = {...frame, state}
         this.remember(this.frame)
@@ -722,7 +730,15 @@ export class Explorer {
       }
     } while (this.waiting)
     this.busy = false
-    this.idle = setTimeout(() => this.fill(), 500)
+    const preview = this.frame?.shrink > 1 && !this.el.classList.contains('failed')
+    this.idle = preview ? setTimeout(() => this.ask(), RESTED) : setTimeout(() => this.fill(), 500)
+  }
+  // while the slider moves, a picture that takes long, twice in a row, is seen at half of its size, or at a quarter
+  pace(took, {shrink = 1, width, height}, asked) {
+    const next = 2 * asked, possible = next <= 4 && Math.min(width, height) >= 64 * next
+    this.slow = took > SLOW ? this.slow + 1 : 0
+    if (shrink < asked || asked === 1 && took < SLOW / 2) this.shrink = 1   // one size only, or fast enough without
+    else if (this.slow > 1 && possible && next > this.shrink) { this.shrink = next; this.slow = 0 }
   }
 
   fail(e) {                                                  // said where it is seen; what was shown before stays, pale
@@ -741,7 +757,7 @@ export class Explorer {
   remember(f) {
     const n = this.host.info.classes.length
     f.scores = f.preds.map(p => scores(p.reference || f.truth, p.classes, n, this.host.info.ignore))
-    this.points(f.state).set(f.state.level, f.scores.map(s => s.miou))
+    if (!(f.shrink > 1)) this.points(f.state).set(f.state.level, f.scores.map(s => s.miou))
   }
   // while nobody touches anything: the rest of the curve, level by level
   async fill() {
@@ -807,6 +823,7 @@ export class Explorer {
     this.all.forEach(p => p.resize(w, h))
     blend(f.image, none, info.palette, shown, 0, this.panels.image.pixels.data)
     blend(f.image, f.truth || f.preds[0].reference, info.palette, shown, opacity, this.panels.truth.pixels.data)
+    const preview = f.shrink > 1 ? 'preview: ' : ''
     const stable = !!f.state.stability && this.draws && this.groups.length > 0
     if (this.labelled !== !!f.truth + 2 * stable) this.label(!!f.truth, stable)
     f.preds.forEach((p, i) => {
@@ -814,8 +831,8 @@ export class Explorer {
       const below = this.panels.wrongs[i].pixels.data
       const wrong = stable ? 1 - unstable(f.image, p.confidence, below)
         : errors(f.image, p.reference || f.truth, p.classes, info.palette, shown, info.ignore, below)
-      this.panels.masks[i].note.textContent = `mIoU ${percent(f.scores[i].miou)}`
-      this.panels.wrongs[i].note.textContent = `${percent(wrong)} % of pixels`
+      this.panels.masks[i].note.textContent = `${preview}mIoU ${percent(f.scores[i].miou)}`
+      this.panels.wrongs[i].note.textContent = `${preview}${percent(wrong)} % of pixels`
     })
     this.all.forEach(p => p.paint())
     this.rows.forEach((r, c) => {
@@ -838,6 +855,7 @@ export class Explorer {
     this.el.dataset.corruption = corrupted(f.state)
     this.el.dataset.mended = [...(f.state.protected || []), ...(f.state.rescued ? ['rescued'] : [])].join(' ')
     this.el.dataset.stability = stable
+    this.el.dataset.shrink = f.shrink || 1
     this.el.dataset.miou = f.scores.map(o => o.miou.toFixed(4)).join(' ')
   }
   drawCurve() { if (this.frame) this.curve.draw(this.points(this.frame.state), this.frame.state.level, this.kind) }
@@ -923,8 +941,8 @@ class KernelHost {
       this.model.send({...content, id})
     })
   }
-  async frame(state) {
-    const [m, buffers] = await this.ask({kind: 'frame', state, have: this.image.key ?? null})
+  async frame(state, shrink = 1) {
+    const [m, buffers] = await this.ask({kind: 'frame', state, shrink, have: this.image.key ?? null})
     const bytes = b => new Uint8Array(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength), {width, height} = m,
       size = width * height, rest = buffers.map(bytes)
     if (m.image) {
@@ -934,7 +952,7 @@ class KernelHost {
     const preds = rest.map(b => ({classes: b.subarray(0, size), confidence: b.subarray(size, 2 * size),
       reference: b.length > 2 * size ? b.subarray(2 * size) : null}))
     return {width, height, image: this.image.image, truth: this.image.truth, preds, hists: m.hists, text: m.text,
-      name: m.name}
+      name: m.name, shrink: m.shrink}
   }
   async html() { return (await this.ask({kind: 'html'}))[0].html }
   async costs(state) { return (await this.ask({kind: 'costs', state}))[0].costs }

@@ -201,6 +201,7 @@ class NoiseExplorer(ExplorerState):
         self.lens = NoisyPredictor(models, x, _fitting(WHERES if wheres is None else wheres, models), cache_mb)
         self._images = to_rgb(x, self._stats)
         self._truth = y
+        self._one_size = False
         self._groups = _groups(models)
         info = self._info(about, models, [*self.lens.wheres], corruptions) | dict(tolerances=_marks(tolerances, models))
         begin = dict(where=info['wheres'][0], layer=next(iter(info['layers']), ''), **values_of(given[0], self._menu))
@@ -358,11 +359,12 @@ def _asked(self:NoiseExplorer, s):
 @patch
 def frame(self:NoiseExplorer,
     state: dict = None,  # changes of the state; None: as it is
+    shrink: int = 1,  # a preview: the sides of the picture are divided by this before the networks see it
 ) -> dict:  # preds: name -> uint8 (2, height, width); hists; reference: clean classes, without masks; text; name
     "What the panels show, as arrays: class and confidence of each pixel, and how the disturbance is called."
     s = {**self.state(), **(state or {})}
     asked = self._asked(s)
-    found = {name: self._prediction(name, asked, s) for name in self.info['models']}
+    found = {name: self._prediction(name, {**asked, 'shrink': shrink}, s) for name in self.info['models']}
     reference = None
     if not self.info['truth']:
         source = self._seen(asked)[1]
@@ -432,6 +434,16 @@ def _picture_key(self:NoiseExplorer, s):
     if self._acts_on_picture(asked): key += [str(asked['disturbance']), s['seed']]
     return ' '.join(map(str, key))
 
+# %% ../../nbs/show/06_explorer.ipynb #e5f6a7b8
+@patch
+def _preview(self:NoiseExplorer, s, shrink):
+    "A frame, of the picture shrunk if all networks take that; and by how much it was shrunk."
+    if shrink == 1 or self._one_size: return self.frame(s), 1
+    try: return self.frame(s, shrink), shrink
+    except Exception: whole = self.frame(s)   # which fails again, if it was not the size
+    self._one_size = True
+    return whole, 1
+
 # %% ../../nbs/show/06_explorer.ipynb #861aa32d
 @patch
 def _answer(self:NoiseExplorer, _, message, buffers):
@@ -443,11 +455,11 @@ def _answer(self:NoiseExplorer, _, message, buffers):
         elif message.get('kind') == 'costs': reply['costs'] = self.costs(message['state'])
         else:
             s = {**self.state(), **message['state']}
-            f = self.frame(s)
+            f, shrink = self._preview(s, message.get('shrink', 1))
             height, width = self._images.shape[1:3]
             key = self._picture_key(s)
             reply |= dict(width=width, height=height, image=message.get('have') != key, picture=key,
-                          truth=self.info['truth'], **{k: f[k] for k in ('hists', 'text', 'name')})
+                          truth=self.info['truth'], shrink=shrink, **{k: f[k] for k in ('hists', 'text', 'name')})
             if reply['image']: data = [a.tobytes() for a in self.picture(s) if a is not None]
             data += [p.tobytes() + (f['reference'][k].tobytes() if f['reference'] else b'') for k,
                      p in f['preds'].items()]

@@ -15,11 +15,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from fastcore.docments import docments
 
+from ..basics import check_whole
 from ..data.corruptions import Corruption
 from ..measure.evaluation import untouched
+from ..measure.prefix import PrefixCache
 from ..nets.adapter import class_count, confidence, logits_of, to_classes
 from ..perturb.clone import clone_weights
 from ..perturb.disturbance import AdditiveLaw, Disturbance, Law
@@ -41,6 +44,7 @@ class NoisyPredictor:
         self.wheres = {k: as_selector(v) for k, v in wheres.items()}
         self.cache_mb = cache_mb
         self._clones = {}
+        self._prefixes = {}
         self._cache = OrderedDict()
         self._bytes = 0
         self.hits = 0
@@ -59,6 +63,7 @@ class NoisyPredictor:
     def close(self):
         "Let go of models, images, clones and predictions."
         self._clones = {}
+        self._prefixes = {}
         self._bytes = 0
         self.models = {}
         self.images = None
@@ -76,10 +81,11 @@ def __call__(self:NoisyPredictor,
     corruption: Corruption = None,  # of the image, below the disturbance; with the `stats` of the images
     protected: tuple = (),  # names of weights that keep their clean values; the noise of the others stays the same
     rescued: bool = False,  # rescued by `noisyseg.mend` on the images that are here, at most `RESCUERS` of them
+    shrink: int = 1,  # a preview: the image's sides are divided by this before the network sees it
 ) -> tuple:  # uint8 (2, height, width): class, and confidence × 255; and the counts, a dict or None
     "The prediction of one model for one image under one draw."
     key = (name, sample, disturbance, where or next(iter(self.wheres)), seed, layer, corruption, tuple(protected),
-           rescued)
+           rescued, check_whole('shrink', shrink, 1))
     return self._remembered(key, lambda: self._predict(*key), lambda v: v[0].nbytes)
 
 # %% ../../nbs/show/05_predictor.ipynb #5c69ed89
@@ -139,9 +145,27 @@ def _inject(self:NoisyPredictor, name, law, where, seed, protected=()):
         drawn = None
     # until the injection below has succeeded, nothing is known of the draw
     self._clones[name, where] = clone, None, protected
-    clone.inject(law, None if drawn == seed else seed, redraw=drawn != seed)
+    same_kind = drawn == seed and type(clone.law) is type(law) and clone.law.at(law.level) == law
+    if not same_kind: clone.inject(law, seed, redraw=drawn != seed)
+    clone.rescale(law.level)   # the first time, too: so what is seen does not depend on what was seen before
     self._clones[name, where] = clone, seed, protected
     return clone
+
+# %% ../../nbs/show/05_predictor.ipynb #b2e1d4c3
+@patch
+def _before_noise(self:NoisyPredictor, name, x, disturbance, where, protected, rescued):
+    "A block in which the parts in front of the noisy weights are not computed again for the image of the last call."
+    if not isinstance(disturbance, Law) or rescued: return nullcontext()
+    key, (image, cache, state) = (name, where, x.shape), self._prefixes.get((name, where, x.shape), (None, None, None))
+    if cache is None or image[1] != protected or not torch.equal(image[0], x) or state != _state(cache.modules):
+        cache = PrefixCache(self.models[name], self._spared(name, where, protected), self.cache_mb)
+    cache.start()
+    self._prefixes[key] = (x, protected), cache, _state(cache.modules)
+    return cache
+
+def _state(modules):
+    "What tells whether weights or statistics of these modules were changed."
+    return [(id(t), t._version) for m in modules for t in (*m.parameters(), *m.buffers())]
 
 # %% ../../nbs/show/05_predictor.ipynb #92f26999
 BINS = 48  # of the weights' histogram
@@ -150,15 +174,19 @@ RESCUERS = 8  # images that a rescue looks at
 # %% ../../nbs/show/05_predictor.ipynb #76348639
 @patch
 @torch.no_grad()
-def _predict(self:NoisyPredictor, name, sample, disturbance, where, seed, layer, corruption, protected, rescued):
+def _predict(self:NoisyPredictor, name, sample, disturbance, where, seed, layer, corruption, protected, rescued,
+             shrink):
     model = self.models[name]
     x = self.image(sample, corruption, disturbance, seed)[0]
+    size = x.shape[2:]
+    if shrink > 1: x = F.interpolate(x, [max(1, n // shrink) for n in size], mode='area')
+    before_noise = self._before_noise(name, x, disturbance, where, protected, rescued)
     weight = next((s for s in weight_sites(model) if s.name == layer), None)
     values = lambda: weight.value().detach().float().cpu().flatten()
     before = values().clone() if weight else None
     with untouched([model]), self._acting(name, disturbance, where, seed, protected, rescued):
         counts = _counts(before, values()) if weight else None
-        logits = logits_of(model, x, x.shape[2:], name).float()
+        with before_noise: logits = logits_of(model, x, size, name).float()
     sure = confidence(logits)[0]
     if not sure.isfinite().all(): raise ValueError(f"{name} predicts numbers that are not finite under {disturbance}")
     shown = torch.stack([to_classes(logits)[0].to(torch.uint8), (sure * 255).round().to(torch.uint8)])
