@@ -62,7 +62,9 @@ def measure(job, a, seconds):
         python, env = sys.executable, dict(os.environ)
         if group == 'peers' and a.peers:
             python, own = a.peers, [p for p in sys.path if 'site-packages' in p]
-            env['PYTHONPATH'] = os.pathsep.join([str(root), *own])   # first what is here, then what is only there
+            given = os.environ.get('PYTHONPATH', '').split(os.pathsep)
+            # first what is here, then what is only there
+            env['PYTHONPATH'] = os.pathsep.join([str(root), *own, *filter(None, given)])
         cmd = [python, __file__, '--job', what, '--rows', f.name, '--device', a.device]
         cmd += (['--full'] if a.full else []) + (['--rounds', str(a.rounds)] if a.rounds else [])
         status, said = ended(cmd, env, seconds)

@@ -3,11 +3,15 @@
 noisyseg does not need them; `bench.py --peers PYTHON` takes them from elsewhere:
 
 python -m venv peers && peers/bin/pip install --no-deps pytorch-optimizer segmentation-models-pytorch aihwkit-lightning
+peers/bin/pip install imagecorruptions opencv-python-headless "setuptools<81"
 
---no-deps, because they would bring a torch of their own; what they need is here already.
+--no-deps, because they would bring a torch of their own; what they need is here already. UNet3+ as its authors wrote
+it is no package: clone ZJUGiveLab/UNet-Version, and put its folder `models` on the PYTHONPATH.
 """
 import copy
 import importlib.util
+import warnings
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -16,19 +20,25 @@ from bench_training import Net, loss_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from noisyseg.data.corruptions import STANDARD_15, Corruption
+from noisyseg.data.procedural import scene
 from noisyseg.nets.classifiers import resnet18_small
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.clone import clone_weights
 from noisyseg.perturb.selectors import conv_and_linear
-from noisyseg.nets.unet3plus import unet3plus_resnet34
+from noisyseg.nets.unet3plus import from_published, unet3plus_paper, unet3plus_resnet34
 
 
 def peers(plan):
+    there = lambda module: importlib.util.find_spec(module) is not None
     for f, module, package in ((sam, 'pytorch_optimizer', 'pytorch-optimizer'),
                                (noise, 'aihwkit_lightning', 'aihwkit-lightning'),
-                               (unetplusplus, 'segmentation_models_pytorch', 'segmentation-models-pytorch')):
-        if importlib.util.find_spec(module) is None: yield skipped(package, f'pip install --no-deps {package}')
+                               (unetplusplus, 'segmentation_models_pytorch', 'segmentation-models-pytorch'),
+                               (corruptions, 'imagecorruptions', 'imagecorruptions')):
+        if not there(module): yield skipped(package, f'pip install {package}, as this file says')
         else: yield from f(plan, f'{package} {version(package)}')
+    if there('UNet_3Plus'): yield from authors(plan)
+    else: yield skipped("the authors' UNet3+", 'clone ZJUGiveLab/UNet-Version; PYTHONPATH=UNet-Version/models')
 
 def sam(plan, peer):
     from pytorch_optimizer import SAM
@@ -138,3 +148,55 @@ def unetplusplus(plan, peer):
             yield row('a training step' if train else 'evaluation', 'ResNet34, 256², batch 1', times['ours'],
                       f'U-Net++, {name}', times[name],
                       note=f'{peer}. Another network: UNet3+ has {size["ours"]}, as written; U-Net++ {size[name]}')
+
+DETERMINISTIC = ('defocus_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate', 'jpeg_compression')
+
+def corruptions(plan, peer, n=4):
+    "Each of the standard corruptions at severity 3; where nothing is drawn, the pictures must agree."
+    from imagecorruptions import corrupt
+    pictures = [scene(i, 224)[0] for i in range(n)]
+    batch = torch.stack([torch.as_tensor(p) for p in pictures]).permute(0, 3, 1, 2)
+    def theirs(name):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return [corrupt(p, corruption_name=name, severity=3) for p in pictures]
+    def works(name):
+        try: return bool(theirs(name))
+        except Exception: return False   # some of them want an older numpy or scikit-image than there is
+    ours = {name: partial(Corruption(name, 3, seed=0, table='imagenet'), batch) for name in STANDARD_15}
+    there = [name for name in STANDARD_15 if works(name)]
+    off = 0
+    for name in DETERMINISTIC:
+        want = torch.stack([torch.as_tensor(p) for p in theirs(name)]).permute(0, 3, 1, 2).int()
+        off = max(off, (ours[name]().int() - want).abs().max().item())
+    assert off <= 1, f'other pictures than {peer}: {off} of 255'
+    note = f'{n} pictures of 224²; where nothing is drawn, they agree to within {off} of 255'
+    if lost := sorted({*STANDARD_15} - {*there}): note += f'; theirs fail here: {", ".join(lost)}'
+    total = dict(ours=lambda: [ours[k]() for k in there], other=lambda: [theirs(k) for k in there])
+    times = plan.in_turns(total)
+    yield row(f'{len(there)} corruptions', 'severity 3', times['ours'], peer, times['other'], note=note)
+    for name in there if plan.full else ():
+        times = plan.in_turns(dict(ours=ours[name], other=partial(theirs, name)))
+        yield row(name.replace('_', ' '), 'severity 3', times['ours'], peer, times['other'])
+
+def authors(plan):
+    "UNet3+ as its authors wrote it, with our weights' names translated: the same function."
+    from UNet_3Plus import UNet_3Plus
+    torch.manual_seed(0)
+    other = UNet_3Plus(3, 21).to(plan.device)
+    ours = unet3plus_paper(21, deep_supervision=False).to(plan.device)
+    ours.load_state_dict(from_published(other.state_dict()))
+    x = torch.randn(1, 3, 256, 256, device=plan.device)
+    ways = dict(ours=lambda: ours(x).sigmoid(), other=lambda: other(x))   # theirs ends with a sigmoid
+    def step(f):
+        f().square().mean().backward()
+        for p in (*ours.parameters(), *other.parameters()): p.grad = None
+    for train in (False, True) if plan.full or plan.cuda else (False,):   # their training step takes ten seconds
+        with torch.no_grad():
+            ours.eval(), other.eval()
+            error = close(ways['ours'](), ways['other'](), 1e-3, "the authors' probabilities")
+        ours.train(train), other.train(train)
+        times = plan.in_turns({k: partial(step if train else torch.no_grad()(lambda f: f()), f)
+                               for k, f in ways.items()})
+        yield row('a training step' if train else 'evaluation', "the paper's encoder, 256², batch 1", times['ours'],
+                  "the authors' UNet3+", times['other'], target=1/3 if train else 1/3.5, note=agreement(error))
