@@ -7,8 +7,8 @@
 Protocol, written before any run of it but a trial of the script's lines, on networks that had seen 64 pictures.
 
 *Question*: of what makes training robust, which is worth its time on a real task with an encoder that has seen
-ImageNet: noise in the weights, DAMP (arXiv 2406.16540), SAM (arXiv 2010.01412), ASAM (arXiv 2102.11600), SAM with noise,
-or simply training for longer?
+ImageNet: noise in the weights, DAMP (arXiv 2406.16540), SAM (arXiv 2010.01412), ASAM (arXiv 2102.11600), SAM with
+noise, or simply training for longer?
 
 *Data and network*: those of voc_weight_noise.py: `voc_animals`, seven classes, 3,131 pictures of train_aug, 445 of val;
 UNet3+ on EfficientNet-Lite0 with ImageNet weights, Adam, one cycle up to 4e-3. A subset: no number here stands beside a
@@ -51,7 +51,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from noise_aware import keep, out
-from voc_weight_noise import ALPHA, LR, animals, names, train
+from voc_weight_noise import ALPHA, animals, names, train
 
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
 from noisyseg.measure.summary import corrected, paired_difference
