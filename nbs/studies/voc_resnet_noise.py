@@ -22,8 +22,8 @@ quality 75, enlarged to 64 pixels: five epochs of 20,000 pictures (`full`: 60 of
 at n = 10 %, not chosen by any score. Sizes: small: 64 pixels, eight epochs, batches of 16; full: 256 pixels, 30 epochs,
 five seeds. Adam, one cycle up to 4e-3, the same pictures in the same order for one training seed.
 
-*Measured on val*, once for each network: MaxGaussian at the report's thirteen levels, 0 to 12 %, and AbsoluteGaussian at
-0.005, 0.01, 0.02 and 0.04, two draws each (`full`: ten), the same for all networks.
+*Measured on val*, once for each network: MaxGaussian at the report's thirteen levels, 0 to 12 %, and AbsoluteGaussian
+at 0.005, 0.01, 0.02 and 0.04, two draws each (`full`: ten), the same for all networks.
 
 *Claims*, over training seeds (paired), 95 % intervals by Student's t, Holm over exactly these six comparisons with
 clean-trained networks: both ways without noise, at 5 and at 10 %. `clear` means a corrected p below 0.05. The tables
