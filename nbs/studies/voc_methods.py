@@ -7,14 +7,15 @@
 Protocol, written before any run of it but a trial of the script's lines, on networks that had seen 64 pictures.
 
 *Question*: of what makes training robust, which is worth its time on a real task with an encoder that has seen
-ImageNet: noise in the weights, DAMP (arXiv 2406.16540), SAM (arXiv 2010.01412), ASAM (arXiv 2102.11600), SAM with noise,
-or simply training for longer?
+ImageNet: noise in the weights, DAMP (arXiv 2406.16540), SAM (arXiv 2010.01412), ASAM (arXiv 2102.11600), SAM with
+noise, or simply training for longer?
 
 *Data and network*: those of voc_weight_noise.py: `voc_animals`, seven classes, 3,131 pictures of train_aug, 445 of val;
 UNet3+ on EfficientNet-Lite0 with ImageNet weights, Adam, one cycle up to 4e-3. A subset: no number here stands beside a
 published one of VOC.
 
-*Sizes*: small: 64 pixels, 4 epochs, batches of 32, width 16, the encoder up to a sixteenth. full: 256 pixels, 30
+*Sizes*: small: 64 pixels, 3 epochs (4 at first; changed for want of time while the strengths were being chosen, before
+any network of `run` had begun), batches of 32, width 16, the encoder up to a sixteenth. full: 256 pixels, 30
 epochs, width 32, the whole encoder, for a GPU.
 
 *Ways*: Adam; Adam for twice as many epochs, which takes the time of SAM; weight noise (MaxGaussian at 2 %, the `middle`
@@ -50,7 +51,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from noise_aware import keep, out
-from voc_weight_noise import ALPHA, LR, animals, names, train
+from voc_weight_noise import ALPHA, animals, names, train
 
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
 from noisyseg.measure.summary import corrected, paired_difference
@@ -63,7 +64,7 @@ from noisyseg.train.methods.damp import DAMP
 from noisyseg.train.methods.sam_callback import SAMCallback
 
 NETWORKS = Path(__file__).parent/'voc_methods'  # a file for each network that was measured, beside the network
-SIZES = {'small': dict(px=64, epochs=4, short=2, width=16, maps=(0, 1, 2, 3), severities=(3,)),
+SIZES = {'small': dict(px=64, epochs=3, short=2, width=16, maps=(0, 1, 2, 3), severities=(3,)),
          'full': dict(px=256, epochs=30, short=10, width=32, maps=(0, 1, 2, 3, 4), severities=(1, 3, 5))}
 BS, PARTS, NOISE = 32, 8, 0.02
 CANDIDATES = {'DAMP': (0.02, 0.05, 0.1, 0.2), 'SAM': (0.01, 0.045, 0.1), 'ASAM': (0.2, 0.5, 1.)}
