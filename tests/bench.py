@@ -30,7 +30,8 @@ JOBS = [  # group, module and function that yields its rows; whether in quick mo
         ('decoder', 'bench_decoder:decoder', True),
     ('branches', 'bench_decoder:branches', True), ('step', 'bench_training:step', True),
         ('sweeps', 'bench_sweeps:sweeps', True),
-    ('methods', 'bench_training:methods', True), ('explorer', 'bench_explorer:explorer', True),
+    ('methods', 'bench_training:methods', True), ('methods', 'bench_training:damp_of_a_small_network', True),
+        ('methods', 'bench_training:matching', True), ('explorer', 'bench_explorer:explorer', True),
         ('explorer', 'bench_live:slider', False),
         ('peers', 'bench_peers:peers', True)]
 PATIENCE = {False: 285, True: 9 * 3600}   # seconds for all jobs, quick or full: a quick run ends within five minutes

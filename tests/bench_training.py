@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as F
 from bench_timing import close, row
 
-from noisyseg.nets.classifiers import resnet18_small
+from noisyseg.nets.classifiers import resnet18_small, resnet20
 from noisyseg.train.methods.damp import damp_backward
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.clone import clone_weights, perturbed
 from noisyseg.perturb.selectors import kernels_and_scales
 from noisyseg.train.methods.ascent import norm_layers
+from noisyseg.train.methods.match_step import MatchStep
 from noisyseg.train.methods.sam import SAM
-from noisyseg.nets.unet3plus import unet3plus_resnet34
+from noisyseg.nets.unet3plus import unet3plus_lite0, unet3plus_resnet34
 
 
 def loss_of(out, y):
@@ -33,6 +34,12 @@ class Net:
     def plain(self, x, y):
         self.opt.zero_grad()
         self.backward(x, y)
+        self.opt.step()
+
+    def in_sub_batches(self, x, y, m=8):
+        "What DAMP would be without noise."
+        self.opt.zero_grad()
+        for xs, ys in zip(x.chunk(m), y.chunk(m)): (loss_of(self.model(xs), ys) / m).backward()
         self.opt.step()
 
     @property
@@ -79,11 +86,6 @@ def methods(plan):
         damp.opt.zero_grad()
         damp_backward(damp.model, loss_of, x, y, sigma=sigma, m=m, generator=g, clone=clones[rng])
         damp.opt.step()
-    def sub_batches(m=8):
-        "What DAMP would be without noise."
-        bare.opt.zero_grad()
-        for xs, ys in zip(x.split(n // m), y.split(n // m)): (loss_of(bare.model(xs), ys) / m).backward()
-        bare.opt.step()
     def noise_aware(level=0.05):
         noise.opt.zero_grad()
         with perturbed(noise.model, law.at(level), generator=g): noise.backward(x, y)
@@ -104,7 +106,7 @@ def methods(plan):
     norms.opt.step(whole[norms]), part.opt.step(whole[part], ascent=half)
 
     damps = {rng: lambda rng=rng: damp_step(rng=rng) for rng in clones}
-    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'bare': sub_batches, **damps, 'noise': noise_aware,
+    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'bare': lambda: bare.in_sub_batches(x, y), **damps, 'noise': noise_aware,
                            'sam': lambda: sam.opt.step(whole[sam]),
                            'norms': lambda: norms.opt.step(whole[norms]),
                            'half': lambda: part.opt.step(whole[part], ascent=half)}, warm_up=0)
@@ -122,3 +124,45 @@ def methods(plan):
     fifth = [(s + 4 * p) / 5 for s, p in zip(times['sam'], times['plain'])]
     yield row('SAM, in every 5th step', where, fifth, 'SAM', times['sam'],
               note='the mean of 5 steps, from those of SAM and of SGD')
+
+def damp_of_a_small_network(plan):
+    "DAMP beside its own sub-batches, where a network has few weights for the work that it does with them."
+    torch.manual_seed(0)
+    model = resnet20().to(plan.device)
+    x, y = torch.randn(64, 3, 32, 32, device=plan.device), torch.randint(10, (64,), device=plan.device)
+    nets = {k: Net(model) for k in ('bare', 'normal', 'blocks', 'table')}
+    clones = {rng: clone_weights(nets[rng].model, kernels_and_scales, rng=rng) for rng in ('normal', 'blocks', 'table')}
+    g = plan.generator()
+    def damp_step(rng, sigma=0.1):
+        nets[rng].opt.zero_grad()
+        damp_backward(nets[rng].model, loss_of, x, y, sigma=sigma, generator=g, clone=clones[rng])
+        nets[rng].opt.step()
+    ways = {'bare': lambda: nets['bare'].in_sub_batches(x, y), **{rng: lambda rng=rng: damp_step(rng) for rng in clones}}
+    ways['bare']()
+    for rng in clones:
+        damp_step(rng, 0.)
+        close(nets[rng].weights, nets['bare'].weights, 1e-4, 'a DAMP step of sigma 0')
+    times = plan.in_turns(ways, warm_up=0)
+    for rng in clones:
+        yield row(f"DAMP, m = 8, rng='{rng}'", 'ResNet-20, 32², batch 64', times[rng],
+                  'the same sub-batches without noise', times['bare'], target=1.05)
+
+def matching(plan):
+    "MLPMatch beside supervised training, of which it makes several passes."
+    torch.manual_seed(0)
+    model = unet3plus_lite0(7, width=16, upsample='after', deep_supervision=False, pretrained=False,
+                            encoder_args=dict(out_indices=(0, 1, 2, 3)))
+    model = model.to(plan.device, memory_format=torch.channels_last)
+    x, weak, *strong = torch.randn(4, 4, 3, 64, 64, device=plan.device)
+    y = torch.randint(7, (4, 64, 64), device=plan.device)
+    inside = torch.ones(4, 64, 64, dtype=torch.bool, device=plan.device)
+    nets = {level: Net(model) for level in ('supervised', 'unimatch', 'mlpmatch')}
+    steps = {level: MatchStep(level, threshold=0.2, seed=0) for level in nets}
+    def train(level):
+        nets[level].opt.zero_grad()
+        steps[level].step(nets[level].model, x, y, weak, *strong, inside, progress=0.5).total.backward()
+        nets[level].opt.step()
+    times = plan.in_turns({level: lambda level=level: train(level) for level in nets})
+    for level, target in (('unimatch', None), ('mlpmatch', 4.5)):
+        yield row(f'a step of {level}', 'UNet3+ on EfficientNet-Lite0, 64², 4 pictures with masks and 4 without',
+                  times[level], 'a supervised step', times['supervised'], target=target)

@@ -15,13 +15,14 @@ from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 from torch import nn
+from timm.models._efficientnet_blocks import InvertedResidual
 from torchvision.models.resnet import BasicBlock
 
 from noisyseg.train.methods.match_loss import UNLABELLED, MatchLoss, PseudoLabels, consistency, pseudo_labels
 from noisyseg.train.methods.mlpmatch import MATCH_LEVELS, MatchStep, MLPMatch, semi_learner, step_cost, unet3plus_slim
 from noisyseg.basics import evaluating
 from noisyseg.data.semi_supervised import cutmix, cutmix_boxes, partners
-from noisyseg.nets.blocks import deactivated, feature_dropout, residual_blocks
+from noisyseg.nets.blocks import deactivated, draw_blocks, feature_dropout, residual_blocks
 from noisyseg.nets.deeplab import deeplabv3plus
 from noisyseg.nets.unet3plus import unet3plus_lite0, unet3plus_tiny
 from noisyseg.perturb.clone import perturbed
@@ -43,6 +44,12 @@ def batch(seed=0, b=2, u=3, size=32, classes=5):
 def net(seed=0, **kw):
     torch.manual_seed(seed)
     return unet3plus_slim(5, width=4, encoder_width=8, layers=(1, 1, 1, 1), **kw).train()
+
+
+def lite0(seed=0):
+    "On an EfficientNet whose first map and last stage nobody asks for."
+    torch.manual_seed(seed)
+    return unet3plus_lite0(5, width=4, pretrained=False, encoder_args=dict(out_indices=(1, 2, 3))).train()
 
 
 def method(level='mlpmatch', **kw): return MatchStep(level, **(dict(ignore_index=255, threshold=0.3, seed=5) | kw))
@@ -261,7 +268,8 @@ def simply(m, model, x, y, weak, s1, s2, inside, progress, at):
     names = ['x_np'] * m.volatile + ['u_np'] * m.network_perturbation
     if names:
         images = torch.cat([x] * m.volatile + [weak] * m.network_perturbation)
-        with deactivated(model, None, m.unit, m.p, draw(1), m.batch_norm): passed(images, *names)
+        off = draw_blocks(model, m.unit, m.p, draw(1), m.n_off)
+        with deactivated(model, off, m.unit, batch_norm=m.batch_norm): passed(images, *names)
     g, boxes, other = draw(2), (None, None), None
     if m.strong_views:
         views = (s1, s2)[:m.strong_views]
@@ -276,7 +284,7 @@ def simply(m, model, x, y, weak, s1, s2, inside, progress, at):
 
 NETS = {'unet': net, 'flat': lambda: net(deep_supervision=False), 'presence': lambda: net(cgm=True),
         'vgg': lambda: unet3plus_tiny(5).train(),
-        'frozen': net,
+        'frozen': net, 'lite0': lite0,
         'deeplab': lambda: deeplabv3plus(5, encoder='resnet18', pretrained=False, dropout=0.).train()}
 SETTINGS = [{}, dict(in_parts=False), dict(in_parts=True), dict(pseudo='eval'), dict(feature_perturbation=False),
             dict(feature_perturbation=False, pseudo='eval'), dict(network_perturbation=False), dict(volatile=False),
@@ -292,7 +300,8 @@ def test_is_the_simple_step(kw): check_simple('unet', kw)
 @pytest.mark.parametrize('name, kw', [
     ('flat', {}), ('flat', dict(level='fixmatch')),
     ('presence', {}), ('presence', dict(in_parts=False)), ('deeplab', {}),
-    ('vgg', dict(level='unimatch')), ('frozen', {}), ('frozen', dict(in_parts=False))])
+    ('vgg', dict(level='unimatch')), ('frozen', {}), ('frozen', dict(in_parts=False)),
+    ('lite0', {}), ('lite0', dict(in_parts=False)), ('lite0', dict(batch_norm='update')), ('lite0', dict(n_off=2))])
 def test_is_the_simple_step_of_other_networks(name, kw): check_simple(name, kw)
 
 
@@ -329,31 +338,47 @@ def check_simple(name, kw):
     assert a.n_steps == steps and (len(offs) > 1 or one_alone)
 
 
-def count_blocks(model, **kw):
+def count_blocks(model, block=BasicBlock, **kw):
     "How many images each residual block of the encoder computes in a step, without hooks: those would be noticed."
-    seen, own = {}, BasicBlock.forward
+    seen, own = {}, block.forward
     names = {m: n for n, m in model.encoder.named_modules()}
 
     def forward(self, x):
         seen[names[self]] = seen.get(names[self], 0) + len(x)
         return own(self, x)
-    with mock.patch.object(BasicBlock, 'forward', forward):
+    with mock.patch.object(block, 'forward', forward):
         terms = method(**kw).step(model, *batch(), at=3)
     return seen, terms
 
 
 @pytest.mark.parametrize('in_parts', [False, True])
-def test_common_blocks_run_once(in_parts):
-    seen, terms = count_blocks(net(), in_parts=in_parts)
+@pytest.mark.parametrize('make, block', [(net, BasicBlock), (lite0, InvertedResidual)])
+def test_common_blocks_run_once(make, block, in_parts):
+    seen, terms = count_blocks(make(), block, in_parts=in_parts)
     b, u = 2, 3
     before = True
     for name, n in seen.items():
         before &= name != terms.off[0]
         # clean and strong; again with a block off, after that block, which itself is not among them
         assert n == b + u + 2 * u + (0 if before or name == terms.off[0] else b + u), name
-    assert terms.off[0] != 'layer1.0'
-    seen, terms = count_blocks(net(), in_parts=in_parts, batch_norm='update')   # its statistics count each pass
+    assert terms.off[0] != next(iter(seen))
+    seen, terms = count_blocks(make(), block, in_parts=in_parts, batch_norm='update')   # statistics count each pass
     assert all(n == (2 - (name == terms.off[0])) * (b + u) + 2 * u for name, n in seen.items())
+
+
+def test_an_encoder_with_anything_unknown_in_it_shares_nothing():
+    def changed(change):
+        model = lite0()
+        change(model.encoder)
+        return sum(n for n in count_blocks(model, InvertedResidual)[0].values())
+    class Mine(nn.ReLU6): pass
+    shared = changed(lambda e: None)
+    def drops(e): e.blocks[2][1].drop_path = nn.Dropout(0.)
+    def own(e): e.blocks[1][0].bn1.act = Mine()
+    def checkpoints(e): e.set_grad_checkpointing()
+    def watches(e): e.blocks[0].register_forward_hook(lambda *a: None)
+    def normed(e): nn.utils.parametrizations.weight_norm(e.blocks[1][0].conv_pw)
+    for change in (drops, own, checkpoints, watches, normed): assert changed(change) > shared, change.__name__
 
 
 def test_who_watches_sees_every_pass():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
-from noisyseg.perturb.clone import WeightClone, clone_weights, perturbed
+from noisyseg.perturb.clone import BLOCK, WeightClone, as_generator, clone_weights, fill_blocks, perturbed
 from noisyseg.perturb.selectors import by_name, conv_and_linear, conv_and_norm, kernels_and_scales, select
 
 
@@ -128,9 +128,40 @@ def test_a_law_that_changes_what_its_parent_computes_does_not_inherit_its_promis
     class Louder(MultiplicativeGaussian): pass
     w = torch.ones(3, 2)
     assert MultiplicativeGaussian().rowwise(w) and Louder().rowwise(w) and not Centred().rowwise(w)
+    assert MultiplicativeGaussian().write and Louder().write and Centred().write is None
     net = nn.Conv2d(300, 200, 1)
     with perturbed(net, Centred(0.1), 'weight', 0) as clone:
         assert torch.equal(net.weight, Centred(0.1)(clone.clean[0], clone.draw[0]))
+
+def forms(*kinds):
+    "A network of many small weights and a few large ones, of each of these kinds."
+    torch.manual_seed(0)
+    one = lambda: nn.Sequential(*[nn.Conv2d(3, 5, 3) for _ in range(40)], nn.BatchNorm2d(7), nn.Linear(500, 600),
+                                nn.Conv2d(64, 300, 3).to(memory_format=torch.channels_last), nn.Linear(3, 0))
+    return nn.ModuleList(one().to(kind) for kind in kinds)
+
+@pytest.mark.parametrize('law', [*LAWS, MaxGaussian(per='tensor'), MaxGaussian(clip='truncate')], ids=str)
+@pytest.mark.parametrize('kinds', [[torch.float32], [torch.float32, torch.bfloat16, torch.float64]], ids=['one', 'all'])
+def test_weights_written_in_groups_hold_what_the_law_says_of_each(law, kinds):
+    net = forms(*kinds)
+    clone = clone_weights(net, '*.weight').inject(law, 3)
+    for p, c, z in zip(clone.weights, clone.clean, clone.draw, strict=True):
+        exact = torch.promote_types(c.dtype, torch.float32)
+        assert torch.equal(p, law(c.to(exact), z.to(exact)).to(p.dtype))
+    calls = []
+    plain = lambda w, z: (calls.append(0), law(w, z))[1]
+    noisy = [p.detach().clone() for p in clone.weights]
+    clone.inject(plain, redraw=False)
+    assert all(map(torch.equal, noisy, clone.weights)) and len(calls) == len(noisy)
+    clone.recover()
+
+def test_blocks_of_a_small_network_are_drawn_as_those_of_a_large_one():
+    sizes = [(16,), (3, 5, 3, 3), (), (0,), (70_000,), (2**16,), (2**16 + 1,)]
+    few = fill_blocks([torch.empty(s) for s in sizes], as_generator(1))
+    seeds = torch.randint(2**62, (9,), generator=as_generator(1)).tolist()
+    blocks = [b for s in sizes for b in torch.empty(s).view(-1).split(BLOCK)]
+    for b, seed in zip(blocks, seeds, strict=True): b.normal_(generator=as_generator(seed))
+    assert torch.equal(torch.cat([z.view(-1) for z in few]), torch.cat(blocks))
 
 def test_a_large_model_draws_ahead_in_a_thread_and_gets_the_same_noise():
     torch.manual_seed(0)

@@ -19,7 +19,6 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..basics import check_choice, check_number, check_share, check_whole
 from .deeplab import DeepLabV3Plus
@@ -275,36 +274,53 @@ class feature_dropout(_Context):
         return torch.cat([maps, dropped]) if self.beside else dropped
 
 # %% ../../nbs/nets/06_blocks.ipynb #dc2b01b6
-_ORDINARY = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d}  # what they compute follows from what they are given
+# by package and class: what they compute follows from what they are given
+_ORDINARY = {*(('torch', n) for n in ('Conv2d', 'BatchNorm2d', 'ReLU', 'ReLU6', 'MaxPool2d', 'Identity', 'Sequential')),
+             ('torchvision', 'BasicBlock'), ('torchvision', 'Bottleneck'),
+             *(('timm', n) for n in ('Conv2dSame', 'BatchNormAct2d', 'DepthwiseSeparableConv', 'InvertedResidual'))}
+
+def _kind(module): return type(module).__module__.partition('.')[0], type(module).__name__
 
 def _unobserved(*modules):
     "Are these modules as their classes made them, with nobody who would see that one is not called?"
     return not watched(*modules) and not any('forward' in m.__dict__ or m._compiled_call_impl for m in modules)
 
-def _stages(encoder): return encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4
+def _stages(encoder):
+    "(stage, is its output a map?) for each stage of one of our ResNets or timm's EfficientNets; of others none."
+    parts = [n for n, _ in encoder.named_children()]
+    if type(encoder) is ResNetEncoder:
+        stages = [(s, True) for s in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)]
+    elif _kind(encoder) == ('timm', 'EfficientNetFeatures') and parts == ['conv_stem', 'bn1', 'blocks']:
+        if encoder.feature_hooks is not None or encoder.grad_checkpointing: return []
+        stages = [(s, i in encoder._stage_out_idx) for i, s in enumerate(encoder.blocks, 1)]
+    else: return []
+    ordinary = all(_kind(m) in _ORDINARY for m in encoder.modules() if m is not encoder)
+    return stages if ordinary and _unobserved(*encoder.modules()) else []
 
-def _known_resnet(encoder):
-    "Is it one of our ResNets, of ordinary layers?"
-    if type(encoder) is not ResNetEncoder or not _unobserved(*encoder.modules()): return False
-    if any(type(s) is not nn.Sequential for s in _stages(encoder)): return False
-    if any(type(b) not in (BasicBlock, Bottleneck) for s in _stages(encoder) for b in s): return False
-    return all(type(m) in _ORDINARY for m in encoder.modules() if next(m.children(), None) is None)
+def _stem(encoder, images):
+    "What comes before the stages: the maps, and what goes into the first stage."
+    if isinstance(encoder, ResNetEncoder):
+        finest = encoder.relu(encoder.bn1(encoder.conv1(images)))
+        return [finest], encoder.maxpool(finest)
+    x = encoder.bn1(encoder.conv_stem(images))
+    return [x] * (0 in encoder._stage_out_idx), x
 
 # %% ../../nbs/nets/06_blocks.ipynb #0d48234e
-def _through(encoder, maps, x, begin, end):
-    "A ResNet's blocks from one to another: the maps, with those that they complete, and what comes out of them."
+def _through(stages, maps, x, begin, end):
+    "The stages' blocks from one to another: the maps, with those that they complete, and what comes out of them."
     maps, i = list(maps), 0
-    for stage in _stages(encoder):
+    for stage, is_map in stages:
         for block in stage:
             if begin <= i < end: x = block(x)
             i += 1
-        if begin < i <= end: maps.append(x)
+        if is_map and begin < i <= end: maps.append(x)
     return maps, x
 
 class shared_start(_Context):
-    "Inside, a ResNet computes once, for all passes of the same images, what comes before the first of some blocks."
+    "Inside, an encoder computes once, for all passes of the same images, what comes before the first of some blocks."
     def __init__(self,
-        model: nn.Module,  # a network with one of our ResNets as its encoder; with others nothing is shared
+        # a network on one of our ResNets or timm's EfficientNets; with other encoders nothing is shared
+        model: nn.Module,
         images: Tensor,  # what will pass several times: this very tensor
         blocks: list,  # names of the blocks that will be off in some of the passes, in any order
         unit: str = 'block',  # what these names are: of a 'block', or of a 'stage'
@@ -318,11 +334,11 @@ class shared_start(_Context):
         self.outputs = []  # of the common part
         self.cuts = []  # the same values, as the passes see them with apart=True
         self._arrived = []
-        self.known = _known_resnet(self.encoder) and '_orig_mod' not in model._modules
-        if not self.known: return
-        units = residual_blocks(model, unit)
-        off = {b for name in blocks for b in units[name]}
-        order = [b for s in _stages(self.encoder) for b in s]
+        self.stages = _stages(self.encoder) if images is not None and '_orig_mod' not in model._modules else []
+        order = [b for s, _ in self.stages for b in s]
+        units = residual_blocks(model, unit) if order else {}
+        off = {b for name in blocks for b in units.get(name, [])}
+        self.known = len(order) > 0 and off <= {*order}
         self.n = len(order)
         self.n_shared = next((i for i, b in enumerate(order) if b in off), len(order))
 
@@ -336,13 +352,12 @@ def _sharing(self:shared_start, cls):
     def forward(module, x):
         if x is not self.images: return cls.forward(module, x)
         if self._maps is None: self._start(module)
-        return _through(module, self._maps, self._x, self.n_shared, self.n)[0]
+        return _through(self.stages, self._maps, self._x, self.n_shared, self.n)[0]
     return type(cls.__name__, (cls,), {'forward': forward, '__module__': cls.__module__})
 
 @patch
 def _start(self:shared_start, encoder):
-    finest = encoder.relu(encoder.bn1(encoder.conv1(self.images)))
-    maps, x = _through(encoder, [finest], encoder.maxpool(finest), 0, self.n_shared)
+    maps, x = _through(self.stages, *_stem(encoder, self.images), 0, self.n_shared)
     if self.apart:
         cut = {id(t): (t, t.detach().requires_grad_(t.requires_grad)) for t in (*maps, x) if t.requires_grad}
         self.outputs, self.cuts = map(list, zip(*cut.values())) if cut else ([], [])

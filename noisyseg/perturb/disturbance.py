@@ -211,6 +211,8 @@ class Law(Disturbance):
     label: ClassVar[str] = 'weight noise'
     where: ClassVar[Selector] = conv_and_norm
     pure: ClassVar[bool] = False  # a promise not to write into its arguments: then it is not given copies of them
+    # a pure law may have a method write(out, weights, zs): the same for lists of weights, into tensors that are given
+    write: ClassVar = None
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
@@ -218,6 +220,7 @@ class Law(Disturbance):
         if cls.__dict__.keys() & {'noise', '__call__'}:
             if 'rowwise' not in cls.__dict__: cls.rowwise = Law.rowwise
             if 'pure' not in cls.__dict__: cls.pure = False
+            if 'write' not in cls.__dict__: cls.write = None
 
     def __call__(self,
         weight: Tensor,  # clean weight, floating point, any shape

@@ -73,6 +73,10 @@ class MaxGaussian(AdditiveLaw):
     # the last bit.
     def noise(self, weight: Tensor, z: Tensor) -> Tensor:
         return clip_normal(z, self.alpha, self.clip) * (self.n * max_abs(weight, self.per))
+    def write(self, out: list, weights: list, zs: list):
+        for o, z in zip(out, zs): o.copy_(clip_normal(z, self.alpha, self.clip))
+        torch._foreach_mul_(out, [self.n * max_abs(w, self.per) for w in weights])
+        torch._foreach_add_(out, weights)
     def rowwise(self, weight: Tensor) -> bool: return _first_reduced(weight, self.per) > 0
 
 # %% ../../nbs/perturb/04_laws.ipynb #5f6a9175
@@ -90,6 +94,10 @@ class AbsoluteGaussian(AdditiveLaw):
 
     def __post_init__(self): check_number(self, 'strength', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.strength * z
+    def write(self, out: list, weights: list, zs: list):
+        torch._foreach_copy_(out, zs)
+        torch._foreach_mul_(out, self.strength)
+        torch._foreach_add_(out, weights)
     def rowwise(self, weight: Tensor) -> bool: return True
 
 # %% ../../nbs/perturb/04_laws.ipynb #fda3a17e
@@ -106,6 +114,11 @@ class MultiplicativeGaussian(AdditiveLaw):
 
     def __post_init__(self): check_number(self, 'sigma', 0)
     def noise(self, weight: Tensor, z: Tensor) -> Tensor: return self.sigma * weight * z
+    def write(self, out: list, weights: list, zs: list):
+        torch._foreach_copy_(out, weights)
+        torch._foreach_mul_(out, self.sigma)
+        torch._foreach_mul_(out, zs)
+        torch._foreach_add_(out, weights)
     def rowwise(self, weight: Tensor) -> bool: return True
 
 # %% ../../nbs/perturb/04_laws.ipynb #53ce22ce

@@ -87,16 +87,16 @@ class _OneUpdate:
         self.total = [torch.zeros_like(b) for b in self.stats]
 
     def begin(self):
-        for b, v in zip(self.stats + self.counts, self.start): b.copy_(v)
+        if self.start: torch._foreach_copy_(self.stats + self.counts, self.start)
 
     def keep(self, weight):
-        for t, b in zip(self.total, self.stats): t.add_(b, alpha=weight)
+        if self.stats: torch._foreach_add_(self.total, self.stats, alpha=weight)
 
     def __enter__(self): return self
     def __exit__(self, kind, *_):
         if kind is not None: self.begin()
         else:
-            for b, v in zip(self.stats, self.total): b.copy_(v)
+            if self.stats: torch._foreach_copy_(self.stats, self.total)
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #e159affe
 def _with_xi(grads, params, clone, sigma):
