@@ -4,8 +4,8 @@
     python nbs/studies/trained_with_corruption.py run --seeds 0 1 2     # a file for each network; resumes
     python nbs/studies/trained_with_corruption.py table                 # trained_with_corruption.csv, and claims
 
-Protocol, written before any run but two trials: of the script's own lines (a few batches, tested on 20 pictures), and of
-plain SGD on pictures held out of training (six settings of learning rate, batch size and width).
+Protocol, written before any run but two trials: of the script's own lines (a few batches, tested on 20 pictures), and
+of plain SGD on pictures held out of training (six settings of learning rate, batch size and width).
 
 *Question*: figure 3 of DAMP (arXiv 2406.16540; figures 5 and 6 for CIFAR-10 and TinyImageNet) has a row for each way of
 training and a column for each corruption in the test. Its rows: SGD, DAMP, and SGD with half of each batch under one
