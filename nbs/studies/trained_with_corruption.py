@@ -43,8 +43,8 @@ four. (2) The same networks on the fourteen other corruptions, against SGD. (3) 
 DAMP against SGD for longer, on all fifteen. (5) DAMP against the mean of the four trained with a corruption, on all
 fifteen. `clear` means a corrected p below 0.05. All else, single rows and columns included, is description.
 
-Added after sigma had been chosen and before any network was tested, since the machine turned out to be slow: CIFAR-10 is
-measured first, then TinyImageNet seed by seed, and its third seed is left out if the time is up by then.
+Added after sigma had been chosen and before any network was tested, since the machine turned out to be slow: CIFAR-10
+is measured first, then TinyImageNet seed by seed, and its third seed is left out if the time is up by then.
 """
 import argparse
 import json
