@@ -75,7 +75,7 @@ def large(seen):
         seen.more().root.get_by_label('which layers are disturbed').select_option(layers)
         move(6)
         times = move(24)
-        note = f'of {layers}; shown at 1/{seen.data("shrink")} of the size, 95th percentile {quantile(times, .95):.0f} ms'
+        note = f'shown at 1/{seen.data("shrink")} of the size, 95th percentile {quantile(times, .95):.0f} ms'
         yield row(f'a move of the slider, {layers}', where, times, note=note)
         seen.wait(lambda: seen.data('shrink') == '1')
 
