@@ -106,8 +106,8 @@ def methods(plan):
     norms.opt.step(whole[norms]), part.opt.step(whole[part], ascent=half)
 
     damps = {rng: lambda rng=rng: damp_step(rng=rng) for rng in clones}
-    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'bare': lambda: bare.in_sub_batches(x, y), **damps, 'noise': noise_aware,
-                           'sam': lambda: sam.opt.step(whole[sam]),
+    times = plan.in_turns({'plain': lambda: plain.plain(x, y), 'bare': lambda: bare.in_sub_batches(x, y), **damps,
+                           'noise': noise_aware, 'sam': lambda: sam.opt.step(whole[sam]),
                            'norms': lambda: norms.opt.step(whole[norms]),
                            'half': lambda: part.opt.step(whole[part], ascent=half)}, warm_up=0)
     yield row('noise-aware: perturbed, MaxGaussian', where, times['noise'], 'plain SGD step', times['plain'],
@@ -137,7 +137,8 @@ def damp_of_a_small_network(plan):
         nets[rng].opt.zero_grad()
         damp_backward(nets[rng].model, loss_of, x, y, sigma=sigma, generator=g, clone=clones[rng])
         nets[rng].opt.step()
-    ways = {'bare': lambda: nets['bare'].in_sub_batches(x, y), **{rng: lambda rng=rng: damp_step(rng) for rng in clones}}
+    ways = {'bare': lambda: nets['bare'].in_sub_batches(x, y)}
+    ways |= {rng: lambda rng=rng: damp_step(rng) for rng in clones}
     ways['bare']()
     for rng in clones:
         damp_step(rng, 0.)

@@ -66,7 +66,8 @@ def residual_blocks(
     check_choice('unit', unit, 'block', 'stage')
     encoder, found = find_encoder(encoder), {}
     for name, m in encoder.named_modules():
-        if next(m.children(), None) is None: continue   # a layer; to ask it for what it lacks takes long
+        # a layer; to ask it for what it lacks takes long
+        if next(m.children(), None) is None or isinstance(m, _NormBase): continue
         if _last_activation(m) is not None or _adds_to_input(m):
             found.setdefault(name if unit == 'block' else name.rpartition('.')[0] or name, []).append(m)
     if not found:

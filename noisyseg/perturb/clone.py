@@ -336,10 +336,11 @@ def _apply(law, clean, z):
 # %% ../../nbs/perturb/02_clone.ipynb #c29855eb
 def _in_groups(law, size, weights):
     "Of weights, clean values and draws three lists at a time: many small weights, or a block of a large one."
+    rowwise = getattr(law, 'rowwise', lambda w: False)
     group, n = [], 0
     for parts in weights:
-        rowwise = getattr(law, 'rowwise', lambda w: False)(parts[1])
-        for block in _blocks(size, *parts) if rowwise else [parts]:
+        cut = parts[1].numel() > size and rowwise(parts[1])
+        for block in _blocks(size, *parts) if cut else [parts]:
             group.append(block)
             n += block[0].numel()
             if n < size: continue

@@ -72,8 +72,9 @@ class _Known(torch.autograd.Function):
             raise RuntimeError("the gradients of this DAMP loss were delivered already: compute the loss anew for "
                                "another backward")
         grads, ctx.grads = list(ctx.grads), None
+        factor = g / ctx.scale
         for i, v in enumerate(grads):   # one after the other, so that there are never two of all
-            grads[i] = None if v is None else v * (g / ctx.scale).to(v.dtype)
+            grads[i] = None if v is None else v * factor.to(v.dtype)
         return None, None, None, *grads
 
 # %% ../../../nbs/train/methods/01_damp.ipynb #84cbaf7d
