@@ -143,6 +143,7 @@ class ExplorerState(MendingState):
     hidden = traitlets.List(traitlets.Int()).tag(sync=True)
     layer = traitlets.Unicode().tag(sync=True)
     closed = traitlets.Bool(False).tag(sync=True)
+    _one_size = False  # does a network take pictures of one size only? Told by the first preview
 
     @traitlets.default('_esm')
     def _js(self): return _front_end()
@@ -201,7 +202,6 @@ class NoiseExplorer(ExplorerState):
         self.lens = NoisyPredictor(models, x, _fitting(WHERES if wheres is None else wheres, models), cache_mb)
         self._images = to_rgb(x, self._stats)
         self._truth = y
-        self._one_size = False
         self._groups = _groups(models)
         info = self._info(about, models, [*self.lens.wheres], corruptions) | dict(tolerances=_marks(tolerances, models))
         begin = dict(where=info['wheres'][0], layer=next(iter(info['layers']), ''), **values_of(given[0], self._menu))
