@@ -123,6 +123,7 @@ class MendingState(anywidget.AnyWidget):
     protected = traitlets.List(traitlets.Unicode()).tag(sync=True)
     rescued = traitlets.Bool(False).tag(sync=True)
     stability = traitlets.Bool(False).tag(sync=True)
+    _one_size = False  # does a network take pictures of one size only? The first preview tells
 
 # %% ../../nbs/show/06_explorer.ipynb #6a4b99a2
 class ExplorerState(MendingState):
@@ -143,7 +144,6 @@ class ExplorerState(MendingState):
     hidden = traitlets.List(traitlets.Int()).tag(sync=True)
     layer = traitlets.Unicode().tag(sync=True)
     closed = traitlets.Bool(False).tag(sync=True)
-    _one_size = False  # does a network take pictures of one size only? Told by the first preview
 
     @traitlets.default('_esm')
     def _js(self): return _front_end()
