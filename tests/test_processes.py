@@ -44,9 +44,10 @@ def same(a, b):
 
 
 def children():
-    "Processes that this one started since the test began: others are the suite's"
-    return [p for p in psutil.Process().children(recursive=True)
-            if p.status() != psutil.STATUS_ZOMBIE and p not in earlier]
+    "Processes that this one started since the test began, and that stay: others are the suite's"
+    started = [p for p in psutil.Process().children(recursive=True)
+               if p.status() != psutil.STATUS_ZOMBIE and p not in earlier]
+    return psutil.wait_procs(started, timeout=5)[1]   # on a busy machine, one that was killed takes its time
 
 
 earlier = []
