@@ -375,10 +375,11 @@ def test_an_encoder_with_anything_unknown_in_it_shares_nothing():
     shared = changed(lambda e: None)
     def drops(e): e.blocks[2][1].drop_path = nn.Dropout(0.)
     def own(e): e.blocks[1][0].bn1.act = Mine()
+    def namesake(e): e.blocks[1][0].bn1.act = type('ReLU6', (nn.ReLU6,), {'__module__': 'torch.elsewhere'})()
     def checkpoints(e): e.set_grad_checkpointing()
     def watches(e): e.blocks[0].register_forward_hook(lambda *a: None)
     def normed(e): nn.utils.parametrizations.weight_norm(e.blocks[1][0].conv_pw)
-    for change in (drops, own, checkpoints, watches, normed): assert changed(change) > shared, change.__name__
+    for change in (drops, own, namesake, checkpoints, watches, normed): assert changed(change) > shared, change.__name__
 
 
 def test_who_watches_sees_every_pass():

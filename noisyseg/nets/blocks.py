@@ -9,6 +9,7 @@ __all__ = ['find_encoder', 'residual_blocks', 'draw_blocks', 'deactivated', 'Blo
            'heads_for']
 
 # %% ../../nbs/nets/06_blocks.ipynb #a6f69e32
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -19,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..basics import check_choice, check_number, check_share, check_whole
 from .deeplab import DeepLabV3Plus
@@ -275,12 +277,17 @@ class feature_dropout(_Context):
         return torch.cat([maps, dropped]) if self.beside else dropped
 
 # %% ../../nbs/nets/06_blocks.ipynb #dc2b01b6
-# by package and class: what they compute follows from what they are given
-_ORDINARY = {*(('torch', n) for n in ('Conv2d', 'BatchNorm2d', 'ReLU', 'ReLU6', 'MaxPool2d', 'Identity', 'Sequential')),
-             ('torchvision', 'BasicBlock'), ('torchvision', 'Bottleneck'),
-             *(('timm', n) for n in ('Conv2dSame', 'BatchNormAct2d', 'DepthwiseSeparableConv', 'InvertedResidual'))}
+# what they compute follows from what they are given
+_ORDINARY = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.Identity, nn.Sequential, BasicBlock,
+             Bottleneck}
 
-def _kind(module): return type(module).__module__.partition('.')[0], type(module).__name__
+def _of_timm():
+    "timm's class of EfficientNets that give maps, and the ordinary parts of one; nothing where timm is not in use."
+    if 'timm.models.efficientnet' not in sys.modules: return (), set()
+    from timm.layers import BatchNormAct2d, Conv2dSame
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+    from timm.models.efficientnet import EfficientNetFeatures
+    return (EfficientNetFeatures,), {BatchNormAct2d, Conv2dSame, DepthwiseSeparableConv, InvertedResidual}
 
 def _unobserved(*modules):
     "Are these modules as their classes made them, with nobody who would see that one is not called?"
@@ -289,13 +296,14 @@ def _unobserved(*modules):
 def _stages(encoder):
     "(stage, is its output a map?) for each stage of one of our ResNets or timm's EfficientNets; of others none."
     parts = [n for n, _ in encoder.named_children()]
+    efficientnets, theirs = _of_timm()
     if type(encoder) is ResNetEncoder:
         stages = [(s, True) for s in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)]
-    elif _kind(encoder) == ('timm', 'EfficientNetFeatures') and parts == ['conv_stem', 'bn1', 'blocks']:
+    elif type(encoder) in efficientnets and parts == ['conv_stem', 'bn1', 'blocks']:
         if encoder.feature_hooks is not None or encoder.grad_checkpointing: return []
         stages = [(s, i in encoder._stage_out_idx) for i, s in enumerate(encoder.blocks, 1)]
     else: return []
-    ordinary = all(_kind(m) in _ORDINARY for m in encoder.modules() if m is not encoder)
+    ordinary = all(type(m) in _ORDINARY | theirs for m in encoder.modules() if m is not encoder)
     return stages if ordinary and _unobserved(*encoder.modules()) else []
 
 def _stem(encoder, images):

@@ -123,7 +123,6 @@ class MendingState(anywidget.AnyWidget):
     protected = traitlets.List(traitlets.Unicode()).tag(sync=True)
     rescued = traitlets.Bool(False).tag(sync=True)
     stability = traitlets.Bool(False).tag(sync=True)
-    _one_size = False  # does a network take pictures of one size only? The first preview tells
 
 # %% ../../nbs/show/06_explorer.ipynb #6a4b99a2
 class ExplorerState(MendingState):
@@ -438,10 +437,10 @@ def _picture_key(self:NoiseExplorer, s):
 @patch
 def _preview(self:NoiseExplorer, s, shrink):
     "A frame, of the picture shrunk if all networks take that; and by how much it was shrunk."
-    if shrink == 1 or self._one_size: return self.frame(s), 1
+    if shrink == 1 or self.lens.one_size: return self.frame(s), 1
     try: return self.frame(s, shrink), shrink
     except Exception: whole = self.frame(s)   # which fails again, if it was not the size
-    self._one_size = True
+    self.lens.one_size = True
     return whole, 1
 
 # %% ../../nbs/show/06_explorer.ipynb #861aa32d

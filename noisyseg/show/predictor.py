@@ -45,6 +45,7 @@ class NoisyPredictor:
         self.cache_mb = cache_mb
         self._clones = {}
         self._prefixes = {}
+        self.one_size = False  # does a model refuse pictures of another size? Who tried and saw it says so here
         self._cache = OrderedDict()
         self._bytes = 0
         self.hits = 0
@@ -164,7 +165,7 @@ def _before_noise(self:NoisyPredictor, name, x, disturbance, where, protected, r
     return cache
 
 def _state(modules):
-    "What tells whether weights or statistics of these modules were changed."
+    "What tells whether weights or statistics of these modules were changed, other than through `.data`."
     return [(id(t), t._version) for m in modules for t in (*m.parameters(), *m.buffers())]
 
 # %% ../../nbs/show/05_predictor.ipynb #92f26999
