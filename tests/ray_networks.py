@@ -59,10 +59,10 @@ class Objection(Exception):
 
 
 def dies_once(net):
-    marker = Path(f'{net.log}.died')
-    if net.noise() > 0 and len(lines(net.log, 'evaluated')) > 10 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if net.noise() == 0 or len(lines(net.log, 'evaluated')) <= 10: return
+    try: Path(f'{net.log}.died').touch(exist_ok=False)   # one process makes it, however many look at the same moment
+    except FileExistsError: return
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dies_when_loud(net):
