@@ -25,22 +25,21 @@ from bench_timing import Plan, skipped
 
 root = Path(__file__).resolve().parents[1]
 RESULTS = root/'nbs'/'benchmarks'/'results.jsonl'
-JOBS = [  # group, module and function that yields its rows; whether in quick mode too
-    ('perturb', 'bench_perturb:unet3plus', True), ('perturb', 'bench_perturb:resnet50', False),
-        ('decoder', 'bench_decoder:decoder', True),
-    ('branches', 'bench_decoder:branches', True), ('step', 'bench_training:step', True),
-        ('sweeps', 'bench_sweeps:sweeps', True),
-    ('methods', 'bench_training:methods', True), ('methods', 'bench_training:damp_of_a_small_network', True),
-        ('methods', 'bench_training:matching', True), ('explorer', 'bench_explorer:explorer', True),
-        ('explorer', 'bench_live:slider', False),
-        ('peers', 'bench_peers:peers', True)]
-PATIENCE = {False: 285, True: 9 * 3600}   # seconds for all jobs, quick or full: a quick run ends within five minutes
+JOBS = [  # group, module and function that yields its rows, the seconds that it takes in quick mode (0: in full only)
+    ('perturb', 'bench_perturb:unet3plus', 17), ('perturb', 'bench_perturb:resnet50', 0),
+    ('decoder', 'bench_decoder:decoder', 40), ('branches', 'bench_decoder:branches', 16),
+    ('step', 'bench_training:step', 39), ('sweeps', 'bench_sweeps:sweeps', 41),
+    ('methods', 'bench_training:methods', 27), ('explorer', 'bench_explorer:explorer', 60),
+    ('explorer', 'bench_live:slider', 0), ('peers', 'bench_peers:peers', 70)]
+PATIENCE = {False: 290, True: 9 * 3600}   # seconds for all jobs, quick or full: a quick run ends within five minutes
 GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))
 
 
-def share(left, jobs):
-    "The seconds that the next of so many jobs may take: twice its share of what is left, but all others keep ten."
-    return max(10, min(2 * left / jobs, left - 10 * (jobs - 1)))
+def share(left, mine, others):
+    """The seconds that the next job may take, of those that are left: it usually takes `mine`, and the jobs after it
+    `others`. Half as long again as its part of them, but those after it keep half of theirs."""
+    part = mine / (mine + others)
+    return left * min(1.5 * part, (1 + part) / 2)
 
 def ended(cmd, env, seconds):
     "The status of a command, and its errors; None where it took too long. Then, or after Ctrl-C, all of it ends."
@@ -125,11 +124,12 @@ def table(rows):
 
 def run(a):
     jobs = [j for j in JOBS if j[0] in a.only and (a.full or j[2])]
+    usual = [j[2] or 60 for j in jobs]
     started, rows, load = time.time(), [], getattr(os, 'getloadavg', lambda: [None])()[0]
     for i, job in enumerate(jobs):
         begun = time.time()
         print(f'{i + 1} of {len(jobs)}: {job[1].replace(":", ", ")} … ', end='', flush=True)
-        rows += measure(job, a, share(PATIENCE[a.full] - (begun - started), len(jobs) - i))
+        rows += measure(job, a, share(PATIENCE[a.full] - (begun - started), usual[i], sum(usual[i + 1:])))
         print(f'{time.time() - begun:.0f} s', flush=True)
     versions = {'python': platform.python_version(), **{n: version(n) for n in ('torch', 'torchvision', 'noisyseg')}}
     result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'mode': 'full'
@@ -163,7 +163,8 @@ if __name__ == '__main__':
     p.add_argument('--only', type=lambda s: s.split(','), default=GROUPS,
                    help=f'some of {",".join(GROUPS)}; printed, not saved')
     p.add_argument('--rounds', type=int,
-                   help='turns of each comparison; by default as many as fit into a few seconds, at least 3')
+                   help='turns of each comparison; by default as many as fit into a second, at least 2; '
+                        'with --full into 20 seconds, at least 7')
     p.add_argument('--no-save', action='store_true', help='print only')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                    help='cpu or cuda; by default the GPU if there is one')

@@ -28,14 +28,13 @@ NETS = {'ResNet34': lambda: unet3plus_resnet34(21, pretrained=False), "paper's e
 # network, pixels, batch, training, in quick mode too, the most that the ratio should be (or, of the tiny one, the
 # milliseconds)
 CASES = [
-    ('ResNet34', 256, 1, False, True, 1/2.3), ('ResNet34', 256, 4, False, False, 1/2.3),
-    ('ResNet34', 128, 4, True, True, None),
-    ('ResNet34', 256, 1, True, True, 1/2.3), ('ResNet34', 256, 4, True, True, 1/2.3),
-    ("paper's encoder", 256, 1, False, True, 1/3),
-    ("paper's encoder", 128, 1, True, True, None), ("paper's encoder", 256, 1, True, False, 1/2.5),
-    ('tiny, width 32', 128, 1, False, True, 45),
-    ('small', 128, 4, True, True, None),
-    ("small, 'after'", 96, 16, True, True, 1/1.5), ("small, 'after'", 96, 16, False, True, 1/1.5)]
+    ("small, 'after'", 96, 16, False, True, 1/1.5), ("small, 'after'", 96, 16, True, True, 1/1.5),
+    ('ResNet34', 256, 1, False, True, 1/2.3), ('ResNet34', 256, 1, True, True, 1/2.3),
+    ('ResNet34', 256, 4, False, False, 1/2.3), ('ResNet34', 256, 4, True, False, 1/2.3),
+    ('ResNet34', 128, 4, True, False, None),
+    ("paper's encoder", 256, 1, False, False, 1/3), ("paper's encoder", 256, 1, True, False, 1/2.5),
+    ("paper's encoder", 128, 1, True, False, None),
+    ('tiny, width 32', 128, 1, False, False, 45), ('small', 128, 4, True, False, None)]
 
 
 def step(model, x, cast=None):
@@ -106,18 +105,18 @@ def decoder(plan):
         times = plan.in_turns({k: lambda m=m: step(m, x) for k, m in models.items()}, warm_up=0)
         of, note = 'ours' if target and target > 1 else 'ratio', agreement(error, 'gradients' if train else 'logits')
         yield row(mode, where, times['fast'], 'plain decoder', times['plain'], target=target, of=of, note=note)
-        if not train and (plan.full or net == 'ResNet34'): yield rounding(models, x, where)
+        if plan.full and not train: yield rounding(models, x, where)
         if net == 'ResNet34' and (size == 256 and not train and batch == 1 or plan.full and train):
             yield from low_precision(models, x, mode, where, plan)
-    yield from memories(plan)
-    if plan.full: yield from compiled(plan)
+    if plan.full:
+        yield from memories(plan)
+        yield from compiled(plan)
 
 def memories(plan):
     if not plan.cuda and not Path('/proc/self/status').exists():
         yield skipped('memory of a training step', 'needs Linux')
         return
-    sizes = (('ResNet34', 128, 4), ('ResNet34', 256, 1)) if plan.full else (('ResNet34', 128, 4),)
-    for net, size, batch in sizes:
+    for net, size, batch in (('ResNet34', 128, 4), ('ResNet34', 256, 1)):
         mb = {way: in_own_process(net, size, batch, way, plan.device) for way in ('plain', 'fast', 'checkpoint')}
         where = f'{net}, {size}², batch {batch}'
         yield row('memory of a training step', where, mb['fast'], 'plain decoder', mb['plain'], unit='MB')
@@ -164,7 +163,7 @@ def branches(plan):
      "are even.")
     torch.manual_seed(0)
     size = (128, 128)
-    for scale, channels in ((2, 320), (4, 320), (8, 320), (16, 1024)):
+    for scale, channels in ((2, 320), (4, 320), (8, 320), (16, 1024)) if plan.full else ((4, 320),):
         x, w = (torch.randn(*s, device=plan.device, requires_grad=True)
                 for s in ((1, channels, 128 // scale, 128 // scale), (64, channels, 3, 3)))
         conv = lambda plain: conv_of_upsampled(x, w, size, plain=plain)
@@ -178,7 +177,7 @@ def branches(plan):
                                p in (('plain', True), ('ours', None))})
         yield row(f'conv_of_upsampled, ×{scale}, with backward', where, times['ours'], plain_name, times['plain'],
                   note=note)
-    for side in (32, 64, 128):
+    for side in (32, 64, 128) if plan.full else (128,):
         x, w = torch.randn(1, 320, side, side, device=plan.device), torch.randn(320, 320, 3, 3, device=plan.device,
                 requires_grad=True) / 50
         x, last = (t.contiguous(memory_format=f).requires_grad_() for t,
@@ -188,7 +187,7 @@ def branches(plan):
                 'ours': (lambda x=last: winograd_conv(x, w), last)}
         error = close(ways['ours'][0](), ways['plain'][0](), 1e-2 if plan.cuda else 1e-4, 'winograd_conv')
         note = agreement(error) if winograd_wins(x.shape, w.shape) and not plan.cuda else 'the plain way is taken'
-        for backward in (False, True):
+        for backward in (False, True) if plan.full else (False,):
             timed = {k: (lambda f=f, x=x: with_backward(f, x, w)) if backward else f for k, (f, x) in ways.items()}
             with torch.set_grad_enabled(backward): times = plan.in_turns(timed)
             for other, name in (('plain', 'conv2d'), ('last', 'conv2d, channels last')):
@@ -200,7 +199,7 @@ def branches(plan):
 def fusions(plan):
     "Of a finest level with five sources, upsample='after': where the plain way is taken, times are even."
     shapes = [(width, side, batch) for side in (32, 64, 128) for batch in (1, 16) for width in (16, 32)]
-    for width, side, batch in shapes if plan.full else shapes[:6]:
+    for width, side, batch in shapes if plan.full else shapes[2:3]:
         torch.manual_seed(0)
         maps = [torch.randn(batch, width, side >> k, side >> k, device=plan.device) for k in range(5)]
         w = torch.randn(5 * width, 5 * width, 3, 3, device=plan.device, requires_grad=True) / 50

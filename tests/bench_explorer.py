@@ -58,23 +58,23 @@ def explorer(plan):
         page.wait_for_timeout(3000)
         move = lambda n: seen.root.evaluate(f'(root) => ({LATENCY})({{root, moves: {n}}})')
         move(10)
-        times = move(96 if plan.full else 48)
+        times = move(96 if plan.full else 24)
         yield row('a move of the slider to masks of both models', where, times,
                   note=f'95th percentile {quantile(times, .95):.0f} ms, of {len(times)} moves')
         settled = [seen.root.evaluate(f'(root) => ({drag})({{root, moves: 60}})') for _ in range(5 if plan.full else 3)]
         yield row('a drag of 60 moves settles after the last', where, settled,
                   note=f'the slowest of {len(settled)}: {max(settled):.0f} ms')
         if plan.full: yield from growth(page, move, where)
-        with live(lab, LARGE) as page: yield from large(Seen(page))
+        with live(lab, LARGE) as page: yield from large(Seen(page), 24 if plan.full else 10)
 
-def large(seen):
+def large(seen, moves):
     "A large network: previews while the slider moves, and only the layers behind the first disturbed one."
     where = '256², UNet3+ on ResNet34'
     move = lambda n: seen.root.evaluate(f'(root) => ({LATENCY})({{root, moves: {n}}})')
     for layers in ('conv and norm', 'last 5 layers'):
         seen.more().root.get_by_label('which layers are disturbed').select_option(layers)
-        move(6)
-        times = move(24)
+        move(3)
+        times = move(moves)
         note = f'shown at 1/{seen.data("shrink")} of the size, 95th percentile {quantile(times, .95):.0f} ms'
         yield row(f'a move of the slider, {layers}', where, times, note=note)
         seen.wait(lambda: seen.data('shrink') == '1')

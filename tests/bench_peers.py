@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noisyseg.data.corruptions import STANDARD_15, Corruption
 from noisyseg.data.procedural import scene
-from noisyseg.nets.classifiers import resnet18_small
+from noisyseg.nets.classifiers import resnet18_small, resnet20
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.clone import clone_weights
 from noisyseg.perturb.selectors import conv_and_linear
@@ -40,11 +40,15 @@ def peers(plan):
     if there('UNet_3Plus'): yield from authors(plan)
     else: yield skipped("the authors' UNet3+", 'clone ZJUGiveLab/UNet-Version; PYTHONPATH=UNet-Version/models')
 
+def classifier(plan):
+    "A network that is as large as there is time for, its name, and how many pictures it gets at a time."
+    return (resnet18_small, 'ResNet-18', 128) if plan.full or plan.cuda else (resnet20, 'ResNet-20', 32)
+
 def sam(plan, peer):
     from pytorch_optimizer import SAM
     torch.manual_seed(0)
-    n = 128 if plan.full or plan.cuda else 32
-    model = resnet18_small().to(plan.device)
+    net, name, n = classifier(plan)
+    model = net().to(plan.device)
     x, y = torch.randn(n, 3, 32, 32, device=plan.device), torch.randint(10, (n,), device=plan.device)
     ours, other = Net(model, {}), Net(model)
     other.opt = SAM(other.model.parameters(), torch.optim.SGD, rho=0.05, lr=1e-3, momentum=0.9)
@@ -61,7 +65,7 @@ def sam(plan, peer):
     our_step(), their_step()
     error = close(ours.weights, other.weights, 1e-4, 'a SAM step')
     times = plan.in_turns({'ours': our_step, 'other': their_step}, warm_up=0)
-    yield row('a SAM step', f'ResNet-18, 32², batch {n}', times['ours'], peer, times['other'],
+    yield row('a SAM step', f'{name}, 32², batch {n}', times['ours'], peer, times['other'],
               note=f'{agreement(error, "weights")}; ours also puts back the buffers that the first pass has moved')
 
 def noise(plan, peer):
@@ -98,9 +102,9 @@ def noise(plan, peer):
 
     mlp = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
                         nn.Linear(2048, 10)).to(plan.device)
-    n = 128 if plan.full or plan.cuda else 32
+    net, name, n = classifier(plan)
     nets = (('linear layers, 6.3 million weights, batch 256', mlp, torch.randn(256, 1024, device=plan.device)),
-            (f'ResNet-18, 32², batch {n}', resnet18_small().to(plan.device),
+            (f'{name}, 32², batch {n}', net().to(plan.device),
              torch.randn(n, 3, 32, 32, device=plan.device)))
     for where, net, x in nets:
         y = torch.randint(10, (len(x),), device=plan.device)
@@ -125,7 +129,8 @@ def noise(plan, peer):
 
 def unetplusplus(plan, peer):
     from segmentation_models_pytorch import UnetPlusPlus
-    x = torch.randn(1, 3, 256, 256, device=plan.device)
+    side = 256 if plan.full or plan.cuda else 128
+    x = torch.randn(1, 3, side, side, device=plan.device)
     nets = {'ours': unet3plus_resnet34(21, pretrained=False, deep_supervision=False), **{
         name: UnetPlusPlus('resnet34', encoder_weights=None, decoder_channels=channels, classes=21)
         for name, channels in (('64 channels a node', (64,) * 5), ('channels as shipped', (256, 128, 64, 32, 16)))}}
@@ -140,12 +145,13 @@ def unetplusplus(plan, peer):
     def train_step(m):
         m(x).square().mean().backward()
         for p in m.parameters(): p.grad = None
+    if not (plan.full or plan.cuda): del nets['64 channels a node']
     for train in (False, True):
         for m in nets.values(): m.train(train)
         f = train_step if train else torch.no_grad()(lambda m: m(x))
         times = plan.in_turns({k: lambda m=m: f(m) for k, m in nets.items()})
         for name in list(nets)[1:]:
-            yield row('a training step' if train else 'evaluation', 'ResNet34, 256², batch 1', times['ours'],
+            yield row('a training step' if train else 'evaluation', f'ResNet34, {side}², batch 1', times['ours'],
                       f'U-Net++, {name}', times[name],
                       note=f'{peer}. Another network: UNet3+ has {size["ours"]}, as written; U-Net++ {size[name]}')
 

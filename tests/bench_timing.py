@@ -17,7 +17,7 @@ class Plan:
     least: int = field(init=False)
     most: int = field(init=False)
 
-    def __post_init__(self): self.seconds, self.least, self.most = (20., 7, 41) if self.full else (1., 3, 15)
+    def __post_init__(self): self.seconds, self.least, self.most = (20., 7, 41) if self.full else (1., 2, 15)
 
     @property
     def cuda(self): return torch.device(self.device).type == 'cuda'

@@ -23,20 +23,15 @@ def _moments(x):
             0.))
     return mean.mean(0), var.mean(0) + (mean - mean.mean(0)).square().mean(0)
 
-# %% ../../../nbs/nets/fast/03_bnrelu.ipynb #3c8fd5c4
-_PART = 2**18   # numbers to a part of a map
-
-def _parts(x): return x.permute(0, 2, 3, 1).flatten(0, 2).split(max(1, _PART // x.shape[1]))   # (pixels, channels)
-
 # %% ../../../nbs/nets/fast/03_bnrelu.ipynb #4c9cff4a
 class _BatchNormReLU(torch.autograd.Function):
     "In training. Also returns the batch's mean and variance."
     @staticmethod
     def forward(ctx, x, weight, bias, eps, *biases):
         mean, var = _moments(x)
-        m, v = mean.to(x.dtype), var.to(x.dtype)
-        y = F.batch_norm(x, m, v, weight, bias, False, 0., eps).relu_()
-        ctx.save_for_backward(x, y, weight, mean, var)
+        m, per_std = mean.to(weight.dtype), (1 / (var + eps).sqrt()).to(weight.dtype)
+        y = F.batch_norm(x, m, var.to(weight.dtype), weight, bias, False, 0., eps).relu_()
+        ctx.save_for_backward(x, y, weight, m, per_std)
         ctx.eps, ctx.biases = eps, biases
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -44,28 +39,12 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
-        x, y, weight, mean, var = ctx.saved_tensors
-        dtype = x.dtype
-        per_std = 1 / (var + ctx.eps).sqrt()
-        n = x.numel() // x.shape[1]
-        dx = torch.empty_like(x)
-        gw = torch.zeros_like(mean)
-        gb = torch.zeros_like(mean)
-        scale, shift = per_std.to(dtype), (-mean * per_std).to(dtype)
-        for part, grad, out, result in zip(*map(_parts, (x, g.contiguous(memory_format=torch.channels_last), y, dx))):
-            torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=result)   # ReLU's
-            gb += result.sum(0)
-            gw += torch.addcmul(shift, part, scale).mul_(result).sum(0)   # times the normalised map
-        # dx = weight / std · (g - mean of g - normalised x · mean of g · normalised x): a multiple of x and a
-        # multiple of g
-        of_g = weight.double() * per_std
-        of_x = -of_g * gw / n * per_std
-        rest = -of_g * gb / n - of_x * mean
-        of_g, of_x, rest = (t.to(dtype) for t in (of_g, of_x, rest))
-        for part, result in zip(_parts(x), _parts(dx)):
-            torch.addcmul(torch.addcmul(rest, part, of_x), result, of_g, out=result)
-        # those that the convolutions left out
-        return dx, gw.to(dtype), gb.to(dtype), None, *map(torch.zeros_like, ctx.biases)
+        x, y, weight, mean, per_std = ctx.saved_tensors
+        g = torch.ops.aten.threshold_backward(g.contiguous(memory_format=torch.channels_last), y, 0)   # ReLU's
+        grads = torch.ops.aten.native_batch_norm_backward(g, x, weight, None, None, mean, per_std, True, ctx.eps,
+                                                          [True, True, True])
+        # zero for those that the convolutions left out
+        return *grads, None, *map(torch.zeros_like, ctx.biases)
 
 # %% ../../../nbs/nets/fast/03_bnrelu.ipynb #3079ed11
 def _cat(tensors): return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
