@@ -44,14 +44,13 @@ import copy
 import json
 import time
 
-import networks_of_others as others
 import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
-from noise_aware import keep, out
 from torch import nn
+from study import command_line, keep, out
 
 from noisyseg.data.datasets import scenes
 from noisyseg.measure.evaluation import draw_seed, scores
@@ -205,4 +204,4 @@ def table(a):
     print(differences(df)[['noise', 'a', 'mean', 'half', 'p', 'clear', 'n']].round(3).to_string())
 
 if __name__ == '__main__':
-    others.run({'measure': measure, 'table': table}, __doc__, SIZES, 'noisyseg-activations')
+    command_line(dict(measure=measure, table=table), __doc__, SIZES, models='noisyseg-activations')

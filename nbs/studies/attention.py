@@ -29,16 +29,13 @@ both levels; (2) attention against MLPs, q and k against v and the projection, l
 three settings of the parts: nine differences. Each family is corrected by Holm. Three seeds show large differences
 only.
 """
-import argparse
-import os
 import time
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.data.external import fastai_path
-from noise_aware import HERE, keep, machine
+from study import HERE, command_line, keep, machine
 
 from noisyseg.data.files import data_root
 from noisyseg.data.own import custom_masks
@@ -134,11 +131,4 @@ def sweep(a):
     keep(HERE/'attention_parts.csv', df[df['metric'] == 'mIoU'].drop(columns='class'), a, **info)
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(steps := {'train': train, 'sweep': sweep}))
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-attention', help='of checkpoints')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    for w in a.what: steps[w](a)
+    command_line(dict(train=train, sweep=sweep), __doc__, seeds=(0, 1, 2), models='noisyseg-attention')

@@ -50,9 +50,7 @@ and seeds, and the 95 % interval is Student's t over the three drives, with two 
 corrected by Holm. (2) `neighbours` against `clean` on the same frames, without noise: what the old way of validating
 adds. `clear` means that the corrected p is below 0.05. Three drives prove little, so each drive's numbers are shown.
 """
-import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -61,9 +59,9 @@ import pandas as pd
 import torch
 from camvid_weight_noise import drive_and_frame
 from fastai.torch_core import default_device
-from noise_aware import keep, machine, out
 from PIL import Image
 from voc_weight_noise import ALPHA, CANDIDATES, kept, train
+from study import command_line, keep, machine, out
 
 from noisyseg.data.datasets import camvid, camvid_classes, camvid_palette
 from noisyseg.data.loaders import mask_dataloaders
@@ -255,13 +253,5 @@ def masks(a, drive='0006R0', seed=0):
     picture.save(out(a, 'camvid_by_drive_masks.csv').with_suffix('.png'))
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table', 'masks'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    p.add_argument('--only', nargs='+', choices=WAYS, help='ways of training')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table, masks=masks)[w](a)
+    command_line(dict(choose=choose, run=run, table=table, masks=masks), __doc__, SIZES, (0, 1),
+                 only=dict(nargs='+', choices=WAYS, help='ways of training'))

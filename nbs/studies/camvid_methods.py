@@ -11,17 +11,12 @@ The validation images are not looked at before `card`: training runs a fixed num
 nothing. They are frames of one clip. The settings are nobody's tuned ones, and DAMP's sub-batches are two images with a
 batch norm each: the notebook says what follows from that.
 """
-import argparse
-import os
 import sys
 import time
-from pathlib import Path
 
 import torch
-from camvid_weight_noise import NoPeeking
-from fastai.data.external import fastai_path
 from fastai.torch_core import default_device, set_seed
-from noise_aware import Clock, keep, machine, out
+from study import Clock, NoPeeking, command_line, keep, machine, out
 
 from noisyseg.train.methods.damp import DAMP
 from noisyseg.data.datasets import camvid
@@ -91,15 +86,6 @@ def card(a):
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(what := {'train': train, 'card': card}))
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    p.add_argument('--epochs', type=int, help='instead of what the size says')
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-camvid', help='folder of checkpoints')
-    p.add_argument('--on', choices=['local', 'ray'], default='local', help='where the card is measured')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    a.epochs, a.bs = a.epochs or SIZES[a.size]['epochs'], SIZES[a.size]['bs']
-    torch.set_num_threads(a.threads)
-    for w in a.what: what[w](a)
+    command_line(dict(train=train, card=card), __doc__, SIZES, (0, 1), 'noisyseg-camvid',
+                 epochs=dict(type=int, help='instead of what the size says'),
+                 on=dict(choices=['local', 'ray'], default='local', help='where the card is measured'))

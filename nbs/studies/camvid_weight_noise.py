@@ -12,9 +12,7 @@
 The validation images are not looked at before `sweep`: training runs a fixed number of epochs, and nothing is chosen
 by them. All of them are one clip of a drive that is trained on, too: see `frames`, and the notebook.
 """
-import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -22,8 +20,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
+from study import EpochLog, NoPeeking, command_line
 
 from noisyseg import __version__
 from noisyseg.measure.evaluation import Batches, digest
@@ -55,16 +53,6 @@ FRAMES = HERE/'camvid_frames.csv'
 
 def name(n, seed): return f'{"clean" if n == 0 else f"n={n:g}"} seed {seed}'
 def file(n, seed): return MODELS/f'n{round(100 * n):02d}_seed{seed}.safetensors'
-
-class NoPeeking(Callback):
-    "Skip validation: the held-out images are for the sweep."
-    def before_validate(self): raise CancelValidException
-
-class EpochLog(Callback):
-    "A line for each epoch, for a log file."
-    order = 90
-    def after_train(self):
-        print(f'  epoch {self.epoch + 1}/{self.n_epoch}: training loss {self.learn.smooth_loss:.4f}', flush=True)
 
 def train(n, seed, epochs):
     if file(n, seed).exists(): return print(f'{name(n, seed)}: there already')
@@ -138,16 +126,11 @@ def frames():
             for part, ds in (('train', dls.train_ds), ('val', dls.valid_ds)) for image, _ in ds.items]
     write_atomic(FRAMES, pd.DataFrame(rows).to_csv(index=False))
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=['train', 'sweep', 'absolute', 'layers', 'frames'])
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    p.add_argument('--epochs', type=int, default=EPOCHS)
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    torch.set_num_threads(a.threads)
+def train_all(a):
     MODELS.mkdir(exist_ok=True)
-    if a.what == 'train':
-        for seed in a.seeds:
-            for n in TRAIN_AT: train(n, seed, a.epochs)
-    else: {'sweep': sweep, 'absolute': absolute, 'layers': layers, 'frames': frames}[a.what]()
+    for seed in a.seeds:
+        for n in TRAIN_AT: train(n, seed, a.epochs)
+
+if __name__ == '__main__':
+    steps = {f.__name__: lambda a, f=f: f() for f in (sweep, absolute, layers, frames)}
+    command_line(dict(train=train_all) | steps, __doc__, seeds=(0, 1), epochs=dict(type=int, default=EPOCHS))

@@ -16,7 +16,8 @@ import sys
 import camvid_weight_noise
 import pandas as pd
 import torch
-from noise_aware import HERE, arguments, keep, out, test_batches, train, trained
+from noise_aware import SETTINGS, SIZES, test_batches, train, trained
+from study import HERE, command_line, keep, out
 
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
 from noisyseg.measure.card import card_table, robustness_card, standard_disturbances
@@ -59,5 +60,5 @@ def segmentation(a):
     print(card_table(df.assign(**{'class': ''})).T.to_string())
 
 if __name__ == '__main__':
-    a = arguments(what := {'train': train, 'card': card, 'segmentation': segmentation})
-    for w in a.what: what[w](a)
+    command_line(dict(train=train, card=card, segmentation=segmentation), __doc__, SIZES, (0, 1), 'noisyseg-cifar',
+                 **SETTINGS)

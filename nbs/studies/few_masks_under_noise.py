@@ -35,11 +35,10 @@ only large and steady differences can be clear; otherwise "not clear at this siz
 import json
 import time
 
-import networks_of_others as others
 import pandas as pd
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
-from noise_aware import keep, out
+from study import command_line, keep, out
 
 from noisyseg.data.corruptions import Corruption, CorruptedBatches
 from noisyseg.data.datasets import scenes
@@ -142,4 +141,4 @@ def table(a):
     print(differences(df)[['what', 'outcome', 'mean', 'half', 'p', 'clear', 'n']].round(3).to_string())
 
 if __name__ == '__main__':
-    others.run({'measure': measure, 'table': table}, __doc__, SIZES, 'noisyseg-few-masks-noise')
+    command_line(dict(measure=measure, table=table), __doc__, SIZES, models='noisyseg-few-masks-noise')

@@ -43,9 +43,9 @@ import networks_of_others as others
 import numpy as np
 import pandas as pd
 import torch
-from noise_aware import keep, out
 from scipy.stats import binomtest, spearmanr
 from torch import nn
+from study import command_line, keep, out
 
 from noisyseg.data.cifar import ClassFolders
 from noisyseg.data.files import data_root
@@ -201,4 +201,6 @@ def table(a):
     for (way, n), one in zip(claims.items(), p):
         print(f'{way}: at least half regained on {n} of {len(gain)} networks, sign test after Holm p = {one:.3g}')
 
-if __name__ == '__main__': others.run({'measure': measure, 'table': table}, __doc__, SIZES, 'noisyseg-mending')
+if __name__ == '__main__':
+    command_line(dict(measure=measure, table=table), __doc__, SIZES, models='noisyseg-mending',
+                 only=dict(nargs='+', help='files whose names contain one of these'))

@@ -17,23 +17,18 @@ What do network perturbation and volatile learning add, on CamVid with masks for
 
 A seed fixes which 20 images have masks, the network's first weights, and every draw; all arms of a seed share them.
 """
-import argparse
-import os
 import time
-from pathlib import Path
 
 import pandas as pd
 import torch
-from camvid_weight_noise import NoPeeking
 from fastai.callback.core import Callback
-from fastai.data.external import fastai_path
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import default_device, set_seed
-from noise_aware import keep, machine, out
 from safetensors.torch import load_file, save
 from torch import nn
 from torchvision.transforms.v2.functional import resize
+from study import NoPeeking, command_line, keep, machine, out
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.measure.evaluation import scores
@@ -190,18 +185,8 @@ def cost(a):
     print(df.round(3).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(what := dict(pretrain=pretrain, pilot=pilot, train=train, score=score,
-                                                            cost=cost, labelled=labelled)))
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--arms', nargs='+', choices=ARMS, help='None: all')
-    p.add_argument('--epochs', type=int, help='passes over the unlabelled images, instead of what the size says')
-    p.add_argument('--pretrain-epochs', type=int, default=4)
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-mlpmatch',
-                   help='folder of checkpoints')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    a.epochs, a.bs = a.epochs or SIZES[a.size]['epochs'], SIZES[a.size]['bs']
-    torch.set_num_threads(a.threads)
-    for w in a.what: what[w](a)
+    command_line(dict(pretrain=pretrain, pilot=pilot, train=train, score=score, cost=cost, labelled=labelled), __doc__,
+                 SIZES, (0, 1, 2), 'noisyseg-mlpmatch',
+                 arms=dict(nargs='+', choices=ARMS, help='None: all'),
+                 epochs=dict(type=int, help='passes over the unlabelled images, instead of what the size says'),
+                 pretrain_epochs=dict(type=int, default=4))

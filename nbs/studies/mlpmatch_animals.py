@@ -44,24 +44,20 @@ table, on each list: each way that uses pictures without masks against supervise
 addition against UniMatch; three blocks off against one; supervised, long against supervised. `clear` means a corrected
 p below 0.05; with three seeds and so many comparisons only a very regular difference can be that.
 """
-import argparse
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from camvid_weight_noise import NoPeeking
 from fastai.data.core import DataLoaders
-from fastai.data.external import fastai_path
 from fastai.torch_core import default_device, set_seed
 from fastcore.basics import noop
 from mlpmatch import ARMS as KNOWN
-from noise_aware import keep, out
 from PIL import Image
 from safetensors.torch import load_file, save
 from voc_weight_noise import SEVEN, animals, names
+from study import NoPeeking, command_line, keep, out
 
 from noisyseg.basics import write_atomic
 from noisyseg.data.files import data_root
@@ -227,15 +223,5 @@ def cost(a):
     print(df.round(3).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['run', 'cost', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--lists', type=int, nargs='+', choices=LISTS, help='numbers of pictures with masks; None: all')
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-mlpmatch-animals',
-                   help='folder of the starts')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(run=run, cost=cost, table=table)[w](a)
+    command_line(dict(run=run, cost=cost, table=table), __doc__, SIZES, (0, 1, 2), 'noisyseg-mlpmatch-animals',
+                 lists=dict(type=int, nargs='+', choices=LISTS, help='numbers of pictures with masks; None: all'))

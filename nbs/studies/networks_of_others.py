@@ -54,10 +54,8 @@ for the five disturbances of weights, with a permutation test over files: three 
 fifteen looks, corrected by Holm. Files are few and kin (one family in four widths), so even a corrected one is a
 description of these files. No list of pictures chooses anything.
 """
-import argparse
 import importlib.util
 import json
-import os
 import re
 import sys
 from html import escape
@@ -67,11 +65,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.external import fastai_path
-from noise_aware import made
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import normalize, to_tensor
+from study import command_line, made
 
 from noisyseg.data.cifar import ClassFolders
 from noisyseg.data.corruptions import Corruption
@@ -154,7 +151,7 @@ def networks(a, s):
     found = {}
     for f in sorted((data_root()/'pretrained').glob(s.files)):
         if a.only and not any(o in f.stem for o in a.only): continue
-        if f.name.startswith(a.without): continue
+        if f.name.startswith(getattr(a, 'without', ())): continue
         net = next(read for start, read in READERS.items() if f.name.startswith(start))(f)
         net = Regrouped(net, s.groups) if s.groups else net
         found[f.stem] = net.to(DEVICE, memory_format=torch.channels_last)  # up to twice as fast on a CPU, same function
@@ -375,22 +372,8 @@ def table(a):
     print(wide.reindex(columns=list(LEVELS)).round(4).to_string())
     if len(found := foretold(df)): print(found.round(3).to_string())
 
-def run(steps, doc, sizes, folder, more=None):
-    "The command line of a study: its steps by name, what `--size` sets, and `more` options of its own."
-    p = argparse.ArgumentParser(description=doc.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=steps)
-    p.add_argument('--size', choices=sizes, default='small')
-    p.add_argument('--only', nargs='+', help='files whose names contain one of these')
-    p.add_argument('--models', type=Path, default=fastai_path('model')/folder, help='folder of what was measured')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    for name, says in (more or {}).items(): p.add_argument(name, help=says)
-    p.set_defaults(without=())  # starts of the names of files that a size leaves out
-    a = p.parse_args()
-    for k, v in sizes[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: steps[w](a)
-
 if __name__ == '__main__':
-    run({'sweep': sweep, 'add': add, 'table': table}, __doc__, SIZES, 'noisyseg-others',
-        {'--network': 'file.py:function', '--pictures': f'one of {", ".join(SETS)}', '--name': 'of its entry',
-         '--source': 'where it can be had'})
+    command_line(dict(sweep=sweep, add=add, table=table), __doc__, SIZES, models='noisyseg-others',
+                 only=dict(nargs='+', help='files whose names contain one of these'),
+                 network=dict(help='file.py:function'), pictures=dict(help=f'one of {", ".join(SETS)}'),
+                 name=dict(help='of its entry'), source=dict(help='where it can be had'))

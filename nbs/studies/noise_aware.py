@@ -14,26 +14,19 @@ ResNet-20 on CIFAR-10, trained in eight ways, then attacked and rounded to few b
 Test images are not looked at before `sweep`; validation images (held out of training) are for the loss curves, and
 choose nothing.
 """
-import argparse
-import json
-import os
-import platform
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
-from fastai.data.external import fastai_path
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
+from study import Clock, command_line, keep, machine, out
 
-from noisyseg import __version__
 from noisyseg.measure.sensitivity import weight_std
 from noisyseg.measure.summary import score_table
 from noisyseg.measure.sweeps import sweep as run_sweep
@@ -45,11 +38,9 @@ from noisyseg.perturb.quantization import Quantize
 from noisyseg.train.methods.ascent import multi_step_rho
 from noisyseg.train.methods.sam_callback import SAMCallback
 from noisyseg.perturb.selectors import conv_and_linear
-from noisyseg.basics import write_atomic
 from noisyseg.train.checkpoints import load_model, read_card, save_model
 from noisyseg.train.noise import AccumulatingNoise, WeightNoise
 
-HERE = Path(__file__).parent
 SIZES = {  # n_test images for attacks and bits, n_card for the card of damp_corruptions.py; None: all
     'small': dict(epochs=6, subset=5000, width=8, bs=64, n_valid=500, n_test=500, n_card=250),
     'full': dict(epochs=200, subset=None, width=16, bs=128, n_valid=5000, n_test=None, n_card=None)}
@@ -78,21 +69,6 @@ def ways(a, seed):
         'MaxGaussian noise': [WeightNoise(MaxGaussian(N_MAX), seed=seed)],
     }
 
-class Clock(Callback):
-    ("Seconds of each training epoch, without validation: of processor time on a CPU, since the machine may do other "
-     "things too; on a GPU of wall time.")
-    order = 99
-    def now(self):
-        if not torch.cuda.is_available(): return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    def before_fit(self): self.seconds = []
-    def before_train(self): self.start = self.now()
-    def after_train(self): self.seconds.append(self.now() - self.start)
-    def after_epoch(self):
-        print('  epoch', self.epoch + 1, *(f'{v:.3f}' for v in self.learn.recorder.log[1:] if isinstance(v, float)),
-              flush=True)
-
 def learner(a, dls, way, seed):
     set_seed(seed)
     dls.train.epoch = -1                                # the same batches, augmented alike, for all ways
@@ -103,9 +79,6 @@ def learner(a, dls, way, seed):
 def fit(learn, a):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, LR * a.bs / 128, moms=(MOMENTUM,) * 3)
 
-def machine():
-    return f'{platform.machine()}, ' + (torch.cuda.get_device_name() if torch.cuda.is_available()
-                                        else f'{torch.get_num_threads()} CPU thread(s)')
 def file(a, way, seed): return a.models/a.size/f'{way.replace(", ", "-").replace(" ", "-")}-{seed}.safetensors'
 def data(a, seed=0, **kw): return cifar10(subset=a.subset, n_valid=a.n_valid, bs=a.bs, seed=seed, **kw)
 
@@ -130,24 +103,6 @@ def trained(a):
     "The networks that there are of these seeds, by way and training seed."
     return {(way, seed): load_model(f, device=default_device()) for way in ways(a, 0) for seed in a.seeds
             if (f := file(a, way, seed)).exists()}
-
-def made(a, **info):
-    "Command, hardware, date, versions and settings; where the checkpoints lay is nobody's business."
-    argv = [w for before, w in zip(sys.argv, sys.argv[1:]) if '--models' not in (before, w)]
-    versions = {'noisyseg': __version__, 'torch': torch.__version__, 'python': platform.python_version()}
-    return dict(command=' '.join(['python', f'nbs/studies/{Path(sys.argv[0]).name}', *argv]), hardware=machine(),
-                date=time.strftime('%Y-%m-%d'),
-                versions=versions, settings={k: v for k, v in vars(a).items() if k not in ('what', 'models')}, **info)
-
-def companion(path, a, **info):
-    "What made a results file, beside it."
-    write_atomic(path.with_name(path.name + '.json'), json.dumps(made(a, **info), indent=1, ensure_ascii=False) + '\n')
-
-def keep(path, df, a, **info):
-    write_atomic(path, df.to_csv(index=False))
-    companion(path, a, **info)
-
-def out(a, name): return HERE/(name if a.size == 'small' else name.replace('.csv', f'_{a.size}.csv'))
 
 def test_batches(a, n):
     "`n` of the test images, or all: every k-th, and since they are sorted by class, each class is there equally often."
@@ -193,22 +148,7 @@ def cost(a):
     wide = df.pivot(index='round', columns='model', values='seconds')
     print(wide.div(wide['standard'], axis=0).describe().T.round(3).to_string())
 
-def arguments(what):
-    "The command line that both CIFAR-10 studies share."
-    p = argparse.ArgumentParser(description=sys.modules['__main__'].__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=what)
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    for k in ('epochs', 'subset', 'width', 'bs', 'n-valid', 'n-test', 'n-card'):
-        p.add_argument(f'--{k}', type=int, help='instead of what the size says')
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-cifar', help='folder of checkpoints')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items():
-        if getattr(a, k) is None: setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    return a
+SETTINGS = {k: dict(type=int, help='instead of what the size says') for k in SIZES['small']}
 
 if __name__ == '__main__':
-    a = arguments(what := {'train': train, 'cost': cost, 'sweep': sweep})
-    for w in a.what: what[w](a)
+    command_line(dict(train=train, cost=cost, sweep=sweep), __doc__, SIZES, (0, 1), 'noisyseg-cifar', **SETTINGS)

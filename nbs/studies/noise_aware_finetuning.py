@@ -32,9 +32,7 @@ against `standard` without noise and at the chosen strength of each attack, 21 c
 two cheap ways of SAM against `SAM`, at the same three, six comparisons, corrected by Holm. `clear` means a corrected
 p below 0.05. Costs are seconds of processor time of a training, as a ratio to `standard` of the same seed.
 """
-import argparse
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -47,7 +45,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from noise_aware import keep, out
+from study import command_line, keep, out
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.data.files import data_root
@@ -156,12 +154,4 @@ def table(a):
     print(claims(df, chosen(a)).round(4).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2, 3, 4])
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table)[w](a)
+    command_line(dict(choose=choose, run=run, table=table), __doc__, SIZES, (0, 1, 2, 3, 4))

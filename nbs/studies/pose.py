@@ -25,15 +25,11 @@ floor, that of the training animals' mean places.
 *Claim*: noise-trained against clean, paired by training seed, at each of LEVELS: five differences, corrected by Holm.
 Three seeds show large differences only.
 """
-import argparse
-import os
 import time
-from pathlib import Path
 
 import torch
-from fastai.data.external import fastai_path
 from fastai.torch_core import set_seed
-from noise_aware import HERE, Clock, keep, machine
+from study import Clock, HERE, command_line, keep, machine
 
 from noisyseg.data.files import data_root
 from noisyseg.data.keypoints import animal_pose
@@ -94,11 +90,4 @@ def sweep(a):
          test_animals=sum(len(y) for _, y in test), mean_places=round(floor(dls, test), 4))
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=(steps := {'train': train, 'sweep': sweep}))
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--models', type=Path, default=fastai_path('model')/'noisyseg-pose', help='of checkpoints')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    for w in a.what: steps[w](a)
+    command_line(dict(train=train, sweep=sweep), __doc__, seeds=(0, 1, 2), models='noisyseg-pose')

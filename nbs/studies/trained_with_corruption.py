@@ -46,7 +46,6 @@ fifteen. `clear` means a corrected p below 0.05. All else, single rows and colum
 Added after sigma had been chosen and before any network was tested, since the machine turned out to be slow: CIFAR-10
 is measured first, then TinyImageNet seed by seed, and its third seed is left out if the time is up by then.
 """
-import argparse
 import json
 import os
 import time
@@ -62,7 +61,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from noise_aware import keep, out
+from study import command_line, keep, out
 
 from noisyseg.data.cifar import cifar10, class_folders
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, CorruptBatch, Corruption
@@ -227,12 +226,4 @@ def table(a):
         print(claims(df, name)[['asked', 'mean', 'low', 'high', 'n', 'p', 'clear']].round(4).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table)[w](a)
+    command_line(dict(choose=choose, run=run, table=table), __doc__, SIZES, (0, 1, 2))

@@ -35,9 +35,7 @@ intervals by Student's t, Holm over all twelve comparisons: DAMP, SAM, ASAM and 
 AdamW, by accuracy on clean pictures, by the mean over corruptions and severities, and by the mean over levels of noise
 in the weights. `clear` means a corrected p below 0.05. Seconds are of processor time, as a ratio to AdamW's.
 """
-import argparse
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -49,8 +47,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from noise_aware import keep, out
 from torchvision.models.vision_transformer import VisionTransformer
+from study import command_line, keep, out
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
@@ -157,12 +155,4 @@ def table(a):
     print(claims(df).round(4).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table)[w](a)
+    command_line(dict(choose=choose, run=run, table=table), __doc__, SIZES, (0, 1, 2))

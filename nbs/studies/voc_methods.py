@@ -42,16 +42,13 @@ corrected p below 0.05. Everything else in the tables describes, and decides not
 
 *Time*: seconds of processor time, as a ratio to Adam's of the same seed.
 """
-import argparse
 import json
-import os
 import time
 from pathlib import Path
 
 import pandas as pd
-import torch
-from noise_aware import keep, out
 from voc_weight_noise import ALPHA, animals, names, train
+from study import command_line, keep, out
 
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
 from noisyseg.measure.summary import corrected, paired_difference
@@ -173,13 +170,5 @@ def table(a):
     print(claims(df).round(4).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--only', nargs='+', help='ways of training')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table)[w](a)
+    command_line(dict(choose=choose, run=run, table=table), __doc__, SIZES, (0, 1, 2),
+                 only=dict(nargs='+', help='ways of training'))

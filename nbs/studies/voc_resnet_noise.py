@@ -29,8 +29,6 @@ at 0.005, 0.01, 0.02 and 0.04, two draws each (`full`: ten), the same for all ne
 clean-trained networks: both ways without noise, at 5 and at 10 %. `clear` means a corrected p below 0.05. The tables
 under absolute noise describe, and decide nothing.
 """
-import argparse
-import os
 import time
 from pathlib import Path
 
@@ -38,14 +36,13 @@ import fastai.callback.schedule  # noqa: F401  gives a Learner its fit_one_cycle
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from camvid_weight_noise import EpochLog, NoPeeking
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from noise_aware import keep, out
 from torch import nn
 from voc_weight_noise import ALPHA, LR, SEVEN, STRENGTHS, animals, kept, names
+from study import EpochLog, NoPeeking, command_line, keep, out
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.measure.summary import corrected, paired_difference
@@ -141,12 +138,4 @@ def table(a):
     print(claims(df).round(4).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['pretrain', 'run', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(pretrain=pretrain, run=run, table=table)[w](a)
+    command_line(dict(pretrain=pretrain, run=run, table=table), __doc__, SIZES, (0, 1, 2))

@@ -36,17 +36,14 @@ way against clean at the three trained levels ("training and inference": a netwo
 that the published curve lacks: a clean-trained network at that level); (3) the same under absolute noise at the
 strength where clean-trained networks keep nearest to half. `clear` means that Holm's corrected p is below 0.05.
 """
-import argparse
 import json
-import os
 import time
 from pathlib import Path
 
 import pandas as pd
 import torch
-from camvid_weight_noise import EpochLog, NoPeeking
 from fastai.torch_core import set_seed
-from noise_aware import keep, machine, out
+from study import EpochLog, NoPeeking, command_line, keep, machine, out
 
 from noisyseg.data.files import data_root
 from noisyseg.data.own import custom_masks
@@ -175,13 +172,5 @@ def table(a):
     print(claims(df, trained_levels(a)).round(4).to_string())
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', nargs='+', choices=['choose', 'run', 'table'])
-    p.add_argument('--size', choices=SIZES, default='small')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--only', nargs='+', help='ways of training')
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    a = p.parse_args()
-    for k, v in SIZES[a.size].items(): setattr(a, k, v)
-    torch.set_num_threads(a.threads)
-    for w in a.what: dict(choose=choose, run=run, table=table)[w](a)
+    command_line(dict(choose=choose, run=run, table=table), __doc__, SIZES, (0, 1, 2),
+                 only=dict(nargs='+', help='ways of training'))
