@@ -81,7 +81,8 @@ def hardware(device):
     if (info := Path('/proc/cpuinfo')).exists():
         model = next((line.split(':')[1].strip() for line in info.read_text().splitlines()
                       if line.startswith('model name')), model)
-    return {'cpu': model, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
+    instructions = torch.backends.cpu.get_cpu_capability()   # decides more than the model, which may be a mere brand
+    return {'cpu': f'{model}, {instructions}', 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
             'gpu': torch.cuda.get_device_name(device) if device != 'cpu' else None,
             'device': device, 'system': platform.system()}
 
