@@ -193,6 +193,8 @@ def versions() -> dict:  # name -> version, None for what is not installed
 def _wraps(module):
     "The name of the child that this wrapper wraps; None for all other modules."
     if '_orig_mod' in module._modules: return '_orig_mod'   # torch.compile
+    # activation checkpointing: torch's checkpoint_wrapper
+    if '_checkpoint_wrapped_module' in module._modules: return '_checkpoint_wrapped_module'
     if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)): return 'module'
     return 'module' if type(module).__module__ == 'timm.utils.model_ema' else None
 

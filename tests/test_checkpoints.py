@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import urllib.request
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 from conftest import ranks
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from noisyseg.basics import offline, plain_name, remove_parts, state_digest, unwrapped, whole_file, write_atomic
@@ -45,7 +47,7 @@ def eager(m): return torch.compile(m, backend='eager')
 WRAPPERS = {'compiled': eager, 'data parallel': nn.DataParallel, 'SWA': AveragedModel,
             'EMA': lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
             'compiled in data parallel': lambda m: nn.DataParallel(eager(m)),
-            'EMA of compiled': lambda m: AveragedModel(eager(m))}
+            'EMA of compiled': lambda m: AveragedModel(eager(m)), 'activation checkpointing': checkpoint_wrapper}
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 def test_a_wrapper_changes_no_name(tmp_path, wrapper):
@@ -74,6 +76,12 @@ def test_a_wrapped_part_changes_no_name(tmp_path):
     assert torch.equal(plain[0][0].weight, net[0]._orig_mod[0].weight) and torch.equal(plain[1].weight, net[1].weight)
     load_model(tmp_path/'net', net)
     assert plain_name(net, '0._orig_mod.0.weight') == '0.0.weight'
+
+def test_a_checkpointed_part_is_found_by_its_name():
+    net = nn.Sequential(checkpoint_wrapper(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 2, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert [s.name for s in select(net, '0.weight')] == ['0.weight']
 
 FSDP = '''
 import os, sys, torch, torch.distributed as dist

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,8 +22,8 @@ from noisyseg.data import datasets as data_module
 from noisyseg.data.datasets import camvid, camvid_classes, sbd, scenes, voc, voc_palette
 from noisyseg.data.doctor import check_dataset, class_weights
 from noisyseg.data.own import custom_masks
-from noisyseg.data.files import (MissingData, check_sizes, colorize, data_root, denormalize, label_table, pair_files,
-                                 read_colour_mask, read_image, read_mask)
+from noisyseg.data.files import (MissingData, as_image, check_sizes, colorize, data_root, denormalize, label_table,
+                                 pair_files, read_colour_mask, read_image, read_mask, stored_values)
 from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes
 from noisyseg.train.learner import segmentation_learner
@@ -320,12 +321,36 @@ def test_masks_of_all_forms_are_the_same_labels(tmp_path, form):
     plain = set_of(tmp_path/'plain')
     assert torch.equal(truth(set_of(tmp_path/form, save_mask=masks[form])), truth(plain))
 
-@pytest.mark.parametrize('form', [dict(kind='jpg', quality=95), dict(kind='webp', quality=80), dict(kind='avif')],
+@pytest.mark.parametrize('form', [dict(kind='jpg', quality=95), dict(kind='webp', quality=80), dict(kind='avif'),
+                                  dict(kind='jp2', quality_mode='rates', quality_layers=[20])],
                          ids=lambda f: f['kind'])
 def test_masks_through_lossy_files_are_refused(tmp_path, form):
     def save(p, m): Image.fromarray(m).save(f'{p}.{form["kind"]}', **{k: v for k, v in form.items() if k != 'kind'})
     with pytest.raises(ValueError, match=r"(?s)8 faulty of 8.*save\('mask.png'\).*and 7 more"):
         set_of(tmp_path, save_mask=save)
+
+def test_a_mask_of_floats_is_told_how_it_becomes_one(tmp_path):
+    file = tmp_path/'mask.tif'
+    labels = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    Image.fromarray(labels.astype(np.float32)).save(file)
+    with pytest.raises(ValueError, match='a mask of floating-point numbers') as e: stored_values(file)
+    line = str(e.value).split('class numbers: ')[1].replace("'mask.png'", 'done')
+    exec(line, dict(Image=Image, np=np, file=file, done=tmp_path/'mask.png'))
+    assert np.array_equal(stored_values(tmp_path/'mask.png'), labels)
+
+@pytest.mark.parametrize('white,dtype', [(1, np.float32), (255, np.float32), (255, np.int64), (65535, np.uint16),
+                                         (65535, np.int32)])
+def test_the_line_that_makes_bytes_keeps_the_picture(white, dtype):
+    image = (np.linspace(0, 1, 48).reshape(4, 4, 3)*white).astype(dtype)
+    with pytest.raises(ValueError, match=f'If white is {white}, return ') as e: as_image(image)
+    x = eval(str(e.value).split(', return ')[1], dict(image=image, np=np))
+    assert np.abs(x/255 - np.linspace(0, 1, 48).reshape(4, 4, 3)).max() < 0.01
+
+def test_the_line_that_reads_floats_keeps_the_picture(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(tmp_path/'x.tif')
+    with pytest.raises(ValueError, match='read_image=lambda') as e: read_image(tmp_path/'x.tif')
+    read = eval(str(e.value).split('pass read_image=')[1], dict(Image=Image, np=np))
+    assert np.array_equal(read(tmp_path/'x.tif'), np.linspace(0, 255, 16).round().reshape(4, 4))
 
 images = dict(
     grey=lambda p, x: Image.fromarray(x).convert('L').save(f'{p}.png'),
@@ -407,6 +432,11 @@ def test_names_are_compared_as_they_look(tmp_path):
         f'Zürich_{p.name}.png')))
     dls = set_of(tmp_path, named('NFC', 0), named('NFD', 0), valid=[normalize('NFD', 'Zürich_3')])
     assert len(dls.train_ds) == 7
+
+@pytest.mark.parametrize('valid', [lambda name: True, '3', Path('3')], ids=['function', 'text', 'path'])
+def test_what_is_held_out_is_a_share_or_a_list(tmp_path, valid):
+    with pytest.raises(TypeError, match=r'valid: expected a share, or a list of names.*`valid=0.2`'):
+        set_of(tmp_path, valid=valid)
 
 @pytest.mark.parametrize('turn', [lambda x: x[..., ::-1], np.fliplr, np.rot90, lambda x: x[::2, ::2],
     np.asfortranarray],

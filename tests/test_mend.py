@@ -119,6 +119,17 @@ def test_rescue_is_never_worse_on_its_pictures():
             assert (r.after > r.before) == r.helped
             assert r.helped or not any(m._forward_hooks for m in net.modules())
 
+@pytest.mark.parametrize('at', range(3))
+def test_a_rescue_that_breaks_off_leaves_no_correction(at):
+    "In the pass that looks what is to be mended, in the one that matches, or in the one that looks what it helped"
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    chip, passes = copy.deepcopy(net), iter(range(9))
+    def interrupted(*_):
+        if next(passes) == at: raise KeyboardInterrupt
+    chip[3].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt): rescue(chip, torch.rand(4, 3, 8, 8), net)
+    assert not any(m._forward_hooks for m in chip.modules()) and not chip._forward_pre_hooks
+
 def test_rescued_is_a_disturbance_like_others():
     law = rescued(compose(Quantize(4), MaxGaussian(0.1)), torch.rand(4, 3, 16, 16))
     assert law.level == 0.1 and law.at(0.2).level == 0.2 and law.at(0.2).images is law.images

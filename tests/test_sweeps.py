@@ -253,6 +253,8 @@ def test_stores_are_files_of_known_endings_at_home(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="expected a name that ends in .csv or .parquet.*x.*csv' will do"):
             sweep({'a': Net()}, store=name)
     with pytest.raises(ValueError, match='is a folder'): sweep({'a': Net()}, store=tmp_path)
+    with pytest.raises(ValueError, match="is an address.*store='x.csv' will do"):
+        sweep({'a': Net()}, store='s3://bucket/x.csv')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['deep']
 
 

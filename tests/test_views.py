@@ -2,7 +2,9 @@
 import math
 import pickle
 import random
+import unicodedata
 from functools import partial
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -327,6 +329,17 @@ def test_split_faults(tmp_path):
     for i in range(3): write(tmp_path/'i'/f'{i}.jpg', scene(i,16)[0]); write(tmp_path/'m'/f'{i}.png', scene(i,16)[1])
     labelled, unlabelled = read_split(write_split(tmp_path/'w'/'v', [0], [1,2]), root=tmp_path)
     assert labelled[0][1].is_file() and unlabelled[1]==tmp_path/'i'/'2.jpg'
+
+def test_lists_are_compared_as_they_look(tmp_path):
+    "Letters composed in two ways are one name; a mark between two lists that were put together is none of it"
+    name = {form: unicodedata.normalize(form, 'Zürich.jpg') for form in ('NFC', 'NFD')}
+    (tmp_path/'labeled.txt').write_text(f"{name['NFD']} a.png\n", encoding='utf-8')
+    (tmp_path/'unlabeled.txt').write_text(f"{name['NFC']}\n", encoding='utf-8')
+    with pytest.raises(ValueError, match='labelled and unlabelled at once: Zürich.jpg; keep'): read_split(tmp_path)
+    (tmp_path/'twice.txt').write_text(f"{name['NFD']} a.png\n{name['NFC']} b.png\n", encoding='utf-8')
+    with pytest.raises(ValueError, match='line 2: Zürich.jpg is there a second time'): read_list(tmp_path/'twice.txt')
+    (tmp_path/'joined.txt').write_text('\ufeffa.jpg a.png\n\ufeffb.jpg b.png\n', encoding='utf-8')
+    assert read_list(tmp_path/'joined.txt')==[(Path('a.jpg'), Path('a.png')), (Path('b.jpg'), Path('b.png'))]
 
 def test_published_splits():
     root = data_root()

@@ -78,8 +78,10 @@ def read_image(
 def _pixels(im, within=None):
     _one_page(im, 'image')
     if im.mode[0] in 'IF':
+        # in floating point white is 1 as a rule, and a 257th of it would be black
+        as_bytes = '(255*np.array(Image.open(f))).round()' if im.mode[0]=='F' else '(np.array(Image.open(f))/257)'
         raise UnusableFile(f"this image has pixels of mode {im.mode!r}, more than 8 bits. Say how they become bytes: "
-                           "pass read_image=lambda f: (np.array(Image.open(f))/257).astype(np.uint8)")
+                           f"pass read_image=lambda f: {as_bytes}.astype(np.uint8)")
     if im.format=='TIFF' and im.tag_v2.get(277, 1)>4: return _many_channels(im.filename)
     if (times := _too_large(im, within))>1: im.draft(None, (im.width//times, im.height//times))
     im.load()   # a JPEG now has a half, a quarter or an eighth of its size, all others their own
@@ -167,13 +169,20 @@ def as_image(
         raise ValueError(f"the image of {item} has the shape {x.shape}: expected (height, width, channels)")
     if x.dtype==bool: x = x.astype(np.uint8)*255
     if x.dtype!=np.uint8:
-        mend = '(255*image).round()' if x.dtype.kind=='f' else '(image/257)'
+        white = _white(x)
+        mend = {1: '(255*image).round()', 255: 'image', 65535: '(image/257)'}[white]
         raise ValueError(f"the image of {item} has numbers of type {x.dtype}: expected bytes (np.uint8). If white is "
-                         f"{1 if x.dtype.kind=='f' else 65535}, return {mend}.astype(np.uint8)")
+                         f"{white}, return {mend}.astype(np.uint8)")
     if x.shape[0] in (1,3,4) and x.shape[2]>4:
         raise ValueError(f"the image of {item} has the shape {x.shape}, channels first: "
                          "return image.transpose(1, 2, 0)")
     return np.require(x, requirements=['C','W'])
+
+def _white(x):
+    "What white may be in an image that is no bytes, by its largest number"
+    if x.dtype==np.uint16 or x.dtype.kind not in 'iuf': return 65535
+    if x.dtype.kind=='f' and x.max()<=1: return 1
+    return 255 if x.max()<=255 else 65535
 
 # %% ../../nbs/data/02_files.ipynb #d25b4add
 def as_mask(
@@ -245,6 +254,9 @@ def _stored(im):
     if im.mode[0]=='I': return y.astype(np.int32)
     if im.mode=='LA': return y[...,0]
     if im.mode in ('RGB','RGBA') and all((y[...,0]==y[...,c]).all() for c in (1,2)): return y[...,0]
+    if im.mode=='F':
+        raise UnusableFile("a mask of floating-point numbers; expected whole ones. If they are class numbers: "
+                           "Image.fromarray(np.array(Image.open(file)).round().astype(np.uint8)).save('mask.png')")
     raise UnusableFile(f"a mask of mode {im.mode!r}; expected one class number a pixel. For masks in colours pass "
                        "colours={(r,g,b): class}, with each colour that occurs")
 
@@ -255,7 +267,8 @@ def lossless(
     "An error where the pixels of a mask can't be the ones that somebody drew"
     if im.format=='WEBP':
         with open(im.filename, 'rb') as f: lossy = b'VP8L' not in f.read()
-    else: lossy = im.format in ('JPEG','MPO','AVIF','HEIF') or im.info.get('compression')=='jpeg'
+    # JPEG 2000 and AVIF can keep every pixel, but their files don't say whether they did
+    else: lossy = im.format in ('JPEG','JPEG2000','MPO','AVIF','HEIF') or im.info.get('compression')=='jpeg'
     if lossy:
         raise UnusableFile(f"a mask saved as {im.format}, which changes classes near every outline. Save it from the "
                            "program that drew it as PNG, or redo it: Image.fromarray(labels).save('mask.png')")

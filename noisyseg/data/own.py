@@ -9,6 +9,7 @@ __all__ = ['hold_out', 'draw_groups', 'pair_folders', 'class_names', 'labels_of'
            'custom_masks']
 
 # %% ../../nbs/data/07_own.ipynb #bf470c02
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from unicodedata import normalize
@@ -32,6 +33,9 @@ def hold_out(
     if isinstance(valid, (int,float)):
         if not 0<valid<1: raise ValueError(f"{valid=}: expected a share between 0 and 1, or a list of names")
         held = draw_groups([i if groups is None else groups(p[0].stem) for i,p in enumerate(pairs)], valid, seed)
+    elif isinstance(valid, (str,os.PathLike)) or not hasattr(valid, '__iter__'):
+        raise TypeError(f"valid: expected a share, or a list of names, got {valid!r}: `valid=0.2`, or "
+                        "`valid=[f.name for f in Path(images).iterdir() if …]`")
     else:
         at = {normalize('NFC', p[0].stem): i for i,p in enumerate(pairs)}
         wanted = [normalize('NFC', Path(v).stem) for v in valid]

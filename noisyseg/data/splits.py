@@ -18,7 +18,6 @@ from pathlib import Path
 from unicodedata import normalize
 import numpy as np
 import pandas as pd
-from fastcore.basics import noop
 from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from ..basics import check_whole
@@ -93,7 +92,8 @@ def read_lines(
         raise MissingData(f"{file}: this list is not there; expected a text file with `image mask` on every line")
     raw = Path(file).read_bytes()
     wide = raw[:2] in (b'\xff\xfe', b'\xfe\xff')
-    try: return raw.decode('utf-16' if wide else 'utf-8').lstrip('\ufeff').splitlines()
+    # a list that was put together of several has a mark in its middle, too
+    try: return raw.decode('utf-16' if wide else 'utf-8').replace('\ufeff', '').splitlines()
     except UnicodeError as e:
         raise ValueError(f"{file} is no UTF-8: {e}. If a Windows program wrote it: "
                          "file.write_text(file.read_text('cp1252'), 'utf-8')") from e
@@ -124,9 +124,10 @@ def read_list(
         if len(names) not in ((2,) if masks else (1, 2)):
             raise ValueError(f"{file}, line {i}: {line!r}; expected an image and its mask, with a space or a tab "
                              "between. Names with spaces need the tab: f'{image}\\t{mask}'")
-        if names[0] in seen:
-            raise ValueError(f"{file}, line {i}: {names[0]} is there a second time; line {seen[names[0]]} has it, too")
-        seen[names[0]] = i
+        key = _one_form(names[0])
+        if key in seen:
+            raise ValueError(f"{file}, line {i}: {names[0]} is there a second time; line {seen[key]} has it, too")
+        seen[key] = i
         pairs.append(tuple(Path(o) if root is None else Path(root)/o.lstrip('/') for o in names))
     if not pairs: raise ValueError(f"{file} is empty: expected `image mask` on every line")
     return pairs if root is None else L(_there(pairs, file, root))
@@ -144,7 +145,11 @@ def _there(pairs, file, root):
                       f"is root={str(root)!r} right?")
 
 # %% ../../nbs/data/08_splits.ipynb #209add9d
-def _apart(sides, key=noop):
+def _one_form(name):
+    "Of a name whose letters may be composed in several ways"
+    return normalize('NFC', str(name))
+
+def _apart(sides, key=_one_form):
     "An error where two sides, {name: files}, have an image in common"
     seen = {}
     for side,files in sides.items():
@@ -153,7 +158,8 @@ def _apart(sides, key=noop):
             other = seen[both[0]][0]
             both = [k for k in both if seen[k][0]==other]
             file = keys[both[0]]
-            copy = '' if file==seen[both[0]][1] else f', which has the content of {seen[both[0]][1]}'
+            twin = seen[both[0]][1]
+            copy = '' if _one_form(file)==_one_form(twin) else f', which has the content of {twin}'
             more = f' (and {len(both)-1} more)' if len(both)>1 else ''
             raise ValueError(f"{other} and {side} at once: {file}{copy}{more}; keep every image on one side")
         seen |= {k: (side, f) for k,f in keys.items()}

@@ -80,6 +80,10 @@ def store_path(
     if path is None: return None
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"store: expected the path of a file (.csv or .parquet) or None, got {path!r}")
+    if '://' in str(path):
+        name = str(path).rsplit('/', 1)[-1]
+        raise ValueError(f"store: {path!r} is an address, and rows are kept in a file here; store={name!r} will do, "
+                         f"copy it there when the sweep is done")
     path = Path(path).expanduser()
     if path.is_dir(): raise ValueError(f"store: {path} is a folder; expected a file such as {path/'sweep.csv'}")
     if path.suffix not in ENDINGS:

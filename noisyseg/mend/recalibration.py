@@ -162,7 +162,10 @@ def rescue(
         classes = to_classes(run_model(clean, images))
         before = _agreement(model, images, classes)
         found = Rescue(model, _match(model, images, channel_moments(clean, images)), clones)
-        found.before, found.after = before, _agreement(model, images, classes)
+        try: found.before, found.after = before, _agreement(model, images, classes)
+        except BaseException:   # Ctrl-C, no memory: nobody holds the corrections, so nobody could undo them
+            found.undo()
+            raise
     if not found.after > before: found.undo()
     return found
 
