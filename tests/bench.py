@@ -3,7 +3,7 @@
 Both ways run in one process, in turns, after a warm-up and after a check that their results agree. Each group has a
 process of its own, because what one leaves in the memory allocator would change the other's times. The ratio is
 ours / other, median over the turns: below 1 is faster. Without --full it takes at most five minutes, whatever the
-processor: a job that would take longer is cut short, and a row says so. Each whole run is appended to
+processor, and two more with peers: a job that would take longer is cut short, and a row says so. Each whole run is appended to
 nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
 """
 import argparse
@@ -28,10 +28,11 @@ RESULTS = root/'nbs'/'benchmarks'/'results.jsonl'
 JOBS = [  # group, module and function that yields its rows, the seconds that it takes in quick mode (0: in full only)
     ('perturb', 'bench_perturb:unet3plus', 17), ('perturb', 'bench_perturb:resnet50', 0),
     ('decoder', 'bench_decoder:decoder', 40), ('branches', 'bench_decoder:branches', 16),
-    ('step', 'bench_training:step', 39), ('sweeps', 'bench_sweeps:sweeps', 41),
-    ('methods', 'bench_training:methods', 27), ('explorer', 'bench_explorer:explorer', 60),
-    ('explorer', 'bench_live:slider', 0), ('peers', 'bench_peers:peers', 70)]
+    ('step', 'bench_training:step', 38), ('sweeps', 'bench_sweeps:sweeps', 47),
+    ('methods', 'bench_training:methods', 31), ('explorer', 'bench_explorer:explorer', 80),
+    ('explorer', 'bench_live:slider', 0), ('peers', 'bench_peers:peers', 5)]
 PATIENCE = {False: 290, True: 9 * 3600}   # seconds for all jobs, quick or full: a quick run ends within five minutes
+PEERS = 100   # what they add to it, where there are some
 GROUPS = list(dict.fromkeys(g for g, *_ in JOBS))
 
 
@@ -125,12 +126,13 @@ def table(rows):
 
 def run(a):
     jobs = [j for j in JOBS if j[0] in a.only and (a.full or j[2])]
-    usual = [j[2] or 60 for j in jobs]
+    usual = [PEERS if j[0] == 'peers' and a.peers else j[2] or 60 for j in jobs]
+    patience = PATIENCE[a.full] + (PEERS if a.peers else 0)
     started, rows, load = time.time(), [], getattr(os, 'getloadavg', lambda: [None])()[0]
     for i, job in enumerate(jobs):
         begun = time.time()
         print(f'{i + 1} of {len(jobs)}: {job[1].replace(":", ", ")} … ', end='', flush=True)
-        rows += measure(job, a, share(PATIENCE[a.full] - (begun - started), usual[i], sum(usual[i + 1:])))
+        rows += measure(job, a, share(patience - (begun - started), usual[i], sum(usual[i + 1:])))
         print(f'{time.time() - begun:.0f} s', flush=True)
     versions = {'python': platform.python_version(), **{n: version(n) for n in ('torch', 'torchvision', 'noisyseg')}}
     result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **commit(), 'mode': 'full'

@@ -156,7 +156,9 @@ def compiled(plan):
               times['compiled plain'],
               note='compiled, the fast decoder keeps its taps only')
 
-def with_backward(f, *inputs): return torch.autograd.grad(f().sum(), inputs)
+def with_backward(f, *inputs):
+    out = f()
+    return torch.autograd.grad(out, inputs, torch.ones_like(out))   # dense, as in training: that of a sum is one number
 
 def branches(plan):
     ("The parts by themselves, as UNet3+ takes them: where the faster way would not pay, it is not taken, and times "
