@@ -3,8 +3,8 @@
 Both ways run in one process, in turns, after a warm-up and after a check that their results agree. Each group has a
 process of its own, because what one leaves in the memory allocator would change the other's times. The ratio is
 ours / other, median over the turns: below 1 is faster. Without --full it takes at most five minutes, whatever the
-processor, and two more with peers: a job that would take longer is cut short, and a row says so. Each whole run is appended to
-nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
+processor, and two more with peers: a job that would take longer is cut short, and a row says so. Each whole run is
+appended to nbs/benchmarks/results.jsonl, which the page nbs/benchmarks.ipynb draws.
 """
 import argparse
 import datetime
