@@ -23,7 +23,7 @@ import pytest
 from conftest import copy_project, root
 
 tour = os.environ.get('NOISYSEG_TOUR', 'nbs/tutorials/tour.ipynb')
-patience = int(os.environ.get('NOISYSEG_TOUR_SECONDS', 840))
+patience = int(os.environ.get('NOISYSEG_TOUR_SECONDS', 1800))   # six minutes; on a slow and busy machine over fourteen
 flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
          '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
