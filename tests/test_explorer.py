@@ -484,6 +484,7 @@ SLOW_HOST = """({ms, obeys}) => {
     // the page's host, as slow as a large network; it keeps a list of what it was asked for
     const {explorer} = document.querySelector('.noisyseg-explorer'), {host} = explorer, quick = host.frame.bind(host)
     window.asked = []
+    explorer.slow = 0   // on a busy machine the page's first frames may have taken long, too
     host.frame = async (state, shrink = 1) => {
         asked.push(shrink)
         await new Promise(r => setTimeout(r, ms / shrink ** 2))
