@@ -40,10 +40,16 @@ def swapped(reuse, f):
     return run
 
 def sweeps(plan):
+    if plan.full: yield from kept_parts(plan)
+    yield from batched_draws(plan)
+    yield from by_size(plan)
+
+def kept_parts(plan):
+    "What it is worth that the undisturbed parts of a network are not computed again."
     torch.manual_seed(0)
     n = len(scene_classes)
     nets = {'small': (unet3plus_small(n), 4), 'ResNet34': (unet3plus_resnet34(n, pretrained=False), 2)}
-    for name, (model, batch) in nets.items() if plan.full else ():
+    for name, (model, batch) in nets.items():
         model.to(plan.device).eval()
         x, y = pictures(2 * batch, 128, plan.device)
         dl, draws, levels = [(x[:batch], y[:batch]), (x[batch:], y[batch:])], 2, [0.02, 0.05, 0.1]
@@ -59,8 +65,6 @@ def sweeps(plan):
             yield row(what, f'{name}, 2 batches of {batch}, 128²', times['ours'], 'the same without PrefixCache',
                       times['other'], per_second=rate['ours'],
                       note=f'{rate["ours"]:.1f} evaluations a second, without {rate["other"]:.1f}')
-    yield from batched_draws(plan)
-    yield from by_size(plan)
 
 # network, pixels, batch, draws (such that the plain loop takes some seconds), and how many in quick mode (0: none)
 SIZES = [('tiny', 64, 4, 60, 16), ('tiny', 128, 8, 12, 0), ('small', 64, 4, 24, 8), ('small', 128, 4, 8, 0),

@@ -49,8 +49,8 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
-from torch import nn
 from study import command_line, keep, out
+from torch import nn
 
 from noisyseg.data.datasets import scenes
 from noisyseg.measure.evaluation import draw_seed, scores

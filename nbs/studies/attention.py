@@ -33,9 +33,9 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from study import HERE, command_line, keep, machine
 import torch
 import torch.nn.functional as F
-from study import HERE, command_line, keep, machine
 
 from noisyseg.data.files import data_root
 from noisyseg.data.own import custom_masks

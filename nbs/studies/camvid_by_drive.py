@@ -60,8 +60,8 @@ import torch
 from camvid_weight_noise import drive_and_frame
 from fastai.torch_core import default_device
 from PIL import Image
-from voc_weight_noise import ALPHA, CANDIDATES, kept, train
 from study import command_line, keep, machine, out
+from voc_weight_noise import ALPHA, CANDIDATES, kept, train
 
 from noisyseg.data.datasets import camvid, camvid_classes, camvid_palette
 from noisyseg.data.loaders import mask_dataloaders

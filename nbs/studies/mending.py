@@ -44,8 +44,8 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest, spearmanr
-from torch import nn
 from study import command_line, keep, out
+from torch import nn
 
 from noisyseg.data.cifar import ClassFolders
 from noisyseg.data.files import data_root

@@ -26,9 +26,9 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import default_device, set_seed
 from safetensors.torch import load_file, save
+from study import NoPeeking, command_line, keep, machine, out
 from torch import nn
 from torchvision.transforms.v2.functional import resize
-from study import NoPeeking, command_line, keep, machine, out
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.measure.evaluation import scores

@@ -56,8 +56,8 @@ from fastcore.basics import noop
 from mlpmatch import ARMS as KNOWN
 from PIL import Image
 from safetensors.torch import load_file, save
-from voc_weight_noise import SEVEN, animals, names
 from study import NoPeeking, command_line, keep, out
+from voc_weight_noise import SEVEN, animals, names
 
 from noisyseg.basics import write_atomic
 from noisyseg.data.files import data_root

@@ -66,9 +66,9 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from study import command_line, made
 from torch import nn
 from torchvision.transforms.functional import normalize, to_tensor
-from study import command_line, made
 
 from noisyseg.data.cifar import ClassFolders
 from noisyseg.data.corruptions import Corruption

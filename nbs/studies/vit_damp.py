@@ -47,8 +47,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from torchvision.models.vision_transformer import VisionTransformer
 from study import command_line, keep, out
+from torchvision.models.vision_transformer import VisionTransformer
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption

@@ -47,8 +47,8 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from voc_weight_noise import ALPHA, animals, names, train
 from study import command_line, keep, out
+from voc_weight_noise import ALPHA, animals, names, train
 
 from noisyseg.data.corruptions import ALL_19, STANDARD_15, Corruption
 from noisyseg.measure.summary import corrected, paired_difference

@@ -40,9 +40,9 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from study import EpochLog, NoPeeking, command_line, keep, out
 from torch import nn
 from voc_weight_noise import ALPHA, LR, SEVEN, STRENGTHS, animals, kept, names
-from study import EpochLog, NoPeeking, command_line, keep, out
 
 from noisyseg.data.cifar import cifar10
 from noisyseg.measure.summary import corrected, paired_difference
