@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import psutil
@@ -44,10 +45,16 @@ def same(a, b):
 
 
 def children():
-    "Processes that this one started since the test began, and that stay: others are the suite's"
-    started = [p for p in psutil.Process().children(recursive=True)
-               if p.status() != psutil.STATUS_ZOMBIE and p not in earlier]
-    return psutil.wait_procs(started, timeout=5)[1]   # on a busy machine, one that was killed takes its time
+    """Processes that this one started since the test began, and that stay. Others are the suite's, and so is whatever
+    they start: the warm server is a child of one test process, and runs the notebooks of all"""
+    started = [q for p in psutil.Process().children() if p not in earlier for q in (p, *descendants(p))]
+    return [p for p in psutil.wait_procs(started, timeout=5)[1]   # on a busy machine, a killed one takes its time
+            if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def descendants(process):
+    with suppress(psutil.NoSuchProcess): return process.children(recursive=True)
+    return []
 
 
 earlier = []
@@ -55,7 +62,7 @@ earlier = []
 
 @pytest.fixture(autouse=True)
 def earlier_children():
-    earlier[:] = psutil.Process().children(recursive=True)
+    earlier[:] = psutil.Process().children()
 
 
 @pytest.fixture(autouse=True)
