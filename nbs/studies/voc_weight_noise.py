@@ -4,6 +4,8 @@ trained clean and under weight noise, then measured under noise.
     python nbs/studies/voc_weight_noise.py choose                      # voc_weight_noise_levels.csv: the trained levels
     python nbs/studies/voc_weight_noise.py run --seeds 0 1 2           # trains and measures; a file for each network
     python nbs/studies/voc_weight_noise.py table                       # voc_weight_noise.csv, and what can be said
+    python nbs/studies/voc_weight_noise.py layers                      # voc_weight_noise_layers.csv: noise in one part
+    python nbs/studies/voc_weight_noise.py masks                       # voc_weight_noise_masks.png: some masks
 
 Protocol, written before any run on the validation pictures. One trial by others, one seed, was known: it saw the
 validation pictures after each of four epochs, and under MaxGaussian at n = 0.5, 1, 2 and 5 %.
@@ -35,23 +37,35 @@ comparisons of one table: (1) each way against clean without noise (the publishe
 way against clean at the three trained levels ("training and inference": a network at its own level, and the comparison
 that the published curve lacks: a clean-trained network at that level); (3) the same under absolute noise at the
 strength where clean-trained networks keep nearest to half. `clear` means that Holm's corrected p is below 0.05.
+
+*Layers*, added when all of the above had been measured, before any run of it. Which part of the network loses the
+score: is it the first level, as in the CamVid study, and is it batch norm? The committed networks, `clean` and then
+`high`, each seed, under MaxGaussian at `high`, the level at which clean-trained networks keep half, in one part at a
+time, two draws, on val. Parts, in two divisions that overlap: by kind (batch norm's scales; depthwise convolutions;
+all other convolutions), and by `stages` of the network. One comparison is a claim, over the seeds of `clean`: the loss
+through depthwise convolutions less that through batch norm. The rest describes, and its signs are told seed by seed.
 """
 import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import set_seed
+from PIL import Image
 from study import EpochLog, NoPeeking, command_line, keep, machine, out
 
-from noisyseg.data.files import data_root
+from noisyseg.data.files import data_root, distinct_palette
 from noisyseg.data.own import custom_masks
+from noisyseg.measure.sensitivity import layer_sensitivity
 from noisyseg.measure.summary import corrected, paired_difference
 from noisyseg.measure.sweeps import sweep
 from noisyseg.nets.encoders import lite0_stats
 from noisyseg.nets.unet3plus import unet3plus_lite0
+from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
+from noisyseg.perturb.selectors import by_name, conv_and_norm, norms, stages
 from noisyseg.train.checkpoints import load_model, save_model
 from noisyseg.train.learner import segmentation_learner
 from noisyseg.train.losses import HybridLoss
@@ -171,6 +185,39 @@ def table(a):
     print(main.pivot_table(index=['disturbance', 'model'], columns='level', values='value').round(3).to_string())
     print(claims(df, trained_levels(a)).round(4).to_string())
 
+def parts(model):
+    "{label: selector}: the weights by kind, and by stage."
+    depthwise = by_name('*.conv_dw.weight') & conv_and_norm
+    kinds = {'batch norm': conv_and_norm & norms, 'depthwise': depthwise, 'other': conv_and_norm - norms - depthwise}
+    return kinds | stages(model)
+
+def layers(a):
+    level, rows = trained_levels(a)['high'], []
+    valid = animals(a.px, 0, names('val')).valid
+    for way in 'clean', 'high':
+        for seed in a.seeds:
+            model = load_model(NETWORKS/f'{a.size}-{way}-{seed}.safetensors')
+            df = layer_sensitivity(model, valid, MaxGaussian(level, alpha=ALPHA), groups=parts(model), draws=a.draws,
+                                   name=way, progress=False)
+            rows.append(df[df['metric'] == 'mIoU'].assign(train_seed=seed))
+            print(rows[-1].groupby(['group', 'n_weights'])['value'].mean().round(3).to_string(), flush=True)
+            keep(out(a, 'voc_weight_noise_layers.csv'), pd.concat(rows, ignore_index=True).round({'value': 5}), a)
+
+@torch.no_grad()
+def masks(a, seed=0):
+    """Every 75th picture of val, chosen before it was seen, a row each, as masks of three networks: `clean` without
+    noise, `clean` under one draw of `high`, and `high` under the same draw. What the networks say: no photograph."""
+    valid = animals(a.px, seed, names('val')[::75]).valid
+    x = torch.cat([x for x, _ in valid]).as_subclass(torch.Tensor)
+    columns = []
+    for way, level in ('clean', 0.), ('clean', trained_levels(a)['high']), ('high', trained_levels(a)['high']):
+        model = load_model(NETWORKS/f'{a.size}-{way}-{seed}.safetensors', device=x.device)
+        with perturbed(model, MaxGaussian(level, alpha=ALPHA), generator=0): columns.append(model(x).argmax(1))
+    rows = torch.cat(columns, 2).flatten(0, 1)
+    picture = Image.fromarray(rows.cpu().numpy().astype(np.uint8), 'P')
+    picture.putpalette([v for rgb in distinct_palette(len(SEVEN)) for v in rgb])
+    picture.save(out(a, 'voc_weight_noise_masks.csv').with_suffix('.png'))
+
 if __name__ == '__main__':
-    command_line(dict(choose=choose, run=run, table=table), __doc__, SIZES, (0, 1, 2),
+    command_line(dict(choose=choose, run=run, table=table, layers=layers, masks=masks), __doc__, SIZES, (0, 1, 2),
                  only=dict(nargs='+', help='ways of training'))
