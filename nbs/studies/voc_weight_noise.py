@@ -188,7 +188,7 @@ def table(a):
 def parts(model):
     "{label: selector}: the weights by kind, and by stage."
     depthwise = by_name('*.conv_dw.weight') & conv_and_norm
-    kinds = {'batch norm': conv_and_norm & norms, 'depthwise': depthwise, 'other': conv_and_norm - norms - depthwise}
+    kinds = {'batch norm': conv_and_norm & norms, 'depthwise': depthwise, 'other': conv_and_norm & ~norms & ~depthwise}
     return kinds | stages(model)
 
 def layers(a):
