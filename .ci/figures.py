@@ -19,9 +19,10 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 PLOTLY, PNG = 'application/vnd.plotly.v1+json', 'image/png'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
-EDITION = 1                            # another number draws all anew
+EDITION = 2                            # another number draws all anew
 WIDTH, HEIGHT = 760, 420               # of figures that do not say how large they are, in CSS pixels
-SCALE = 1.5                            # pixels of the picture for each CSS pixel
+SCALE = 1.2                            # pixels of the picture for each CSS pixel: JupyterLab shows it as large as it is
+                                       # until one points at it, and on a laptop more would be cut off
 COLOURS = 256                          # a chart has few; 32-bit pictures of it are three times as large
 KEY = 'figure'                         # the text chunk of the PNG that names what was drawn
 # as in noisyseg.show.pictures: a grey that is read on white and on black, and no ground of its own

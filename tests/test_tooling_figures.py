@@ -71,6 +71,7 @@ def test_a_figure_is_drawn_once(plot, tmp_path):
         first = shown['data'][figures.PNG]
         picture = Image.open(io.BytesIO(base64.b64decode(first))).convert('RGBA')
         assert picture.size == (int(figures.WIDTH * figures.SCALE), int(figures.HEIGHT * figures.SCALE))
+        assert picture.width <= 940                                        # what JupyterLab has room for on a laptop
         assert len(picture.getcolors(maxcolors=10_000)) > 10               # a curve and axes, not an empty sheet
     assert not figures.fill(path, figures.no_paint)                       # nothing to draw
     nb = load(path)
