@@ -72,6 +72,45 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 def whole(): return sweep()
 
 
+# --- what is not computed twice
+# -------------------------------------------------------------------------------------------------------
+
+class Leaving(nn.Module):
+    "A network whose decoder reads what its encoder left aside: by a hook, on an attribute, in a list, in a buffer."
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), nn.Conv2d(16, 3, 1)
+        self.way, self.encoder.aside = way, []
+        self.encoder.register_buffer('kept', torch.zeros(4, 8, 12, 12))
+        if way == 'hook': self.encoder[1].register_forward_hook(lambda m, x, out: setattr(self, 'skip', out))
+        else: self.encoder.forward = self.encode
+
+    def encode(self, x):
+        out = self.encoder[1](self.encoder[0](x))
+        if self.way == 'attribute': self.encoder.skip = out
+        elif self.way == 'buffer': self.encoder.kept.copy_(out)
+        elif self.way == 'list':
+            self.encoder.aside.clear()
+            self.encoder.aside.append(out)
+        else: self.encoder.top = 9 * out.max().item()
+        return out
+
+    def forward(self, x):
+        deep, e = self.encoder(x), self.encoder
+        skip = {'hook': lambda: self.skip, 'attribute': lambda: e.skip, 'buffer': lambda: e.kept,
+                'list': lambda: e.aside[0], 'number': lambda: torch.full_like(deep, e.top)}[self.way]()
+        return self.head(torch.cat([deep, skip], 1))
+
+
+@pytest.mark.parametrize('way', ['hook', 'attribute', 'buffer', 'list', 'number'])
+def test_what_an_encoder_leaves_aside_is_of_the_right_picture(way):
+    net = Leaving(way).eval()
+    with torch.no_grad(): dl = [(x, net(x).argmax(1)) for x, _ in batches()]
+    df = sweep(net, dl=dl, levels=[1e-9], draws=4, where='head.*', on='here')
+    assert (df.loc[df['metric'] == 'pixel accuracy', 'value'] == 1).all()   # noise of a billionth changes no pixel
+
+
 # --- interrupted and killed
 # -------------------------------------------------------------------------------------------------------
 
