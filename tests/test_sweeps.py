@@ -7,6 +7,8 @@ import re
 import signal
 import time
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeG
 from noisyseg.measure.task import Task
 from noisyseg.perturb.disturbance import compose
 from noisyseg.perturb.quantization import Quantize
+from noisyseg.perturb.selectors import Selector
 from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
 from noisyseg.show.report import report_html
 from noisyseg.measure import sweeps
@@ -109,6 +112,23 @@ def test_what_an_encoder_leaves_aside_is_of_the_right_picture(way):
     with torch.no_grad(): dl = [(x, net(x).argmax(1)) for x, _ in batches()]
     df = sweep(net, dl=dl, levels=[1e-9], draws=4, where='head.*', on='here')
     assert (df.loc[df['metric'] == 'pixel accuracy', 'value'] == 1).all()   # noise of a billionth changes no pixel
+
+
+def test_selectors_of_one_name_must_pick_the_same_weights(whole):
+    "Rows, stores, and what is kept from before the noise know a selector by its name."
+    @dataclass(frozen=True)
+    class Stem(MaxGaussian):
+        where: ClassVar = Selector(lambda name, module, weight: name.startswith('0'))
+    @dataclass(frozen=True)
+    class Head(MaxGaussian):
+        where: ClassVar = Selector(lambda name, module, weight: name.startswith('4'), Stem.where.label)
+    with pytest.raises(ValueError, match=r"two selectors are called '<lambda>' .* name of its own: `Selector\("):
+        sweep(law={'head': Head(), 'stem': Stem()})
+    Head.where = Selector(Head.where.test, 'head')
+    both, alone = (sweep(law=d, on='here') for d in ({'head': Head(), 'stem': Stem()}, {'stem': Stem()}))
+    assert_frame_equal(both[both['disturbance'] == 'stem'].reset_index(drop=True), alone, check_exact=True)
+    with pytest.raises(ValueError, match="'<lambda>' is there twice"):
+        layer_sensitivity(Net(), batches(), law, groups=[lambda n, m, w: n == '0.weight', lambda n, m, w: n == '4.weight'])
 
 
 # --- interrupted and killed

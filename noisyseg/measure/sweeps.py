@@ -31,7 +31,7 @@ from .store import Cell, Row, Store, facts, store_path, to_frame
 from .summary import until
 from .task import Task
 from ..perturb.disturbance import Composed, Disturbance, Law
-from ..perturb.selectors import Selector, as_selector, select
+from ..perturb.selectors import Selector, Spared, as_selector, select
 
 # %% ../../nbs/measure/09_sweeps.ipynb #f6d7dfc6
 def check_models(
@@ -170,6 +170,23 @@ def common_classes(
                          f"{ {n: len(c) for (n, _), c in found.items()} }")
     return next(iter(found.values()))
 
+# %% ../../nbs/measure/09_sweeps.ipynb #84b5ab53
+def _picked(model, where):
+    "The names of the weights that a selector picks, and the channels of them that it spares."
+    names = [s.name for s in select(model, where)]
+    return names, {n: where.rows[n] for n in names if n in where.rows} if isinstance(where, Spared) else {}
+
+def _sites(model, entries):
+    "By its name, what each selector picks: rows know it by that name alone."
+    found = {}
+    for e in entries:
+        if e.where is None: continue
+        picked = _picked(model, e.where)
+        if found.setdefault(e.place, picked) != picked:
+            raise ValueError(f"where: two selectors are called {e.place!r} and pick other weights; give each a name of "
+                             f"its own: `Selector(lambda name, module, weight: …, 'decoder')`")
+    return found
+
 # %% ../../nbs/measure/09_sweeps.ipynb #fc25abf4
 class Grid:
     "Everything that a sweep needs, checked and ready."
@@ -191,8 +208,7 @@ class Grid:
         self.seed = check_whole('seed', seed, 0)
         self.reuse = {}
         self.kinds = 1
-        self.sites = {key: {e.place: [s.name for s in select(m, e.where)] for e in entries if e.where is not None}
-                      for key, m in models.items()}
+        self.sites = {key: _sites(m, entries) for key, m in models.items()}
         self.batches = dl if isinstance(dl, Batches) else Batches(dl, cache_mb, task)
         self.seen = None, None
         self.cache_mb = cache_mb
@@ -210,7 +226,7 @@ def fingerprint(
     models = {}
     for (name, run), m in grid.models.items():
         weights = digest(*(t for t in m.state_dict().values() if isinstance(t, torch.Tensor)))
-        selected = {place: digest(*names) for place, names in grid.sites[name, run].items()}
+        selected = {place: digest(*names) for place, (names, _) in grid.sites[name, run].items()}
         models[name + (f' (training seed {run})' if run else '')] = {'weights': weights, 'selected': selected}
     known = {}
     for e in grid.entries.values(): known.setdefault(e.label, {})[e.disturbance.name] = e.disturbance.to_dict()
