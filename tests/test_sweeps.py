@@ -23,16 +23,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
-from noisyseg.measure.task import Task
+from noisyseg.measure.task import MaskTask, Task
 from noisyseg.perturb.disturbance import compose
 from noisyseg.perturb.quantization import Quantize
-from noisyseg.perturb.selectors import Selector
+from noisyseg.perturb.selectors import Selector, Spared, conv_and_norm
 from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
 from noisyseg.show.report import report_html
 from noisyseg.measure import sweeps
 from noisyseg.measure.evaluation import draw_seed
 from noisyseg.measure.sensitivity import layer_sensitivity
-from noisyseg.measure.store import load_sweep
+from noisyseg.measure.store import companion, load_sweep
 from noisyseg.measure.summary import paired_difference, summarise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
@@ -261,6 +261,34 @@ def test_damaged_store_is_measured_again(tmp_path, whole, data):
     in_order = lambda df: df.sort_values(list(df)).reset_index(drop=True)
     assert_frame_equal(in_order(load_sweep(store)), in_order(whole))
     for f in tmp_path.iterdir(): f.unlink()
+
+
+class Weighted(MaskTask):
+    "A task with settings of several kinds."
+    def __init__(self, by): self.by, self.names, self._seen = by, {'a', 'b'}, object()
+
+
+@pytest.mark.parametrize('what, said', [
+    ('data', 'data:'), ('build', "model 'a': built otherwise"), ('task', "task settings: 'by=.*, names="),
+    ('channels', "model 'a': some spares other channels")])
+def test_store_is_of_these_pictures_builds_settings_and_channels(tmp_path, what, said):
+    "What is beyond the first batch, the weights, and names; in a store of an earlier version that is not known."
+    def run(new=()):
+        net, dl, by, rows = Net(), batches(), torch.ones(3), [0]
+        if 'data' in new: dl[2] = dl[2][0], 2 - dl[2][1]
+        if 'build' in new: net[1].eps = 0.1
+        if 'task' in new: by = 2 * by
+        if 'channels' in new: rows = [1]
+        where = Spared(conv_and_norm, {'0.weight': rows}, 'some')
+        return sweep({'a': net}, draws=1, levels=[0.1], store=tmp_path/'a.csv', dl=dl, task=Weighted(by), where=where)
+    first, told = run(), companion(tmp_path/'a.csv')
+    assert_frame_equal(run(), first)
+    with pytest.raises(ValueError, match=f'holds another sweep .{said}'): run(what)
+    grid = json.loads(told.read_text())
+    for part, key in ((grid, 'task settings'), (grid, 'seal'), (grid['data'], 'all batches'),
+                      (grid['models']['a'], 'built'), (grid['models']['a'], 'spared')): del part[key]
+    told.write_text(json.dumps(grid))
+    assert_frame_equal(run(what), first)
 
 
 def test_store_is_one_experiment(tmp_path):
