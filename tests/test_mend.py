@@ -11,6 +11,7 @@ from torch import nn
 
 import noisyseg
 from noisyseg import MaxGaussian, NoiseExplorer, Quantize, compose, perturbed, sweep
+from noisyseg.data.corruptions import Corruption
 from noisyseg.mend import tolerances
 from noisyseg.mend.protection import measured_costs, predicted_costs, protect
 from noisyseg.mend.recalibration import norm_layers, rescue, rescued
@@ -52,6 +53,18 @@ def test_tolerance_holds_its_confidence(monkeypatch, share, confidence, chips):
                                 seed=s).level for s in range(100)])
     assert (found > truth).sum() <= stats.binom.ppf(0.999, 100, 1 - confidence)
     assert np.nanmedian(found) > 0.5 * truth and np.isnan(found).mean() < 0.05
+
+def test_what_is_drawn_once_is_tried_once():
+    "Each corrupted picture has one draw in a sweep, so there are no chips of which some may miss"
+    torch.manual_seed(0)
+    net, x = nn.Conv2d(3, 3, 1), torch.rand(2, 3, 32, 32)
+    data = [(x, net(x).argmax(1))]
+    found = tolerance(net, data, Corruption('gaussian_noise'), drop=0.01, progress=False)
+    assert np.isnan(found.level) and found.trials['chips'].tolist() == [1]
+    assert str(found) == 'no level holds: at severity 1 already, it loses more than 1 points of 100.0'
+    mild = tolerance(net, data, Corruption('gaussian_noise'), drop=0.9, levels=[1], progress=False)
+    assert str(mild) == 'at severity 1, it loses at most 90 points of 100.0 on these pictures'
+    assert 'chips' not in str(tolerances.plot_tolerance(mild))
 
 def test_what_has_no_level_of_nothing_is_compared_with_the_clean_network(net, scenes):
     "A composition does something at every level: its quantization stays"

@@ -7,6 +7,7 @@ import textwrap
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -132,6 +133,18 @@ def test_a_law_that_changes_what_its_parent_computes_does_not_inherit_its_promis
     net = nn.Conv2d(300, 200, 1)
     with perturbed(net, Centred(0.1), 'weight', 0) as clone:
         assert torch.equal(net.weight, Centred(0.1)(clone.clean[0], clone.draw[0]))
+
+def test_a_call_of_ones_own_holds_at_each_level():
+    "A law that clamps what an additive one gives is asked again when the level changes, and so in sweeps and sliders."
+    class Clamped:
+        def __call__(self, weight, z): return super().__call__(weight, z).clamp(-0.1, 0.1)
+    @dataclass(frozen=True)
+    class Bounded(Clamped, MaxGaussian): pass
+    net = nn.Conv2d(3, 3, 3)
+    with Bounded(0.1).drawn(net, generator=0) as to:
+        to(0.5)
+        assert net.weight.abs().max() == torch.tensor(0.1)
+    assert MaxGaussian().additive and not Bounded().additive
 
 def forms(*kinds):
     "A network of many small weights and a few large ones, of each of these kinds."

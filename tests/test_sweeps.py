@@ -7,6 +7,8 @@ import re
 import signal
 import time
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,15 +23,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from noisyseg.data.datasets import scenes
 from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian, MultiplicativeGaussian
-from noisyseg.measure.task import Task
+from noisyseg.measure.task import MaskTask, Task
 from noisyseg.perturb.disturbance import compose
 from noisyseg.perturb.quantization import Quantize
+from noisyseg.perturb.selectors import Selector, Spared, conv_and_norm
 from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
 from noisyseg.show.report import report_html
 from noisyseg.measure import sweeps
 from noisyseg.measure.evaluation import draw_seed
 from noisyseg.measure.sensitivity import layer_sensitivity
-from noisyseg.measure.store import load_sweep
+from noisyseg.measure.store import companion, load_sweep
 from noisyseg.measure.summary import paired_difference, summarise
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
@@ -70,6 +73,62 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 @pytest.fixture(scope='module')
 def whole(): return sweep()
+
+
+# --- what is not computed twice
+# -------------------------------------------------------------------------------------------------------
+
+class Leaving(nn.Module):
+    "A network whose decoder reads what its encoder left aside: by a hook, on an attribute, in a list, in a buffer."
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), nn.Conv2d(16, 3, 1)
+        self.way, self.encoder.aside = way, []
+        self.encoder.register_buffer('kept', torch.zeros(4, 8, 12, 12))
+        if way == 'hook': self.encoder[1].register_forward_hook(lambda m, x, out: setattr(self, 'skip', out))
+        else: self.encoder.forward = self.encode
+
+    def encode(self, x):
+        out = self.encoder[1](self.encoder[0](x))
+        if self.way == 'attribute': self.encoder.skip = out
+        elif self.way == 'buffer': self.encoder.kept.copy_(out)
+        elif self.way == 'list':
+            self.encoder.aside.clear()
+            self.encoder.aside.append(out)
+        else: self.encoder.top = 9 * out.max().item()
+        return out
+
+    def forward(self, x):
+        deep, e = self.encoder(x), self.encoder
+        skip = {'hook': lambda: self.skip, 'attribute': lambda: e.skip, 'buffer': lambda: e.kept,
+                'list': lambda: e.aside[0], 'number': lambda: torch.full_like(deep, e.top)}[self.way]()
+        return self.head(torch.cat([deep, skip], 1))
+
+
+@pytest.mark.parametrize('way', ['hook', 'attribute', 'buffer', 'list', 'number'])
+def test_what_an_encoder_leaves_aside_is_of_the_right_picture(way):
+    net = Leaving(way).eval()
+    with torch.no_grad(): dl = [(x, net(x).argmax(1)) for x, _ in batches()]
+    df = sweep(net, dl=dl, levels=[1e-9], draws=4, where='head.*', on='here')
+    assert (df.loc[df['metric'] == 'pixel accuracy', 'value'] == 1).all()   # noise of a billionth changes no pixel
+
+
+def test_selectors_of_one_name_must_pick_the_same_weights(whole):
+    "Rows, stores, and what is kept from before the noise know a selector by its name."
+    @dataclass(frozen=True)
+    class Stem(MaxGaussian):
+        where: ClassVar = Selector(lambda name, module, weight: name.startswith('0'))
+    @dataclass(frozen=True)
+    class Head(MaxGaussian):
+        where: ClassVar = Selector(lambda name, module, weight: name.startswith('4'), Stem.where.label)
+    with pytest.raises(ValueError, match=r"two selectors are called '<lambda>' .* name of its own: `Selector\("):
+        sweep(law={'head': Head(), 'stem': Stem()})
+    Head.where = Selector(Head.where.test, 'head')
+    both, alone = (sweep(law=d, on='here') for d in ({'head': Head(), 'stem': Stem()}, {'stem': Stem()}))
+    assert_frame_equal(both[both['disturbance'] == 'stem'].reset_index(drop=True), alone, check_exact=True)
+    with pytest.raises(ValueError, match="'<lambda>' is there twice"):
+        layer_sensitivity(Net(), batches(), law, groups=[lambda n, m, w: n == '0.weight', lambda n, m, w: n == '4.weight'])
 
 
 # --- interrupted and killed
@@ -202,6 +261,34 @@ def test_damaged_store_is_measured_again(tmp_path, whole, data):
     in_order = lambda df: df.sort_values(list(df)).reset_index(drop=True)
     assert_frame_equal(in_order(load_sweep(store)), in_order(whole))
     for f in tmp_path.iterdir(): f.unlink()
+
+
+class Weighted(MaskTask):
+    "A task with settings of several kinds."
+    def __init__(self, by): self.by, self.names, self._seen = by, {'a', 'b'}, object()
+
+
+@pytest.mark.parametrize('what, said', [
+    ('data', 'data:'), ('build', "model 'a': built otherwise"), ('task', "task settings: 'by=.*, names="),
+    ('channels', "model 'a': some spares other channels")])
+def test_store_is_of_these_pictures_builds_settings_and_channels(tmp_path, what, said):
+    "What is beyond the first batch, the weights, and names; in a store of an earlier version that is not known."
+    def run(new=()):
+        net, dl, by, rows = Net(), batches(), torch.ones(3), [0]
+        if 'data' in new: dl[2] = dl[2][0], 2 - dl[2][1]
+        if 'build' in new: net[1].eps = 0.1
+        if 'task' in new: by = 2 * by
+        if 'channels' in new: rows = [1]
+        where = Spared(conv_and_norm, {'0.weight': rows}, 'some')
+        return sweep({'a': net}, draws=1, levels=[0.1], store=tmp_path/'a.csv', dl=dl, task=Weighted(by), where=where)
+    first, told = run(), companion(tmp_path/'a.csv')
+    assert_frame_equal(run(), first)
+    with pytest.raises(ValueError, match=f'holds another sweep .{said}'): run(what)
+    grid = json.loads(told.read_text())
+    for part, key in ((grid, 'task settings'), (grid, 'seal'), (grid['data'], 'all batches'),
+                      (grid['models']['a'], 'built'), (grid['models']['a'], 'spared')): del part[key]
+    told.write_text(json.dumps(grid))
+    assert_frame_equal(run(what), first)
 
 
 def test_store_is_one_experiment(tmp_path):

@@ -11,6 +11,7 @@ __all__ = ['open_loader', 'Batches', 'untouched', 'draw_seed', 'scores']
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,8 +68,14 @@ class Batches:
         return self.task.batch(batch, i)
 
     def fingerprint(self) -> dict:  # for JSON
-        "What tells this set from another: the number of batches, and the first one's bits."
-        return {'batches': self.n, 'first batch': digest(*self.first)}
+        "What tells this set from another: the number of batches, the first one's bits, and all bits if they are held."
+        found = {'batches': self.n, 'first batch': digest(*self.first)}
+        return found | ({'all batches': self.digest} if self.held else {})
+
+    @cached_property
+    def digest(self) -> str:
+        "Of all that is held, which takes a second for each gigabyte."
+        return digest(*(t for b in self.held for t in b))
 
 # %% ../../nbs/measure/03_evaluation.ipynb #64518e9e
 @contextmanager

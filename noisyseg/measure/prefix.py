@@ -15,14 +15,19 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..perturb.selectors import select
 
 # %% ../../nbs/measure/05_prefix.ipynb #37e04cae
+def _listened(module):
+    "Do hooks listen to what goes on inside of a module? Without a run they would hear nothing."
+    return any(c._forward_hooks or c._forward_pre_hooks for c in module.modules() if c is not module)
+
 def _candidates(model, where):
-    "The largest submodules that hold none of the selected weights, and some other parameter."
+    "The largest submodules that hold none of the selected weights, some other parameter, and no hooks inside."
     sites = select(model, where)
     weights = {id(getattr(s.module, s.attr)) for s in sites if not s.parametrized}
     computed = {id(s.module) for s in sites if s.parametrized}
     def find(m):
         if not any(True for _ in m.parameters()): return
-        if any(id(p) in weights for p in m.parameters()) or any(id(c) in computed for c in m.modules()):
+        noisy = any(id(p) in weights for p in m.parameters()) or any(id(c) in computed for c in m.modules())
+        if noisy or _listened(m):
             for c in m.children(): yield from find(c)
         else: yield m
     return list(dict.fromkeys(find(model)))
@@ -49,6 +54,21 @@ def _same(now, then, versions):
         elif x is not y and x != y: return False
     return [t._version for t in _tensors(then)] == versions
 
+# %% ../../nbs/measure/05_prefix.ipynb #2cb6f4f9
+_PLAIN = int, float, str, torch.Size
+
+def _held(module):
+    "All that a module and those inside of it hold, and how often each tensor was changed."
+    filled = [{k: v for k, v in vars(c).items() if not isinstance(v, dict) or v} for c in module.modules()]
+    leaves, spec = tree_flatten(filled)
+    return [*leaves, *(t._version for t in leaves if isinstance(t, torch.Tensor) and not t.is_inference())], spec
+
+def _unchanged(now, then):
+    "Does a module hold what it held before it ran? Of numbers and texts the value counts; others must be the same."
+    (a, spec), (b, other) = now, then
+    return spec == other and all(x is y or isinstance(x, _PLAIN) and isinstance(y, _PLAIN) and x == y
+                                 for x, y in zip(a, b))
+
 # %% ../../nbs/measure/05_prefix.ipynb #d2a1aaa9
 class _Kept:
     "What one module remembers: its calls in one pass over the data, and where in the pass it is."
@@ -68,9 +88,9 @@ class _Kept:
         return size
 
     def drop(self):
-        "The module stands behind the noise: keep nothing; how many bytes that frees."
+        "The module must run each time, such as one behind the noise: keep nothing; how many bytes that frees."
         size = sum(c[-1] for c in self.calls)
-        self.calls, self.state = [], 'behind'
+        self.calls, self.state = [], 'runs'
         return size
 
 # %% ../../nbs/measure/05_prefix.ipynb #dae64fb5
@@ -102,8 +122,8 @@ class PrefixCache:
 
     def _remembering(self, forward, module, k):
         def remembering(*args, **kwargs):
-            if k.state == 'behind' or torch.is_grad_enabled() or any(m.training for m in module.modules()):
-                return forward(*args, **kwargs)
+            training = torch.is_grad_enabled() or any(m.training for m in module.modules())
+            if k.state == 'runs' or training or _listened(module): return forward(*args, **kwargs)
             inputs, i = (args, kwargs), k.at
             k.at += 1
             if i < len(k.calls):
@@ -113,8 +133,10 @@ class PrefixCache:
                     k.state = 'before'
                     self.hits += 1
                     return _copied(out)
+            before = _held(module) if k.state == 'unknown' else None   # tried in the first pass, with each batch
             new = forward(*args, **kwargs)
-            if k.state != 'behind' and i == len(k.calls) and (i == 0 or k.state == 'before'):
+            if before and not _unchanged(_held(module), before): self.room += k.drop()
+            if k.state != 'runs' and i == len(k.calls) and (i == 0 or k.state == 'before'):
                 self.room -= k.keep(inputs, new, self.room)
             return new
         return remembering

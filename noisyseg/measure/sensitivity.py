@@ -34,7 +34,7 @@ def check_groups(
     "Layer groups, or an error."
     where = as_selector(where)
     if groups is None: groups = stages(model, where)
-    if isinstance(groups, (list, tuple)): groups = {str(as_selector(g)): g for g in groups}
+    if isinstance(groups, (list, tuple)): groups = _named(groups)
     if not isinstance(groups, Mapping) or not groups:
         raise TypeError(f"groups: expected a dict label -> selector or name pattern, or a list of them, got {groups!r}")
     all_names = [s.name for s in select(model, where)]
@@ -47,6 +47,14 @@ def check_groups(
             raise ValueError(f"groups: {label!r} has none of the {len(all_names)} weights that "
                              f"where={as_selector(where)} selects, such as {all_names[0]!r}")
     return found
+
+def _named(groups):
+    "A list of groups by their names."
+    names = [str(as_selector(g)) for g in groups]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f"groups: {twice[0]!r} is there twice; give each a name of its own: "
+                         f"`groups={{'first': …, 'second': …}}`")
+    return dict(zip(names, groups))
 
 def _sparing(names, label, *selectors):
     "These weights; channels that one of the selectors spares stay as they are."

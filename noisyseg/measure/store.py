@@ -188,16 +188,26 @@ def how_made() -> dict:
     return {'machine': machine | {'gpu': gpu, 'command': shlex.join(sys.argv)}}
 
 # %% ../../nbs/measure/06_store.ipynb #6c1d769b
+def _differ(there, now):
+    "What one of the two does not say, since it is older or had no room for all batches, is not compared."
+    if isinstance(there, dict) and isinstance(now, dict): return any(there[k] != now[k] for k in there if k in now)
+    return there != now
+
 def _differences(old, new):
     "In words, what makes the grids `old` and `new` two experiments."
     if 'cells' not in old: return ['it was written by an older noisyseg; load_sweep reads it']
-    found = [f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new.items() if k not in _TOLD and old.get(k) != v]
+    found = [f"{k}: {old[k]!r} there, {v!r} now" for k, v in new.items() if k not in _TOLD and _differ(old.get(k, v), v)]
     shared = [name for name in new['models'] if name in old['models']]
+    # another torch may print the same layer in other words
+    same_torch = old.get('versions', {}).get('torch') == new.get('versions', {}).get('torch')
     for name in shared:
         there, now = old['models'][name], new['models'][name]
         if there.get('weights') != now.get('weights'): found.append(f"model {name!r}: other weights")
-        found += [f"model {name!r}: {place} selects other weights" for place, sites in now.get('selected', {}).items()
-                  if there.get('selected', {}).get(place, sites) != sites]
+        if same_torch and there.get('built', now.get('built')) != now.get('built'):
+            found.append(f"model {name!r}: built otherwise")
+        for what, said in (('selected', 'selects other weights'), ('spared', 'spares other channels')):
+            found += [f"model {name!r}: {place} {said}" for place, sites in now.get(what, {}).items()
+                      if there.get(what, {}).get(place, sites) != sites]
     return found if shared else [*found, f"models: {', '.join(old['models'])} there, {', '.join(new['models'])} now"]
 
 # %% ../../nbs/measure/06_store.ipynb #fba4825d

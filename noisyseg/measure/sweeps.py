@@ -9,9 +9,9 @@ __all__ = ['check_models', 'check_levels', 'reads_inputs', 'Entry', 'entry_of', 
            'fingerprint', 'cells_of', 'wanted', 'groups_of', 'run_grid', 'in_notebook', 'sweep']
 
 # %% ../../nbs/measure/09_sweeps.ipynb #9a41120c
-import math, sys, warnings
+import math, re, sys, warnings
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
-from ..basics import check_whole, digest, expect_module, versions
+from ..basics import check_whole, digest, expect_module, unwrapped, versions
 from .evaluation import Batches, draw_seed, scores, untouched
 from .jobs import Interrupted, as_place, run_jobs
 from .prefix import PrefixCache
@@ -31,7 +31,7 @@ from .store import Cell, Row, Store, facts, store_path, to_frame
 from .summary import until
 from .task import Task
 from ..perturb.disturbance import Composed, Disturbance, Law
-from ..perturb.selectors import Selector, as_selector, select
+from ..perturb.selectors import Selector, Spared, as_selector, select
 
 # %% ../../nbs/measure/09_sweeps.ipynb #f6d7dfc6
 def check_models(
@@ -170,6 +170,23 @@ def common_classes(
                          f"{ {n: len(c) for (n, _), c in found.items()} }")
     return next(iter(found.values()))
 
+# %% ../../nbs/measure/09_sweeps.ipynb #84b5ab53
+def _picked(model, where):
+    "The names of the weights that a selector picks, and the channels of them that it spares."
+    names = [s.name for s in select(model, where)]
+    return names, {n: where.rows[n] for n in names if n in where.rows} if isinstance(where, Spared) else {}
+
+def _sites(model, entries):
+    "By its name, what each selector picks: rows know it by that name alone."
+    found = {}
+    for e in entries:
+        if e.where is None: continue
+        picked = _picked(model, e.where)
+        if found.setdefault(e.place, picked) != picked:
+            raise ValueError(f"where: two selectors are called {e.place!r} and pick other weights; give each a name of "
+                             f"its own: `Selector(lambda name, module, weight: …, 'decoder')`")
+    return found
+
 # %% ../../nbs/measure/09_sweeps.ipynb #fc25abf4
 class Grid:
     "Everything that a sweep needs, checked and ready."
@@ -191,8 +208,7 @@ class Grid:
         self.seed = check_whole('seed', seed, 0)
         self.reuse = {}
         self.kinds = 1
-        self.sites = {key: {e.place: [s.name for s in select(m, e.where)] for e in entries if e.where is not None}
-                      for key, m in models.items()}
+        self.sites = {key: _sites(m, entries) for key, m in models.items()}
         self.batches = dl if isinstance(dl, Batches) else Batches(dl, cache_mb, task)
         self.seen = None, None
         self.cache_mb = cache_mb
@@ -202,6 +218,24 @@ class Grid:
         for e in entries:
             if e.inputs: next(iter(self.inputs(e, e.levels[-1], self.seed)))
 
+# %% ../../nbs/measure/09_sweeps.ipynb #c53dec90
+def _network(m):
+    "A network's weights and how it is built, which they do not tell: its activations, its eps."
+    with suppress(ValueError): m = unwrapped(m)   # a wrapper changes no score
+    weights = digest(*(t for t in m.state_dict().values() if isinstance(t, torch.Tensor)))
+    return {'weights': weights, 'built': digest(_without_addresses(m))}
+
+def _without_addresses(v): return re.sub(' at 0x[0-9a-fA-F]+', '', repr(v))
+
+def _settings(task):
+    "What a task was made with, as text that is the same in another process; attributes with a _ are its own business."
+    def plain(v):
+        if isinstance(v, torch.Tensor): return digest(v)
+        if isinstance(v, nn.Module): return _network(v)
+        return sorted(map(repr, v)) if isinstance(v, (set, frozenset)) else v
+    with np.printoptions(threshold=sys.maxsize):
+        return ', '.join(f'{k}={_without_addresses(tree_map(plain, v))}' for k, v in vars(task).items() if k[0] != '_')
+
 # %% ../../nbs/measure/09_sweeps.ipynb #bf4a7d32
 def fingerprint(
     grid: Grid,  # of a sweep
@@ -209,13 +243,15 @@ def fingerprint(
     "What must be equal for two sweeps to share a store, and what its reader wants to know."
     models = {}
     for (name, run), m in grid.models.items():
-        weights = digest(*(t for t in m.state_dict().values() if isinstance(t, torch.Tensor)))
-        selected = {place: digest(*names) for place, names in grid.sites[name, run].items()}
-        models[name + (f' (training seed {run})' if run else '')] = {'weights': weights, 'selected': selected}
+        sites = grid.sites[name, run].items()
+        selected = {place: digest(*names) for place, (names, _) in sites}
+        spared = {place: digest(repr(rows)) for place, (_, rows) in sites}
+        models[name + (f' (training seed {run})' if run else '')] = _network(m) | dict(selected=selected, spared=spared)
     known = {}
     for e in grid.entries.values(): known.setdefault(e.label, {})[e.disturbance.name] = e.disturbance.to_dict()
     stops = {'sequential': True} if grid.until else {}
-    return stops | dict(seed=grid.seed, task=repr(grid.task), metric=grid.task.metric, ignore_index=grid.ignore_index,
+    told = {'task': repr(grid.task), 'task settings': _settings(grid.task)}
+    return stops | told | dict(seed=grid.seed, metric=grid.task.metric, ignore_index=grid.ignore_index,
                 classes=grid.classes, data=grid.batches.fingerprint(), models=models, disturbances=known,
                 versions=versions())
 

@@ -18,7 +18,9 @@ from ..nets.adapter import class_count, class_names, logits_of, run_model
 
 # %% ../../nbs/measure/02_task.ipynb #90dedc45
 class Task:
-    "What a batch is, what a network says to it, and how good that is. Subclass it for a task of your own."
+    """What a batch is, what a network says to it, and how good that is. Subclass it for a task of your own.
+
+    A store tells tasks apart by their attributes, but for those that begin with `_`."""
     metric: ClassVar[str] = 'score'  # the main score: what tables and figures show by default
     logits: ClassVar[bool] = False  # are outputs logits (batch, classes, …), so that answers can be drawn and compared?
 

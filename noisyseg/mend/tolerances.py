@@ -18,7 +18,7 @@ from ..basics import check_share, check_whole
 from ..measure.card import Untouched
 from ..measure.evaluation import Batches
 from ..measure.summary import main_metric
-from ..measure.sweeps import sweep
+from ..measure.sweeps import entry_of, sweep
 from ..perturb.disturbance import Disturbance
 
 # %% ../../nbs/mend/01_tolerances.ipynb #86ecb831
@@ -93,12 +93,20 @@ class Tolerance:
     confidence: float  # that the sentence is true
     trials: pd.DataFrame  # a line for each level that was tried: level, chips, misses, allowed, proven, worst loss
 
+    @property
+    def drawn(self) -> bool:
+        "Are there chips to speak of? What is the same in each draw was tried once."
+        return bool((self.trials['chips'] > 1).any())
+
     def __str__(self):
-        who = f'at least {self.share:.0%} of chips lose at most {100 * self.drop:.3g} points of {100 * self.clean:.1f}'
+        drop = f'{100 * self.drop:.3g} points of {100 * self.clean:.1f}'
         if math.isnan(self.level):
             first = self.disturbance.amount(self.trials['level'].iloc[0])
+            if not self.drawn: return f'no level holds: at {first} already, it loses more than {drop}'
             return f'no level was proven: at {first} already, too many lose more'
-        return f'at {self.disturbance.amount(self.level)}, {who} ({self.confidence:.0%} confidence)'
+        at = self.disturbance.amount(self.level)
+        if not self.drawn: return f'at {at}, it loses at most {drop} on these pictures'
+        return f'at {at}, at least {self.share:.0%} of chips lose at most {drop} ({self.confidence:.0%} confidence)'
 
     def __repr__(self): return f'Tolerance: {self}'
 
@@ -123,7 +131,9 @@ def tolerance(
      "test at each of a fixed sequence of levels, up to the first that fails.")
     check_share('drop', drop)
     allowed = misses_allowed(chips, share, confidence)
-    if disturbance.random and allowed < 0:
+    drawn = entry_of('', disturbance, [getattr(disturbance, 'level', 0)], where).seeded
+    if not drawn: chips, allowed = 1, 0   # a sweep measures it once, and again would find the same
+    if allowed < 0:
         need = math.ceil(math.log(1 - confidence) / math.log(share))
         raise ValueError(f"chips={chips} can't prove it: {share:.0%} of chips at {confidence:.0%} takes at least "
                          f"chips={need}")
@@ -131,19 +141,18 @@ def tolerance(
     run = lambda levels, draws, seed: sweep(model, batches, disturbance, levels=levels, draws=draws, where=where,
                                             seed=seed, progress=progress, **kwargs)
     clean = clean_score(model, batches, **kwargs)
-    levels = _levels_to_try(run, disturbance, levels, clean, drop, share, pilot, seed)
-    trials = _tried(run, disturbance, levels, clean, drop, chips if disturbance.random else 1,
-                    allowed if disturbance.random else 0, seed)
+    if levels is None: levels = _levels_to_try(run, disturbance, drawn, clean, drop, share, pilot, seed)
+    else: levels = disturbance.ordered(np.atleast_1d(levels).tolist())
+    trials = _tried(run, disturbance, levels, clean, drop, chips, allowed, seed)
     good = trials.loc[trials['proven'], 'level']
     level = float(good.iloc[-1]) if len(good) else math.nan
     at = disturbance.at(level) if len(good) else disturbance
     return Tolerance(level, at, clean, drop, share, confidence, trials)
 
 # %% ../../nbs/mend/01_tolerances.ipynb #4ee7060e
-def _levels_to_try(run, disturbance, levels, clean, drop, share, pilot, seed):
+def _levels_to_try(run, disturbance, drawn, clean, drop, share, pilot, seed):
     "The sequence of levels, from mild to strong."
-    if levels is not None: return disturbance.ordered(np.atleast_1d(levels).tolist())
-    if disturbance.step or not disturbance.random: return _sequence(disturbance, math.nan)
+    if disturbance.step or not drawn: return _sequence(disturbance, math.nan)
     other_chips = seed + 1_000_003
     return _sequence(disturbance, _pilot(run, disturbance, clean, drop, share, pilot, other_chips))
 
@@ -159,6 +168,12 @@ def _tried(run, disturbance, levels, clean, drop, chips, allowed, seed):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/mend/01_tolerances.ipynb #51fa3c19
+def _said(trials):
+    "What a figure says of each level."
+    worst = trials['worst'].map('{:.1%} are lost'.format)
+    return [f'{m} of {n} chips lose more' if n > 1 else w
+            for m, n, w in zip(trials['misses'], trials['chips'], worst)]
+
 def plot_tolerance(
     *found: Tolerance,  # one or more
     names=None,  # of each; None: what disturbed it
@@ -169,11 +184,13 @@ def plot_tolerance(
     for i, t in enumerate(found):
         d, name = t.trials, names[i] if names else t.disturbance.label
         fig.add_scatter(x=d['level'], y=[name] * len(d), mode='lines+markers', name=name, showlegend=False,
-                        text=[f'{m} of {n} chips lose more' for m, n in zip(d['misses'], d['chips'])],
+                        text=_said(d),
                         marker=dict(size=11, symbol=['circle' if p else 'circle-open' for p in d['proven']]))
     first = found[0]
-    title = (f'Filled: proven that {first.share:.0%} of chips lose at most {100 * first.drop:.3g} points, '
-             f'{first.confidence:.0%} confidence')
+    title = f'Filled: loses at most {100 * first.drop:.3g} points on these pictures'
+    if any(t.drawn for t in found):
+        title = (f'Filled: proven that {first.share:.0%} of chips lose at most {100 * first.drop:.3g} points, '
+                 f'{first.confidence:.0%} confidence')
     share = first.disturbance.share
     fig.update_xaxes(title=first.disturbance.axis_title(), rangemode='tozero', tickformat='.0%' if share else None)
     return fig.update_layout(template='plotly_white', height=110 + 50 * len(found), title_text=title,

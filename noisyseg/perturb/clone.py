@@ -784,7 +784,7 @@ def rescale(self:WeightClone,
     law = self.law.at(level)
     with self._changing():
         self._begin()
-        if hasattr(law, 'noise') and self._unit is None:
+        if getattr(law, 'additive', False) and self._unit is None:
             self._unit = [_unit_noise(law, c, z) for c, z in zip(self._clean, self._z)]
         for i, c in enumerate(self._clean):
             if self._unit is None: self._write(i, _apply(law, c, self._z[i]))

@@ -283,6 +283,11 @@ class AdditiveLaw(Law):
 
     def __call__(self, weight: Tensor, z: Tensor) -> Tensor: return weight + self.noise(weight, z)
 
+    @property
+    def additive(self) -> bool:
+        "Is that all? A kind with a call of its own, such as one that clamps the sum, is called at each level anew."
+        return type(self).__call__ is AdditiveLaw.__call__
+
 # %% ../../nbs/perturb/03_disturbance.ipynb #3a6e5408
 def usual(
     disturbance,  # what has the field
