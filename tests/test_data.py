@@ -23,7 +23,8 @@ from noisyseg.data.datasets import camvid, camvid_classes, sbd, scenes, voc, voc
 from noisyseg.data.doctor import check_dataset, class_weights
 from noisyseg.data.own import custom_masks
 from noisyseg.data.files import (MissingData, as_image, check_sizes, colorize, data_root, denormalize, label_table,
-                                 pair_files, read_colour_mask, read_image, read_mask, stored_values)
+                                 named, pair_files, read_colour_mask, read_image, read_mask, short_names,
+                                 stored_values)
 from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes
 from noisyseg.train.learner import segmentation_learner
@@ -458,6 +459,61 @@ def test_a_postscript_file_starts_no_program(tmp_path, monkeypatch):
         (tmp_path/name).write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n')
         with pytest.raises(ValueError, match=name): read_image(tmp_path/name)
     assert not (tmp_path/'ran').exists()
+
+# --- which images are meant, and no image on two sides
+
+@pytest.fixture
+def drives(tmp_path):
+    "Two frames of the same names in each of three folders"
+    for drive in 'abc':
+        for n in ('001', '002'):
+            write(tmp_path/'images'/drive/f'{n}.png', scene(ord(drive), 32)[0])
+            write(tmp_path/'masks'/drive/f'{n}.png', scene(ord(drive), 32)[1])
+    return tmp_path
+
+def sides(root, images='images', masks='masks', **kwargs):
+    "Names of the images that are trained on, and of those that are validated on"
+    dls = custom_masks(root/images, root/masks, scene_classes, size=32, bs=1, check=False, device='cpu', **kwargs)
+    return [[i.relative_to(root/'images').with_suffix('').as_posix() for i,_ in dl.dataset.items] for dl in dls.loaders]
+
+def test_names_below_folders(drives):
+    for valid in (['a/001.png', 'a/002'], [f'images/a/00{i}.png' for i in (1, 2)], [*(drives/'images'/'a').iterdir()]):
+        assert sides(drives, valid=valid)[1] == ['a/001', 'a/002']
+    by_drive = sides(drives, groups=lambda name: name.split('/')[0], valid=0.34)[1]
+    assert by_drive in [[f'{d}/001', f'{d}/002'] for d in 'abc']
+    with pytest.raises(ValueError, match=r"valid: '001.png' names 3 images: write 'a/001'"):
+        sides(drives, valid=['001.png'])
+    with pytest.raises(ValueError, match="valid names 'd/001', which is none of the 6.* as 'a/001'"):
+        sides(drives, valid=['d/001'])
+
+def test_a_longer_name_always_helps(tmp_path):
+    "Even where the folder itself has an image of that name: then it is the whole path"
+    files = [tmp_path/'1.png', tmp_path/'sub'/'1.png', tmp_path/'2.v.png']
+    with pytest.raises(ValueError, match=f"write '{tmp_path.as_posix()}/1.png'"): named(files, ['1'])
+    assert named(files, [tmp_path/'1.png', '2.v']) == {0, 2} and named(files, ['sub/1.jpg']) == {1}
+    assert short_names(files) == ['1', 'sub/1', '2.v'] and short_names([]) == []
+
+def test_folders_of_validation_inside_of_the_others(drives):
+    with pytest.raises(ValueError, match=r'to train on and for validation at once: .*a/001.png \(and 1 more\)') as e:
+        sides(drives, valid=(drives/'images'/'a', drives/'masks'/'a'))
+    line = re.search(r'hold them out, valid=(.*), or pass', str(e.value))[1]
+    assert sides(drives, valid=eval(line))[1] == ['a/001', 'a/002']
+    with pytest.raises(ValueError, match='leave groups= out'):
+        sides(drives, valid=(drives/'images'/'a', drives/'masks'/'a'), groups=lambda name: name)
+
+def test_names_do_not_tear_groups(drives):
+    with pytest.raises(ValueError, match='1 of the same are left to train on') as e:
+        sides(drives, valid=['a/001'], groups=lambda name: name.split('/')[0])
+    line = re.search(r'valid=(.*), or leave', str(e.value))[1]
+    assert sides(drives, valid=eval(line, dict(valid=['a/001'])), groups=lambda name: name.split('/')[0])[1] == [
+        'a/001', 'a/002']
+
+def test_masks_of_two_people_stay_on_one_side(set8):
+    pairs = [(set8/'images'/f'{i}.jpg', set8/'masks'/f'{m}.png') for i in range(4) for m in (i, i+4)]
+    for kwargs in (*(dict(valid=0.3, valid_seed=s) for s in range(4)), dict(valid=['2'])):
+        dls = custom_masks(pairs, None, scene_classes, size=32, bs=2, check=False, device='cpu', **kwargs)
+        train, valid = ([i for i,_ in dl.dataset.items] for dl in dls.loaders)
+        assert len(train)+len(valid) == 8 and not {*train} & {*valid}
 
 # --- the doctor
 

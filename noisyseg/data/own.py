@@ -12,36 +12,41 @@ __all__ = ['hold_out', 'draw_groups', 'pair_folders', 'class_names', 'labels_of'
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from unicodedata import normalize
 import numpy as np
 from fastcore.meta import delegates
 from fastai.data.core import DataLoaders
 from ..basics import check_whole
 from .doctor import errors, raise_faults, survey
 from .loaders import mask_dataloaders
-from .files import (PairReader, check_sizes, distinct_palette, label_table, pair_files, read_image,
-                                 stored_values)
+from .files import (PairReader, check_sizes, distinct_palette, label_table, named, pair_files,
+                                 read_image, short_names, stored_values)
+from .splits import keep_apart
 
 # %% ../../nbs/data/07_own.ipynb #fee3824d
 def hold_out(
     pairs:list, # (image, mask) files
-    valid, # share of the images, or a list of their names
+    valid, # share of the images, or a list of their names, see `named`
     seed:int=0, # which ones, where `valid` is a share
-    groups=None # name of an image -> its group; None: each image is one of its own
+    groups=None # name of an image, as `short_names` has it -> its group; None: each image is one of its own
 ) -> tuple: # (training pairs, validation pairs)
     "Some images for validation, the others for training; images of one group stay together"
+    files = [p[0] for p in pairs]
+    # an image that is there twice, with masks of two people, stays on one side
+    group = [os.path.realpath(f) for f in files] if groups is None else [groups(n) for n in short_names(files)]
     if isinstance(valid, (int,float)):
         if not 0<valid<1: raise ValueError(f"{valid=}: expected a share between 0 and 1, or a list of names")
-        held = draw_groups([i if groups is None else groups(p[0].stem) for i,p in enumerate(pairs)], valid, seed)
+        held = draw_groups(group, valid, seed)
     elif isinstance(valid, (str,os.PathLike)) or not hasattr(valid, '__iter__'):
         raise TypeError(f"valid: expected a share, or a list of names, got {valid!r}: `valid=0.2`, or "
                         "`valid=[f.name for f in Path(images).iterdir() if …]`")
     else:
-        at = {normalize('NFC', p[0].stem): i for i,p in enumerate(pairs)}
-        wanted = [normalize('NFC', Path(v).stem) for v in valid]
-        if unknown := [v for v in wanted if v not in at]:
-            raise ValueError(f"valid names {unknown[0]!r}, which is none of the {len(pairs)} images")
-        held = {at[v] for v in wanted}
+        wanted = named(files, valid)
+        whole = {group[i] for i in wanted}
+        held = {i for i,g in enumerate(group) if g in whole}
+        if groups is not None and (torn := sorted(held-wanted)):
+            names = [short_names(files)[i] for i in torn[:20]]
+            raise ValueError(f"valid names some images of a group, and {len(torn)} of the same are left to train on: "
+                             f"valid=[*valid, *{names}], or leave groups= out")
     if len(held)==len(pairs):
         raise ValueError(f"all {len(pairs)} images are held out for validation: nothing is left to train on")
     return [p for i,p in enumerate(pairs) if i not in held], [p for i,p in enumerate(pairs) if i in held]
@@ -61,7 +66,8 @@ def draw_groups(
     if len(names)<2:
         raise ValueError(f"groups put all {len(group)} images into one group, {names[0]!r}: expected several, such as "
                          "groups=lambda name: name.split('_')[0]")
-    members = {g: [i for i,o in enumerate(group) if o==g] for g in names}
+    members = {g: [] for g in names}
+    for i,g in enumerate(group): members[g].append(i)
     wanted = max(1, round(share*len(group)))
     held = set()
     for k in np.random.default_rng(check_whole('valid_seed', seed, 0)).permutation(len(names)):
@@ -72,11 +78,18 @@ def draw_groups(
 def pair_folders(
     pairs:list, # (image, mask) files to train on
     valid, # two folders (images, masks), or something else
-    suffix:str='' # what a mask's name has after its image's
+    suffix:str='', # what a mask's name has after its image's
+    groups=None # see `hold_out`; here it has nothing to say
 ): # (training pairs, validation pairs), or None where `valid` is something else
     "Validation in folders of its own"
-    if isinstance(valid, (tuple,list)) and len(valid)==2 and all(Path(str(v)).is_dir() for v in valid):
-        return pairs, pair_files(*valid, suffix)
+    if not (isinstance(valid, (tuple,list)) and len(valid)==2 and all(Path(str(v)).is_dir() for v in valid)): return
+    if groups is not None:
+        raise ValueError("groups= say how to split, and valid= are folders, which are split already: leave groups= out")
+    held = pair_files(*valid, suffix)
+    ending = held[0][0].suffix
+    keep_apart({'to train on': [i for i,_ in pairs], 'for validation': [i for i,_ in held]},
+               f"hold them out, valid=[*Path({str(valid[0])!r}).rglob('*{ending}')], or pass images= without them")
+    return pairs, held
 
 # %% ../../nbs/data/07_own.ipynb #1f40519e
 def class_names(
@@ -171,7 +184,7 @@ def custom_masks(
     suffix:str='', # what a mask's name has after its image's
     check:bool=True, # read all masks now, and stop where training makes no sense?
     codes:dict|None=None, # {stored value: class name or label}, where masks hold other numbers: {0: 0, 255: 1}
-    groups=None, # name of an image -> drive, patient, ...: images of one group stay on one side of the split
+    groups=None, # name of an image ('folder/name' below folders) -> drive, patient, ...: a group stays on one side
     read_image=read_image, # image file -> array of bytes (height, width) or (height, width, channels)
     **kwargs
 ) -> DataLoaders:
@@ -183,7 +196,7 @@ def custom_masks(
         raise TypeError("images: expected a folder, a list of files or of pairs (image, mask), got None: "
                         "`custom_masks('images', 'masks', classes)`")
     pairs = [tuple(map(Path, p)) for p in images] if masks is None else pair_files(images, masks, suffix)
-    train, held = pair_folders(pairs, valid, suffix) or hold_out(pairs, valid, valid_seed, groups)
+    train, held = pair_folders(pairs, valid, suffix, groups) or hold_out(pairs, valid, valid_seed, groups)
     read = mask_reader(classes, ignore_index, colours, codes, read_image)
     if check: at_the_door(train, held, read, classes, ignore_index)
     palette = palette or distinct_palette(len(classes))
