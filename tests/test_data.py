@@ -1,6 +1,7 @@
 """Faults of datasets: whatever is broken, the message names the file. The lessons are in nbs/data."""
 import gc
 import hashlib
+import json
 import pickle
 import re
 import subprocess
@@ -19,7 +20,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from noisyseg.data import datasets as data_module
-from noisyseg.data.datasets import camvid, camvid_classes, sbd, scenes, voc, voc_palette
+from noisyseg.data.datasets import camvid, camvid_classes, coco, sbd, scenes, voc, voc_palette
 from noisyseg.data.doctor import check_dataset, class_weights
 from noisyseg.data.own import custom_masks
 from noisyseg.data.files import (MissingData, as_image, check_sizes, colorize, data_root, denormalize, label_table,
@@ -514,6 +515,42 @@ def test_masks_of_two_people_stay_on_one_side(set8):
         dls = custom_masks(pairs, None, scene_classes, size=32, bs=2, check=False, device='cpu', **kwargs)
         train, valid = ([i for i,_ in dl.dataset.items] for dl in dls.loaders)
         assert len(train)+len(valid) == 8 and not {*train} & {*valid}
+
+# --- COCO's polygons
+
+def polygons(root, name, ids, categories):
+    "A file of images with a square of each of the first two categories"
+    square = lambda x: [[x, 4, x+10, 4, x+10, 14, x, 14]]
+    found = [dict(id=2*i+k+1, image_id=i, category_id=c['id'], iscrowd=0, area=100, segmentation=square(4+12*k))
+             for i in ids for k,c in enumerate(categories[:2])]
+    for i in ids: write(root/f'{i}.png', scene(i, 32)[0])
+    images = [dict(id=i, file_name=f'{i}.png', width=32, height=32) for i in ids]
+    (root/name).write_text(json.dumps(dict(images=images, categories=categories, annotations=found)))
+    return root/name
+
+@pytest.mark.parametrize('names, vocab, labels', [
+    (('_background_', 'road', 'car'), ['background', 'road', 'car'], {0, 1}),
+    (('road', 'Background'), ['background', 'road'], {0, 1}),
+    (('gap', 'cell', 'cell'), ['background', 'gap', 'cell'], {0, 1, 2}),
+    (('cell', 'cell'), ['background', 'cell'], {0, 1})])
+def test_polygons_of_the_background_and_of_one_name(tmp_path, names, vocab, labels):
+    pytest.importorskip('pycocotools')
+    categories = [dict(id=i, name=name) for i,name in enumerate(names)]
+    a, v = (polygons(tmp_path, f, ids, categories) for f,ids in (('a.json', (0, 1)), ('v.json', (2, 3))))
+    dls = coco(a, tmp_path, v, size=32, bs=2, device='cpu')
+    assert dls.vocab == vocab
+    for ds in (dls.train_ds, dls.valid_ds): assert {*np.unique(ds.read(ds.items[0])[1]).tolist()} == labels
+
+def test_polygons_on_both_sides(tmp_path, monkeypatch):
+    "The line that is offered makes two files of one"
+    pytest.importorskip('pycocotools')
+    monkeypatch.chdir(tmp_path)
+    file = polygons(tmp_path, 'a.json', range(6), [dict(id=3, name='road'), dict(id=5, name='car')])
+    with pytest.raises(ValueError, match=r'to train on and for validation at once: .*0.png \(and 5 more\)') as e:
+        coco(file, tmp_path, file)
+    exec(str(e.value).split('make two files of one: ')[1], dict(json=json, Path=Path))
+    dls = coco('train.json', tmp_path, 'valid.json', size=32, bs=2, device='cpu')
+    assert [[i[1].stem for i in dl.dataset.items] for dl in dls.loaders] == [['2', '3', '4', '5'], ['0', '1']]
 
 # --- the doctor
 
