@@ -461,6 +461,59 @@ def test_a_postscript_file_starts_no_program(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=name): read_image(tmp_path/name)
     assert not (tmp_path/'ran').exists()
 
+@pytest.mark.parametrize('ending', ['png', 'tif', 'gif', 'bmp'])
+def test_numbers_whose_colours_differ_from_file_to_file(tmp_path, ending):
+    "'Indexed colour', as programs save it: the numbers are no labels"
+    colours = np.array([(0, 0, 0), (255, 0, 0)], np.uint8)
+    def save(p, m, turn=lambda i: i%2):
+        flip = turn(int(p.name))
+        im = Image.fromarray((m ^ flip).astype(np.uint8)).convert('P')
+        im.putpalette(colours[[flip, 1-flip]].tobytes())
+        im.save(f'{p}.{ending}')
+    with pytest.raises(ValueError, match=r'is the colour \(.*colours={\(.*codes={') as e:
+        set_of(tmp_path, save_mask=save)
+    line = re.search(r'colours=({.*?}).', str(e.value))[1].replace(', ...', '')
+    line = line.replace('(0, 0, 0): class', "(0, 0, 0): 'ground'").replace('(255, 0, 0): class', "(255, 0, 0): 'thing'")
+    right = truth(set_of(tmp_path/'plain'))
+    assert torch.equal(truth(set_of(tmp_path, save_mask=save, colours=eval(line))), right)
+    as_labels = eval(re.search(r'codes=({.*})$', str(e.value))[1])
+    assert len(set_of(tmp_path, save_mask=save, codes=as_labels).train_ds) == 6
+    same = set_of(tmp_path/'same', save_mask=lambda p, m: save(p, m, lambda i: 0))
+    assert torch.equal(truth(same), right)
+
+def test_numbers_of_differing_colours_beyond_the_classes(tmp_path):
+    "Then the numbers are not out of range: they are no labels"
+    def save(p, m):
+        im = Image.fromarray(m*2).convert('P')
+        im.putpalette([0]*6 + [*[(255, 0, 0), (0, 255, 0)][int(p.name)%2]])
+        im.save(f'{p}.png')
+    with pytest.raises(ValueError, match=r'is the colour .*colours='): set_of(tmp_path, save_mask=save)
+
+@pytest.mark.parametrize('dtype, void, save', [
+    (np.uint16, 65535, lambda f, y: Image.fromarray(y).save(f'{f}.png')),
+    (np.int32, -1, lambda f, y: Image.fromarray(y).save(f'{f}.tif'))])
+def test_numbers_that_are_no_bytes(tmp_path, dtype, void, save):
+    "The line that is offered mends the file"
+    def marked(m): y = m.astype(dtype); y[:5] = void; return y
+    with pytest.raises(ValueError, match=f'label {void} on .*Stored values are bytes') as e:
+        set_of(tmp_path, save_mask=lambda p, m: save(p, marked(m)))
+    assert 'All masks together' not in str(e.value)
+    for mask in (tmp_path/'masks').iterdir():
+        exec(re.search(r'as they are: (.*?) \(and', str(e.value))[1], dict(mask=mask, np=np, Image=Image))
+    y = np.stack([read_mask(f, label_table(2, 255)) for f in (tmp_path/'masks').iterdir()])
+    assert (y[:, :5] == 255).all() and set(np.unique(y[:, 5:])) == {0, 1}
+
+@pytest.mark.parametrize('codes', [None, {0: 0, 1: 1}, {0: 1, 1: 0}])
+def test_what_does_not_count_is_offered_as_it_works(tmp_path, codes):
+    def save(p, m): m[:5] = 7; Image.fromarray(m).save(f'{p}.png')
+    with pytest.raises(ValueError, match='label 7 .* where it does not count') as e:
+        set_of(tmp_path, save_mask=save, codes=codes, ignore_index=2)
+    lines = re.findall(r'codes={\.\.\., 7: ignore_index}|ignore_index=7', str(e.value))
+    assert lines[-1] == 'codes={..., 7: ignore_index}' and (codes is not None or lines[0] == 'ignore_index=7')
+    dls = set_of(tmp_path, save_mask=save, codes=(codes or {0: 0, 1: 1}) | {7: 2}, ignore_index=2)
+    assert 2 in truth(dls)
+    if codes is None: assert 7 in truth(set_of(tmp_path, save_mask=save, ignore_index=7))
+
 # --- which images are meant, and no image on two sides
 
 @pytest.fixture

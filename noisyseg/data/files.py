@@ -6,10 +6,10 @@ Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 
 # %% auto #0
 __all__ = ['FORMATS', 'LARGE', 'MissingData', 'data_root', 'UnusableFile', 'open_image', 'read_image', 'reduction', 'strips',
-           'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'lossless', 'read_mask',
-           'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size', 'check_fit',
-           'files_by_name', 'pair_files', 'short_names', 'named', 'check_sizes', 'colorize', 'distinct_palette',
-           'denormalize', 'to_rgb']
+           'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'palette_of', 'lossless',
+           'read_mask', 'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size',
+           'check_fit', 'files_by_name', 'pair_files', 'short_names', 'named', 'check_sizes', 'colorize',
+           'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../../nbs/data/02_files.ipynb #c6e4bdd0
 import os
@@ -261,6 +261,19 @@ def _stored(im):
     raise UnusableFile(f"a mask of mode {im.mode!r}; expected one class number a pixel. For masks in colours pass "
                        "colours={(r,g,b): class}, with each colour that occurs")
 
+# %% ../../nbs/data/02_files.ipynb #465fdaaa
+def palette_of(
+    path:str|Path # a mask
+) -> np.ndarray|None: # bytes (numbers, 3), the colour of each; None: the file has no palette
+    "The colours in which a mask's numbers are shown; its pixels are not read"
+    if Path(str(path)).suffix.lower() in ('.npy', '.mat'): return None
+    def colours(im):
+        if im.mode!='P' or im.palette is None: return None
+        kind, data = im.palette.getdata()
+        if kind!='RGB': data = bytes(im.getpalette())
+        return np.frombuffer(data, np.uint8)[:len(data)//3*3].reshape(-1, 3)
+    return open_image(path, colours, 'mask')
+
 # %% ../../nbs/data/02_files.ipynb #ef15f538
 def lossless(
     im # open PIL image of a mask
@@ -302,10 +315,15 @@ def _not_allowed(path, raw, table):
     "The sentence about a value that must not occur in a mask"
     allowed = np.flatnonzero(table>=0)
     bad = raw[~np.isin(raw, allowed)]
-    void = f'ignore_index={bad[0]}' if (table[allowed]==allowed).all() else f'codes={{..., {bad[0]}: 255}}'
+    void = f'codes={{..., {bad[0]}: ignore_index}}'
+    if (table[allowed]==allowed).all(): void = f'ignore_index={bad[0]} and no codes=, or {void},'
     mend = ("Is it a mask of another set, or one that was resized with interpolation? If the value is right, say "
             f"what it means: codes={{..., {bad[0]}: class}}, or {void} where it does not count")
     if set(np.unique(raw))<={0, 255}: mend = "Is this a mask of a paint tool? Pass codes={0: 0, 255: 1}"
+    if not 0<=bad[0]<=255:
+        mend = ("Stored values are bytes, 0 to 255. If it marks what does not count, save it as 255, and all others as "
+                "they are: y = np.array(Image.open(mask)); y = np.where((y < 0) | (y > 255), 255, y).astype(np.uint8); "
+                "Image.fromarray(y).save(mask)")
     return (f"{path}: label {bad[0]} on {(bad==bad[0]).sum()} pixels is out of range; allowed are "
             f"{_ranges(allowed)}. {mend}")
 
