@@ -1,6 +1,7 @@
 """Faults of datasets: whatever is broken, the message names the file. The lessons are in nbs/data."""
 import gc
 import hashlib
+import json
 import pickle
 import re
 import subprocess
@@ -19,11 +20,12 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from noisyseg.data import datasets as data_module
-from noisyseg.data.datasets import camvid, camvid_classes, sbd, scenes, voc, voc_palette
+from noisyseg.data.datasets import camvid, camvid_classes, coco, sbd, scenes, voc, voc_palette
 from noisyseg.data.doctor import check_dataset, class_weights
 from noisyseg.data.own import custom_masks
 from noisyseg.data.files import (MissingData, as_image, check_sizes, colorize, data_root, denormalize, label_table,
-                                 pair_files, read_colour_mask, read_image, read_mask, stored_values)
+                                 named, pair_files, read_colour_mask, read_image, read_mask, short_names,
+                                 stored_values)
 from noisyseg.data.loaders import mask_dataloaders
 from noisyseg.data.procedural import scene, scene_classes
 from noisyseg.train.learner import segmentation_learner
@@ -458,6 +460,150 @@ def test_a_postscript_file_starts_no_program(tmp_path, monkeypatch):
         (tmp_path/name).write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n')
         with pytest.raises(ValueError, match=name): read_image(tmp_path/name)
     assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('ending', ['png', 'tif', 'gif', 'bmp'])
+def test_numbers_whose_colours_differ_from_file_to_file(tmp_path, ending):
+    "'Indexed colour', as programs save it: the numbers are no labels"
+    colours = np.array([(0, 0, 0), (255, 0, 0)], np.uint8)
+    def save(p, m, turn=lambda i: i%2):
+        flip = turn(int(p.name))
+        im = Image.fromarray((m ^ flip).astype(np.uint8)).convert('P')
+        im.putpalette(colours[[flip, 1-flip]].tobytes())
+        im.save(f'{p}.{ending}')
+    with pytest.raises(ValueError, match=r'is the colour \(.*colours={\(.*codes={') as e:
+        set_of(tmp_path, save_mask=save)
+    line = re.search(r'colours=({.*?}).', str(e.value))[1].replace(', ...', '')
+    line = line.replace('(0, 0, 0): class', "(0, 0, 0): 'ground'").replace('(255, 0, 0): class', "(255, 0, 0): 'thing'")
+    right = truth(set_of(tmp_path/'plain'))
+    assert torch.equal(truth(set_of(tmp_path, save_mask=save, colours=eval(line))), right)
+    as_labels = eval(re.search(r'codes=({.*})$', str(e.value))[1])
+    assert len(set_of(tmp_path, save_mask=save, codes=as_labels).train_ds) == 6
+    same = set_of(tmp_path/'same', save_mask=lambda p, m: save(p, m, lambda i: 0))
+    assert torch.equal(truth(same), right)
+
+def test_numbers_of_differing_colours_beyond_the_classes(tmp_path):
+    "Then the numbers are not out of range: they are no labels"
+    def save(p, m):
+        im = Image.fromarray(m*2).convert('P')
+        im.putpalette([0]*6 + [*[(255, 0, 0), (0, 255, 0)][int(p.name)%2]])
+        im.save(f'{p}.png')
+    with pytest.raises(ValueError, match=r'is the colour .*colours='): set_of(tmp_path, save_mask=save)
+
+@pytest.mark.parametrize('dtype, void, save', [
+    (np.uint16, 65535, lambda f, y: Image.fromarray(y).save(f'{f}.png')),
+    (np.int32, -1, lambda f, y: Image.fromarray(y).save(f'{f}.tif'))])
+def test_numbers_that_are_no_bytes(tmp_path, dtype, void, save):
+    "The line that is offered mends the file"
+    def marked(m): y = m.astype(dtype); y[:5] = void; return y
+    with pytest.raises(ValueError, match=f'label {void} on .*Stored values are bytes') as e:
+        set_of(tmp_path, save_mask=lambda p, m: save(p, marked(m)))
+    assert 'All masks together' not in str(e.value)
+    for mask in (tmp_path/'masks').iterdir():
+        exec(re.search(r'as they are: (.*?) \(and', str(e.value))[1], dict(mask=mask, np=np, Image=Image))
+    y = np.stack([read_mask(f, label_table(2, 255)) for f in (tmp_path/'masks').iterdir()])
+    assert (y[:, :5] == 255).all() and set(np.unique(y[:, 5:])) == {0, 1}
+
+@pytest.mark.parametrize('codes', [None, {0: 0, 1: 1}, {0: 1, 1: 0}])
+def test_what_does_not_count_is_offered_as_it_works(tmp_path, codes):
+    def save(p, m): m[:5] = 7; Image.fromarray(m).save(f'{p}.png')
+    with pytest.raises(ValueError, match='label 7 .* where it does not count') as e:
+        set_of(tmp_path, save_mask=save, codes=codes, ignore_index=2)
+    lines = re.findall(r'codes={\.\.\., 7: ignore_index}|ignore_index=7', str(e.value))
+    assert lines[-1] == 'codes={..., 7: ignore_index}' and (codes is not None or lines[0] == 'ignore_index=7')
+    dls = set_of(tmp_path, save_mask=save, codes=(codes or {0: 0, 1: 1}) | {7: 2}, ignore_index=2)
+    assert 2 in truth(dls)
+    if codes is None: assert 7 in truth(set_of(tmp_path, save_mask=save, ignore_index=7))
+
+# --- which images are meant, and no image on two sides
+
+@pytest.fixture
+def drives(tmp_path):
+    "Two frames of the same names in each of three folders"
+    for drive in 'abc':
+        for n in ('001', '002'):
+            write(tmp_path/'images'/drive/f'{n}.png', scene(ord(drive), 32)[0])
+            write(tmp_path/'masks'/drive/f'{n}.png', scene(ord(drive), 32)[1])
+    return tmp_path
+
+def sides(root, images='images', masks='masks', **kwargs):
+    "Names of the images that are trained on, and of those that are validated on"
+    dls = custom_masks(root/images, root/masks, scene_classes, size=32, bs=1, check=False, device='cpu', **kwargs)
+    return [[i.relative_to(root/'images').with_suffix('').as_posix() for i,_ in dl.dataset.items] for dl in dls.loaders]
+
+def test_names_below_folders(drives):
+    for valid in (['a/001.png', 'a/002'], [f'images/a/00{i}.png' for i in (1, 2)], [*(drives/'images'/'a').iterdir()]):
+        assert sides(drives, valid=valid)[1] == ['a/001', 'a/002']
+    by_drive = sides(drives, groups=lambda name: name.split('/')[0], valid=0.34)[1]
+    assert by_drive in [[f'{d}/001', f'{d}/002'] for d in 'abc']
+    with pytest.raises(ValueError, match=r"valid: '001.png' names 3 images: write 'a/001'"):
+        sides(drives, valid=['001.png'])
+    with pytest.raises(ValueError, match="valid names 'd/001', which is none of the 6.* as 'a/001'"):
+        sides(drives, valid=['d/001'])
+
+def test_a_longer_name_always_helps(tmp_path):
+    "Even where the folder itself has an image of that name: then it is the whole path"
+    files = [tmp_path/'1.png', tmp_path/'sub'/'1.png', tmp_path/'2.v.png']
+    with pytest.raises(ValueError, match=f"write '{tmp_path.as_posix()}/1.png'"): named(files, ['1'])
+    assert named(files, [tmp_path/'1.png', '2.v']) == {0, 2} and named(files, ['sub/1.jpg']) == {1}
+    assert short_names(files) == ['1', 'sub/1', '2.v'] and short_names([]) == []
+
+def test_folders_of_validation_inside_of_the_others(drives):
+    with pytest.raises(ValueError, match=r'to train on and for validation at once: .*a/001.png \(and 1 more\)') as e:
+        sides(drives, valid=(drives/'images'/'a', drives/'masks'/'a'))
+    line = re.search(r'hold them out, valid=(.*), or pass', str(e.value))[1]
+    assert sides(drives, valid=eval(line))[1] == ['a/001', 'a/002']
+    with pytest.raises(ValueError, match='leave groups= out'):
+        sides(drives, valid=(drives/'images'/'a', drives/'masks'/'a'), groups=lambda name: name)
+
+def test_names_do_not_tear_groups(drives):
+    with pytest.raises(ValueError, match='1 of the same are left to train on') as e:
+        sides(drives, valid=['a/001'], groups=lambda name: name.split('/')[0])
+    line = re.search(r'valid=(.*), or leave', str(e.value))[1]
+    assert sides(drives, valid=eval(line, dict(valid=['a/001'])), groups=lambda name: name.split('/')[0])[1] == [
+        'a/001', 'a/002']
+
+def test_masks_of_two_people_stay_on_one_side(set8):
+    pairs = [(set8/'images'/f'{i}.jpg', set8/'masks'/f'{m}.png') for i in range(4) for m in (i, i+4)]
+    for kwargs in (*(dict(valid=0.3, valid_seed=s) for s in range(4)), dict(valid=['2'])):
+        dls = custom_masks(pairs, None, scene_classes, size=32, bs=2, check=False, device='cpu', **kwargs)
+        train, valid = ([i for i,_ in dl.dataset.items] for dl in dls.loaders)
+        assert len(train)+len(valid) == 8 and not {*train} & {*valid}
+
+# --- COCO's polygons
+
+def polygons(root, name, ids, categories):
+    "A file of images with a square of each of the first two categories"
+    square = lambda x: [[x, 4, x+10, 4, x+10, 14, x, 14]]
+    found = [dict(id=2*i+k+1, image_id=i, category_id=c['id'], iscrowd=0, area=100, segmentation=square(4+12*k))
+             for i in ids for k,c in enumerate(categories[:2])]
+    for i in ids: write(root/f'{i}.png', scene(i, 32)[0])
+    images = [dict(id=i, file_name=f'{i}.png', width=32, height=32) for i in ids]
+    (root/name).write_text(json.dumps(dict(images=images, categories=categories, annotations=found)))
+    return root/name
+
+@pytest.mark.parametrize('names, vocab, labels', [
+    (('_background_', 'road', 'car'), ['background', 'road', 'car'], {0, 1}),
+    (('road', 'Background'), ['background', 'road'], {0, 1}),
+    (('gap', 'cell', 'cell'), ['background', 'gap', 'cell'], {0, 1, 2}),
+    (('cell', 'cell'), ['background', 'cell'], {0, 1})])
+def test_polygons_of_the_background_and_of_one_name(tmp_path, names, vocab, labels):
+    pytest.importorskip('pycocotools')
+    categories = [dict(id=i, name=name) for i,name in enumerate(names)]
+    a, v = (polygons(tmp_path, f, ids, categories) for f,ids in (('a.json', (0, 1)), ('v.json', (2, 3))))
+    dls = coco(a, tmp_path, v, size=32, bs=2, device='cpu')
+    assert dls.vocab == vocab
+    for ds in (dls.train_ds, dls.valid_ds): assert {*np.unique(ds.read(ds.items[0])[1]).tolist()} == labels
+
+def test_polygons_on_both_sides(tmp_path, monkeypatch):
+    "The line that is offered makes two files of one"
+    pytest.importorskip('pycocotools')
+    monkeypatch.chdir(tmp_path)
+    file = polygons(tmp_path, 'a.json', range(6), [dict(id=3, name='road'), dict(id=5, name='car')])
+    with pytest.raises(ValueError, match=r'to train on and for validation at once: .*0.png \(and 5 more\)') as e:
+        coco(file, tmp_path, file)
+    exec(str(e.value).split('make two files of one: ')[1], dict(json=json, Path=Path))
+    dls = coco('train.json', tmp_path, 'valid.json', size=32, bs=2, device='cpu')
+    assert [[i[1].stem for i in dl.dataset.items] for dl in dls.loaders] == [['2', '3', '4', '5'], ['0', '1']]
 
 # --- the doctor
 

@@ -17,11 +17,12 @@ from noisyseg.data.datasets import scenes
 from noisyseg.data.doctor import check_dataset
 from noisyseg.data.loaders import MaskDataset, augmenter
 from noisyseg.data.files import colorize, data_root
+from noisyseg.data.own import custom_masks
 from noisyseg.data.procedural import scene, scene_classes, scene_palette
 from noisyseg.data.splits import (check_apart, choose_balanced, pair_some, read_list, read_split,
                                   split_labelled)
 from noisyseg.data.semi_supervised import (SemiDL, SemiDataset, ViewDataset, cutmix, cutmix_boxes, partners,
-                                           semi_dataloaders, semi_folder, semi_scenes,
+                                           semi, semi_dataloaders, semi_folder, semi_scenes,
     strong_view)
 
 def identity(o): return o
@@ -340,6 +341,28 @@ def test_lists_are_compared_as_they_look(tmp_path):
     with pytest.raises(ValueError, match='line 2: Zürich.jpg is there a second time'): read_list(tmp_path/'twice.txt')
     (tmp_path/'joined.txt').write_text('\ufeffa.jpg a.png\n\ufeffb.jpg b.png\n', encoding='utf-8')
     assert read_list(tmp_path/'joined.txt')==[(Path('a.jpg'), Path('a.png')), (Path('b.jpg'), Path('b.png'))]
+
+def test_nothing_that_is_validated_on_is_labelled_or_seen(mine):
+    "And the line that is offered works"
+    pairs, rest = pair_some(mine/'images', mine/'masks')
+    dls = custom_masks(pairs, None, scene_classes, 32, 2, valid=['01', '02'], check=False, device='cpu')
+    with pytest.raises(ValueError, match=r'for validation and labelled at once: .*01.jpg \(and 1 more\)') as e:
+        semi(dls, (pairs, rest), bs=2)
+    with pytest.raises(ValueError, match='for validation and unlabelled at once: .*01.jpg;'):
+        semi(dls, 3, unlabelled=[mine/'images'/'01.jpg'], bs=2)
+    *lines, call = str(e.value).split('leave it out: ')[1].split('; ')
+    names = dict(dls=dls, labelled=pairs, unlabelled=rest, semi=partial(semi, bs=2))
+    exec('\n'.join(lines), names)
+    task = eval(call, names)
+    assert [len(task.train_ds.labelled), len(task.train_ds.unlabelled)] == [6, 12]
+
+def test_labelled_images_are_named_below_folders(tmp_path):
+    pairs = [tuple(write(tmp_path/kind/drive/f'{i}.png', scene(i, 32)[k]) for k,kind in enumerate(('i', 'm')))
+             for drive in 'abc' for i in range(2)]
+    dls = custom_masks(pairs, None, scene_classes, 32, 2, valid=['c/0', 'c/1'], check=False, device='cpu')
+    task = semi(dls, ['a/1.png', 'b/0', 0], bs=1)
+    assert task.train_ds.labelled.items == [pairs[0], pairs[1], pairs[2]]
+    with pytest.raises(ValueError, match="n: '1.png' names 2 images: write 'a/1'"): semi(dls, ['1.png'], bs=1)
 
 def test_published_splits():
     root = data_root()

@@ -25,6 +25,7 @@ from .archives import fetch_and_extract
 from .loaders import augmenter, mask_dataloaders
 from .files import (MissingData, PairReader, check_fit, check_sizes, data_root, distinct_palette,
                                  label_table, pair_files, read_image)
+from .splits import image_files, keep_apart
 from .procedural import outlines, scene, scene_classes, scene_palette
 
 # %% ../../nbs/data/05_datasets.ipynb #ee047737
@@ -319,14 +320,24 @@ def coco(
     "Polygons in COCO's format, as masks of background and categories"
     train, source = coco_items(annotations, images)
     valid, valid_source = coco_items(valid_annotations, images if valid_images is None else valid_images)
-    names = {k: c['name'] for k,c in sorted(source.cats.items())}
-    if unknown := sorted({c['name'] for c in valid_source.cats.values()} - set(names.values())):
+    keep_apart({'to train on': image_files(train), 'for validation': image_files(valid)},
+               f"make two files of one: d = json.loads(Path({str(annotations)!r}).read_text()); n = (len(d['images'])+4)"
+               "//5; Path('valid.json').write_text(json.dumps(d | {'images': d['images'][:n]})); Path('train.json')"
+               ".write_text(json.dumps(d | {'images': d['images'][n:]}))")
+    labels, valid_labels = ({k: _class_of(c) for k,c in sorted(s.cats.items())} for s in (source, valid_source))
+    # several categories of one name are one class
+    vocab = list(dict.fromkeys(['background', *labels.values()]))
+    if unknown := sorted(set(valid_labels.values()) - set(vocab)):
         raise ValueError(f"{valid_annotations} has categories {unknown}, which {annotations} lacks: expected the same")
-    vocab = ['background', *names.values()]
-    readers = [CocoReader(c, {k: vocab.index(v['name']) for k,v in c.cats.items()}) for c in (source, valid_source)]
+    readers = [CocoReader(c, {k: vocab.index(v) for k,v in of.items()})
+               for c,of in ((source, labels), (valid_source, valid_labels))]
     items = [[(r, *i) for i in part] for r,part in zip(readers, (train, valid))]
     return mask_dataloaders(*items, _read_coco, vocab, distinct_palette(len(vocab)), 255, size, bs, **kwargs)
 
 # %% ../../nbs/data/05_datasets.ipynb #69c28233
+def _class_of(category):
+    "LabelMe's and CVAT's files have the background among their categories"
+    return 'background' if category['name'].strip('_').lower()=='background' else category['name']
+
 def _read_coco(item, within=None): return item[0](item[1:], within)
 _read_coco.reduces = True

@@ -6,9 +6,10 @@ Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 
 # %% auto #0
 __all__ = ['FORMATS', 'LARGE', 'MissingData', 'data_root', 'UnusableFile', 'open_image', 'read_image', 'reduction', 'strips',
-           'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'lossless', 'read_mask',
-           'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size', 'check_fit',
-           'files_by_name', 'pair_files', 'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
+           'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'palette_of', 'lossless',
+           'read_mask', 'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size',
+           'check_fit', 'files_by_name', 'pair_files', 'short_names', 'named', 'check_sizes', 'colorize',
+           'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../../nbs/data/02_files.ipynb #c6e4bdd0
 import os
@@ -16,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from colorsys import hsv_to_rgb
-from pathlib import Path
+from pathlib import Path, PurePath
 from unicodedata import normalize
 import numpy as np
 import torch
@@ -260,6 +261,19 @@ def _stored(im):
     raise UnusableFile(f"a mask of mode {im.mode!r}; expected one class number a pixel. For masks in colours pass "
                        "colours={(r,g,b): class}, with each colour that occurs")
 
+# %% ../../nbs/data/02_files.ipynb #465fdaaa
+def palette_of(
+    path:str|Path # a mask
+) -> np.ndarray|None: # bytes (numbers, 3), the colour of each; None: the file has no palette
+    "The colours in which a mask's numbers are shown; its pixels are not read"
+    if Path(str(path)).suffix.lower() in ('.npy', '.mat'): return None
+    def colours(im):
+        if im.mode!='P' or im.palette is None: return None
+        kind, data = im.palette.getdata()
+        if kind!='RGB': data = bytes(im.getpalette())
+        return np.frombuffer(data, np.uint8)[:len(data)//3*3].reshape(-1, 3)
+    return open_image(path, colours, 'mask')
+
 # %% ../../nbs/data/02_files.ipynb #ef15f538
 def lossless(
     im # open PIL image of a mask
@@ -301,10 +315,15 @@ def _not_allowed(path, raw, table):
     "The sentence about a value that must not occur in a mask"
     allowed = np.flatnonzero(table>=0)
     bad = raw[~np.isin(raw, allowed)]
-    void = f'ignore_index={bad[0]}' if (table[allowed]==allowed).all() else f'codes={{..., {bad[0]}: 255}}'
+    void = f'codes={{..., {bad[0]}: ignore_index}}'
+    if (table[allowed]==allowed).all(): void = f'ignore_index={bad[0]} and no codes=, or {void},'
     mend = ("Is it a mask of another set, or one that was resized with interpolation? If the value is right, say "
             f"what it means: codes={{..., {bad[0]}: class}}, or {void} where it does not count")
     if set(np.unique(raw))<={0, 255}: mend = "Is this a mask of a paint tool? Pass codes={0: 0, 255: 1}"
+    if not 0<=bad[0]<=255:
+        mend = ("Stored values are bytes, 0 to 255. If it marks what does not count, save it as 255, and all others as "
+                "they are: y = np.array(Image.open(mask)); y = np.where((y < 0) | (y > 255), 255, y).astype(np.uint8); "
+                "Image.fromarray(y).save(mask)")
     return (f"{path}: label {bad[0]} on {(bad==bad[0]).sum()} pixels is out of range; allowed are "
             f"{_ranges(allowed)}. {mend}")
 
@@ -459,6 +478,42 @@ def pair_files(
         if name not in wanted:
             raise MissingData(f"{f}: this mask has no image; expected a file named {name.removesuffix(suffix)!r}")
     return L((f, ys[name+suffix]) for name,f in xs.items())
+
+# %% ../../nbs/data/02_files.ipynb #7a6638f0
+def _paths(files): return [normalize('NFC', Path(os.path.abspath(f)).as_posix()) for f in files]
+def _bare(path): return PurePath(path).with_suffix('').as_posix() if PurePath(path).name else path
+
+def short_names(
+    files # of images
+) -> list: # 'a/001' and 'b/001' of x/images/a/001.png and x/images/b/001.png
+    "Their names without endings, in one Unicode form: below the folder that all of them share, names are paths"
+    paths = [PurePath(p) for p in _paths(files)]
+    shared = os.path.commonpath([p.parent for p in paths]) if paths else ''
+    return [_bare(p.relative_to(shared)) for p in paths]
+
+# %% ../../nbs/data/02_files.ipynb #d530dc2a
+def named(
+    files, # of images
+    wanted, # names with or without endings: 'a.png', 'drive/a' where several folders have an a, or whole paths
+    name:str='valid' # of the argument, for messages
+) -> set: # numbers of the files that are meant
+    "Which files names mean; an error where a name means none, or several"
+    paths, found, at = _paths(files), set(), {}
+    for i,p in enumerate(paths):
+        for last in {PurePath(p).name, PurePath(p).stem}: at.setdefault(last, []).append(i)
+    for v in wanted:
+        text, whole = normalize('NFC', Path(v).as_posix()), _paths([v])[0]
+        for end in (text, whole, _bare(text), _bare(whole)):
+            fits = lambda p: any(f'/{o}'.endswith(f'/{end}') for o in (p, _bare(p)))
+            if hits := [i for i in at.get(PurePath(end).name, []) if fits(paths[i])]: break
+        else: raise ValueError(f"{name} names {str(v)!r}, which is none of the {len(paths)} images: expected names such "
+                               f"as {next(iter(short_names(files)), 'a')!r}")
+        if (k := len({paths[i] for i in hits}))>1:
+            longer = short_names(files)[hits[0]]
+            raise ValueError(f"{name}: {str(v)!r} names {k} images: write "
+                             f"{(paths[hits[0]] if longer==_bare(text) else longer)!r}, or whichever it is")
+        found |= set(hits)
+    return found
 
 # %% ../../nbs/data/02_files.ipynb #25fafce6
 def check_sizes(

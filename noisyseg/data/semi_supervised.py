@@ -28,10 +28,10 @@ from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
 from ..basics import check_whole
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
 from .loaders import ColourOnly, as_image, seeded, stats_of
-from .files import can_reduce, colorize, read_image, to_rgb
+from .files import can_reduce, colorize, named, read_image, to_rgb
 from .datasets import scenes
 from .own import custom_masks
-from .splits import check_apart, check_images, pair_some, split_labelled
+from .splits import check_apart, check_images, image_files, keep_apart, pair_some, split_labelled
 from .procedural import outlines
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #6d9f4842
@@ -284,13 +284,14 @@ def masked_and_rest(
     if n is None: return items, []
     if isinstance(n, float) and 0<n<1: n = max(1, round(n*len(items)))
     if isinstance(n, (int,float)): return split_labelled(dls, n, split_seed, verbose=verbose)
-    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str)): return list(n[0]), [(o,) for o in n[1]]
-    named = lambda i: isinstance(i, (tuple,list)) and isinstance(i[0], (str,Path))
-    at = {Path(i[0]).stem: k for k,i in enumerate(items) if named(i)}
-    try: chosen = {range(len(items))[o] if isinstance(o, int) else at[Path(o).stem] for o in n}
-    except (KeyError, IndexError) as e:
-        raise ValueError(f"n names {e}, which is none of the {len(items)} images: expected names or numbers below that "
-                         "many, such as n=[0, 3]") from e
+    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str,Path)): return list(n[0]), [(o,) for o in n[1]]
+    n, names = [o for o in n if isinstance(o, int)], [o for o in n if not isinstance(o, int)]
+    if wrong := [o for o in n if not -len(items)<=o<len(items)]:
+        raise ValueError(f"n names {wrong[0]}, which is none of the {len(items)} images: expected names or numbers "
+                         "below that many, such as n=[0, 3]")
+    files = [k for k,i in enumerate(items) if image_files([i])]
+    chosen = {range(len(items))[o] for o in n}
+    chosen |= {files[k] for k in named(image_files(items), names, 'n')}
     return tuple([o for k,o in enumerate(items) if (k in chosen)==side] for side in (True, False))
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #857a06e5
@@ -313,6 +314,11 @@ def semi(
         raise TypeError(f"dls holds {type(ds).__name__}: expected the loaders of images and masks. Those of other "
                         "libraries become ones by mask_dataloaders(train, valid, read, vocab, palette)")
     labelled, rest = masked_and_rest(dls, n, split_seed, verbose)
+    held = image_files(dls.valid_ds.items)
+    for side,items in (('labelled', labelled), ('unlabelled', [*rest, *unlabelled])):
+        keep_apart({'for validation': held, side: image_files(items)}, "leave it out: held = {o[0] for o in "
+                   "dls.valid_ds.items}; labelled = [p for p in labelled if p[0] not in held]; unlabelled = [f for f "
+                   "in unlabelled if f not in held]; semi(dls, (labelled, unlabelled))")
     image = getattr(ds.read, 'image', None)
     if image is not None: rest = [o[0] for o in rest] # of (image, mask) files
     else: image = partial(_image_of, ds.read)
