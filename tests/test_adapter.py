@@ -1,5 +1,6 @@
 "Any network's output: one adapter for learner, loss, metric, sweep, card, predict, explorer and pseudo-labels"
 import functools
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -140,3 +141,12 @@ def test_labels_outside_are_an_error():
 def test_what_cannot_be_read(out, error):
     "An error that says what came"
     with pytest.raises((TypeError, ValueError), match=f'(?s)net: .*{error}'): as_logits(out, (8, 8), 'net')
+
+
+def test_a_binary_classifier_with_a_sigmoid_is_named():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    x = torch.randn(6, 3, 2, 2)
+    with pytest.warns(UserWarning, match='Does it end with a sigmoid'): logits_of(nn.Sequential(net, nn.Sigmoid()), x, ())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        logits_of(net, x, ())

@@ -21,6 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from noisyseg.basics import offline, plain_name, remove_parts, state_digest, unwrapped, whole_file, write_atomic
+from noisyseg.nets.activations import with_activation
 from noisyseg.nets.unet3plus import FACTORIES, unet3plus_tiny
 from noisyseg.perturb.clone import perturbed
 from noisyseg.perturb.laws import MaxGaussian
@@ -189,7 +190,26 @@ def test_tied_weights(tmp_path):
     assert back[0].weight is back[1].weight and torch.equal(back[0].weight, a[0].weight) is False   # nan
     assert state_digest(back.state_dict()) == state_digest(a.state_dict())
     path = save_model(loose, tmp_path/'loose')
-    with pytest.raises(ValueError, match='0.weight and 1.weight are one weight here'): load_model(path, tied())
+    with pytest.raises(ValueError, match='0.weight and 1.weight are one weight here') as e: load_model(path, tied())
+    model = tied()
+    exec(str(e.value).split('`')[1], {'model': model})
+    assert same(load_model(path, model), loose)
+
+def test_a_network_that_computes_something_else_is_not_filled(tmp_path):
+    net = with_activation(unet3plus_tiny(3), nn.SiLU).eval()
+    path = save_model(net, tmp_path/'net')
+    with pytest.raises(ValueError, match=r'factory differ|activation') as e: load_model(path, unet3plus_tiny(3))
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(eval(str(e.value).split('`')[1], {'load_model': load_model})(x), net(x))
+    assert same(load_model(path, with_activation(unet3plus_tiny(3, dropout=0.1, decoder='plain'), nn.SiLU)), net)
+    with pytest.raises(ValueError, match='args.settings.negative_slope differ'):
+        load_model(save_model(with_activation(unet3plus_tiny(3), nn.LeakyReLU, negative_slope=0.1), path),
+                   with_activation(unet3plus_tiny(3), nn.LeakyReLU, negative_slope=0.2))
+
+def test_the_line_for_a_network_of_ones_own_names_the_whole_path(tmp_path):
+    path = save_model(nn.Linear(2, 2), tmp_path/'net')
+    with pytest.raises(ValueError, match='names no architecture') as e: load_model(path)
+    assert eval(str(e.value).split('`')[1], {'load_model': load_model, 'model': nn.Linear(2, 2)})
 
 def test_views_of_one_storage_are_saved_as_they_are(tmp_path):
     base = torch.arange(24.)

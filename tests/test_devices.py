@@ -21,6 +21,7 @@ from torch import nn
 from noisyseg import MaxGaussian, Quantize, WeightNoise, compose, perturbed, robustness_card, sweep
 from noisyseg.measure.card import card_table
 from noisyseg.measure.sensitivity import layer_sensitivity
+from noisyseg.perturb import selectors
 from noisyseg.perturb.activations import ActivationNoise, ClippedActivations, Converters, hooked, layers_of
 from noisyseg.perturb.bit_flips import BITS, BitFlips, flipped_bits
 from noisyseg.perturb.clone import clone_weights, holding
@@ -379,6 +380,63 @@ def test_activations_of_attention():
         def __init__(self): super().__init__(); self.a = nn.Linear(8, 8)
         def forward(self, x): return nn.functional.linear(x, self.a.weight)
     with pytest.warns(UserWarning, match='not called in this block'), Converters(3.).acting(net := Borrows()): net(x)
+
+
+def test_packed_sequences_are_disturbed_sample_by_sample():
+    torch.manual_seed(0)
+    seqs = [torch.randn(n, 4) for n in (3, 5, 2)]
+    for first in (True, False):
+        net = nn.LSTM(4, 6, batch_first=first).eval()
+        packed = nn.utils.rnn.pack_sequence(seqs, enforce_sorted=False)
+        with torch.no_grad(), Converters(3.).acting(net, '*'), warnings.catch_warnings():
+            warnings.simplefilter('error')
+            out, _ = nn.utils.rnn.pad_packed_sequence(net(packed)[0], batch_first=True)
+            for s, o in zip(seqs, out):
+                alone = net(s[None] if first else s[:, None])[0].reshape(len(s), 6)
+                torch.testing.assert_close(o[:len(s)], alone)
+            assert len(out[1].unique()) <= 7
+        with torch.no_grad(), ActivationNoise(0.5).acting(net, '*', 0):
+            noisy = net(packed)[0].data
+        assert (noisy - net(packed)[0].data).abs().max() > 0.01 and hooks(net) == 0
+
+
+def test_both_inputs_of_a_bilinear_layer_are_converted():
+    net, a, b = nn.Bilinear(4, 4, 5), numbers(2, 4), numbers(2, 4)
+    with torch.no_grad(), Converters(2., 'inputs').acting(net, '*'): out = net(a, b)
+    q = lambda v: (v / v.abs().amax(1, keepdim=True)).round() * v.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(out, net(q(a), q(b)))
+
+
+def test_what_is_not_disturbed_is_named():
+    class InDict(nn.Linear):
+        def forward(self, x): return {'out': super().forward(x)}
+    net = nn.Sequential(nn.Linear(4, 4), InDict(4, 4))
+    for d in (ActivationNoise(0.5), Converters(3.)):
+        with pytest.warns(UserWarning, match='^1: not called in this block'), d.acting(net): net(numbers(2, 4))
+    with d.acting(net, '0.*'), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        net(numbers(2, 4))
+    mixed = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5, dtype=torch.cfloat)])
+    with pytest.raises(ValueError, match='1: complex') as e, ActivationNoise().acting(mixed):
+        mixed[1](numbers(2, 4).to(torch.cfloat))
+    where = eval(str(e.value).split('`')[1].removeprefix('where='), vars(selectors))
+    assert list(layers_of(mixed, where)) == ['0']
+
+
+def test_ranges_are_a_samples_own_where_time_comes_first():
+    torch.manual_seed(0)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0), 2, enable_nested_tensor=False).eval()
+    x = numbers(5, 2, 8)
+    other = x.clone()
+    other[:, 1] *= 10
+    with torch.no_grad(), Converters(4.).acting(net), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert torch.equal(net(x)[:, 0], net(other)[:, 0]) and torch.equal(net(x[:, :1])[:, 0], net(x)[:, 0])
+    head = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0)).eval()
+    with pytest.warns(UserWarning, match='^0: takes dimension 0 for the samples'), Converters(4.).acting(head): head(x)
+    with Converters(4.).calibrated(head, [x]).acting(head), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        head(x)
 
 
 def test_hooks_survive_signals():

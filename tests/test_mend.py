@@ -230,3 +230,14 @@ def test_in_the_explorer(net, scenes):
     noisy = agrees(law, 'everywhere')
     assert agrees(rescued(law, scenes[1][0]), 'everywhere') > noisy + 0.05
     assert agrees(law, 'first level protected') > noisy + 0.05
+
+
+def test_figures_show_names_as_they_are():
+    from noisyseg.mend.protection import plot_sensitivity
+    name = '<a href="https://elsewhere.example">net</a>'
+    trials = pd.DataFrame(dict(level=[0.1], chips=[29], misses=[0], allowed=[0], proven=[True], worst=[0.]))
+    found = tolerances.Tolerance(0.1, MaxGaussian(0.1), 0.9, 0.02, 0.9, 0.95, trials)
+    costs = pd.DataFrame(dict(predicted=[1., 2.], measured=[1., 3.], n=[4, 5]), index=[name, 'b'])
+    costs.index.name = 'weight'
+    for fig in (tolerances.plot_tolerance(found, names=[name]), plot_sensitivity(costs)):
+        assert '<a' not in fig.to_json() and '&lt;a href' in fig.to_json()

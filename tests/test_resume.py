@@ -382,3 +382,66 @@ def test_killed_while_writing(report, point): expect(report, point)
 
 @pytest.mark.parametrize('what', OTHERS)
 def test_other_accidents(report, what): expect(report, what)
+
+
+# --- another run is another loss, network, augmentation or data, too ------------------------------------------------
+
+def small_fit(path, loss=None, act=None, stop=False, **data):
+    import torch
+    from fastai.callback.core import Callback
+    from torch import nn
+
+    from noisyseg.data.datasets import scenes
+    from noisyseg.train.learner import segmentation_learner
+    from noisyseg.train.losses import HybridLoss
+    from noisyseg.train.resume import Resumable
+    class Killed(Callback):
+        def before_epoch(self):
+            if stop and self.epoch == 1: raise KeyboardInterrupt
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), act or nn.ReLU(), nn.Conv2d(4, 7, 1))
+    learn = segmentation_learner(scenes(4, 2, 16, 2, **data), net, loss_func=loss or HybridLoss(msssim=0),
+                                 cbs=[Resumable(path, verbose=False), Killed()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    return learn
+
+@pytest.fixture(scope='module')
+def half_a_fit(tmp_path_factory):
+    path = tmp_path_factory.mktemp('half')/'run.safetensors'
+    with pytest.raises(KeyboardInterrupt): small_fit(path, stop=True)
+    return path.read_bytes()
+
+def other_losses():
+    import torch
+    from torch import nn
+
+    from noisyseg.train.losses import HybridLoss
+    return {'weights': HybridLoss(focal=0, msssim=0), 'another': nn.CrossEntropyLoss(),
+            'alpha': HybridLoss(msssim=0, alpha=torch.arange(7.)), 'void': HybridLoss(msssim=0, ignore_index=3),
+            'a function': lambda out, y: nn.functional.cross_entropy(out, y)}
+
+@pytest.mark.parametrize('what', ['weights', 'another', 'alpha', 'void', 'a function', 'act', 'augment', 'classes'])
+def test_another_run_is_refused(half_a_fit, tmp_path, what):
+    from torch import nn
+    (path := tmp_path/'run.safetensors').write_bytes(half_a_fit)
+    kw = {'act': dict(act=nn.Tanh()), 'augment': dict(augment=False), 'classes': dict(classes=('disc',))}.get(what)
+    told = {'act': r'layers: 2 was ReLU\(\), is Tanh\(\)', 'augment': 'data: augment was', 'classes': 'data: '}
+    with pytest.raises(ValueError, match=told.get(what, 'loss: ')):
+        small_fit(path, **(kw or dict(loss=other_losses()[what])))
+    assert path.read_bytes() == half_a_fit
+
+def test_a_file_of_an_earlier_version_goes_on(half_a_fit, tmp_path):
+    from noisyseg.train.serialization import load_state, save_state
+    (path := tmp_path/'run.safetensors').write_bytes(half_a_fit)
+    state = load_state(path)
+    for k in ('settings of the loss', 'layers', 'data'): del state['run'][k]
+    save_state(path, state)
+    assert small_fit(path).recorder.values and load_state(path)['finished']
+
+def test_class_weights_of_a_loss_are_settings(tmp_path):
+    import torch
+    from torch import nn
+
+    from noisyseg.train.resume import _settings
+    a, b = (_settings(nn.CrossEntropyLoss(torch.tensor(w))) for w in ([1., 2.], [2., 1.]))
+    assert a != b and a['weight'] == [1., 2.]

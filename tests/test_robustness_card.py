@@ -19,6 +19,7 @@ from noisyseg.measure.summary import summarise
 from noisyseg.perturb.disturbance import Disturbance, Law
 from noisyseg.perturb.quantization import Quantize
 from noisyseg.show.card import plot_card
+from noisyseg.show.pictures import plain_text
 from noisyseg.perturb.selectors import conv_and_norm
 
 NAMES = ['a', 'b', 'c']
@@ -138,3 +139,19 @@ def test_a_stranger_s_disturbance_is_on_the_card_without_an_edit(tmp_path):
         assert alone['level'].unique().tolist() == [1., 0.99, 0.9, 0.5]
         assert summarise(alone)['half'].iloc[0] == 0
     finally: del Disturbance.registry['Stuck']
+
+
+def test_names_are_shown_as_they_are_and_levels_in_full():
+    @dataclass(frozen=True)
+    class Heat(MaxGaussian):
+        label: ClassVar[str] = '<b>heat</b>'
+        share: ClassVar[bool] = False
+        levels: ClassVar[tuple] = (0.5, 10.5, 20.05)
+    torch.manual_seed(0)
+    net, x = nn.Conv2d(3, 3, 1), torch.rand(4, 3, 8, 8)
+    name = '<a href="https://elsewhere.example">net</a>'
+    df = robustness_card({name: net}, [(x, net(x).argmax(1))], {'<b>heat</b>': Heat()}, draws=2, progress=False)
+    fig = plot_card(df, title='')
+    assert fig.data[1].x == ('.5', '10.5', '20.05')
+    assert all(plain_text(name) == t.y[0] and plain_text(name) in t.hovertext[0][0] for t in fig.data)
+    assert '<a' not in fig.to_json() and any(plain_text('<b>heat</b>') == a.text for a in fig.layout.annotations)

@@ -176,6 +176,39 @@ def test_a_buffer_that_a_module_replaces():
     SAM(sgd(m), m).step(lambda: m(torch.ones(1, 2)).square().sum().backward())
     assert m.seen == 1 and dict(m.named_buffers())['seen'] is m.seen
 
+@pytest.mark.parametrize('how', ['closure', 'two calls', 'parts', 'every', 'flat', 'infinite'])
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_a_head_with_an_optimizer_of_its_own_gets_the_second_gradient_once(how, adaptive):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    opt = SAM(sgd(net[0], lr=0.), net, rho=0. if how == 'flat' else 0.5, adaptive=adaptive, every=2)
+    tops, had = [], torch.ones(3, 8)
+    def closure():
+        loss = F.cross_entropy(net(x), y) * (math.inf if how == 'infinite' else 1)
+        tops.append(torch.autograd.grad(loss, net[2].weight, retain_graph=True)[0])
+        loss.backward()
+        return loss
+    if how == 'every': opt._n_steps = 1
+    if how == 'two calls':
+        closure()
+        assert opt.first_step() and all(p.grad is None for p in net.parameters())
+        closure()
+        opt.second_step()
+        had = 0
+    else:
+        net[2].weight.grad = had.clone()
+        opt.step([closure, closure] if how == 'parts' else closure)
+    torch.testing.assert_close(net[2].weight.grad, had + tops[-1], equal_nan=True)
+    assert len(tops) == {'parts': 4, 'every': 1, 'flat': 1, 'infinite': 1}.get(how, 2)
+
+def test_an_error_leaves_the_gradients_of_others():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    opt = SAM(sgd(net[0]), net)
+    net[1].weight.grad = g = torch.ones(3, 8)
+    with pytest.raises(ZeroDivisionError): opt.step(lambda: net(torch.ones(1, 4)).sum().backward() or 1 / 0)
+    assert net[1].weight.grad is g and g.eq(1).all()
+
 @pytest.mark.parametrize('two_calls', [False, True])
 def test_a_parameter_without_a_second_gradient_comes_back(two_calls):
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 1)])

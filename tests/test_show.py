@@ -16,9 +16,11 @@ from noisyseg.data.files import distinct_palette
 from noisyseg.perturb.disturbance import Disturbance, Law, compose
 from noisyseg.perturb.laws import MaxGaussian
 from noisyseg.perturb.quantization import Quantize
+from noisyseg.perturb.selectors import conv_and_norm
 from noisyseg.show.explorer import NoiseExplorer
 from noisyseg.show.pictures import class_colors, html_legend, html_picture, plain_text, plot_prediction
 from noisyseg.show.plots import plot_classes, plot_sweep
+from noisyseg.show.predictor import NoisyPredictor
 from noisyseg.show.report import report_html
 
 NASTY = ['<a href="https://other.example/login">road</a>', 'a<br>b', '<b>x</b> &lt;y', '$x^2$', '%{y} %{fullData.name}',
@@ -196,3 +198,11 @@ def test_an_interrupted_sweep_says_so():
     df['interrupted'] = '5 of 7 cells'
     assert 'interrupted' in plot_sweep(df).layout.title.subtitle.text
     assert 'interrupted' in plot_classes(df).layout.title.subtitle.text
+
+
+def test_more_classes_than_a_byte_holds_are_refused():
+    net = nn.Conv2d(3, 300, 1).eval()
+    x = torch.rand(1, 3, 16, 16)
+    with pytest.raises(ValueError, match='up to 256 classes, got 300'):
+        NoisyPredictor({'a': net}, x, {'all': conv_and_norm})('a', 0)
+    with pytest.raises(ValueError, match='up to 256 classes, got 300'): NoiseExplorer(net, x, corruptions=False)

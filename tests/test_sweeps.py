@@ -30,10 +30,11 @@ from noisyseg.perturb.selectors import Selector, Spared, conv_and_norm
 from noisyseg.show.plots import plot_classes, plot_prediction, plot_protocols, plot_sensitivity, plot_sweep, sweep_table
 from noisyseg.show.report import report_html
 from noisyseg.measure import sweeps
-from noisyseg.measure.evaluation import draw_seed
+from noisyseg.measure.evaluation import Batches, draw_seed
 from noisyseg.measure.sensitivity import layer_sensitivity
 from noisyseg.measure.store import companion, load_sweep
 from noisyseg.measure.summary import paired_difference, summarise
+from noisyseg.mend.protection import measured_costs
 from noisyseg.nets.unet3plus import unet3plus_tiny
 
 law, levels = MaxGaussian(per='channel'), [0, 0.05, 0.2]
@@ -609,3 +610,34 @@ def test_rows_that_pandas_read(tmp_path):
         assert_frame_equal(summarise(theirs, unit=unit), summarise(ours, unit=unit))
         assert_frame_equal(paired_difference(theirs, 'a', 'b', unit=unit), paired_difference(ours, 'a', 'b', unit=unit))
     assert len(sweep_table(theirs)) == 2
+
+
+def test_names_that_pandas_takes_for_missing_are_asked_for(tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    y = torch.randint(0, 3, (4, 8, 8))
+    for models, names in (({'None': Net(0), 'b': Net(1)}, 'rst'), ({'a': Net(0)}, ['NA', 's', 't'])):
+        file = tmp_path/f'{len(models)}.csv'
+        sweeps.sweep(models, [(x, y)], MaxGaussian(), levels=[0, 0.1], draws=2, store=file, progress=False,
+                     class_names=names)
+        with pytest.raises(ValueError, match='no name in the column') as e: summarise(pd.read_csv(file))
+        again = eval(str(e.value).split('`')[1], dict(load_sweep=load_sweep, path=file))
+        assert set(summarise(again)['model']) == {*models} and 'NA' in {*names, 'NA'}
+
+
+def test_the_line_for_a_loader_that_shuffles_pastes():
+    "fastai's loaders have `new`, torch's have not"
+    torch.manual_seed(0)
+    set_of = TensorDataset(torch.randn(6, 3, 8, 8), torch.randint(0, 3, (6, 8, 8)))
+    for dl in (DataLoader(set_of, 4, shuffle=True), scenes(4, 2, 16, 2).train):
+        with pytest.raises(ValueError, match='shuffles') as e: Batches(dl)
+        mended = eval(str(e.value).split('`')[-2], dict(dl=dl, torch=torch))
+        assert len(Batches(mended)) == len(mended)
+
+
+@pytest.mark.parametrize('law', [MaxGaussian(0.), MultiplicativeGaussian(0.), Quantize(0)])
+def test_the_line_for_a_level_at_which_nothing_happens_pastes(law):
+    x = torch.randn(2, 3, 8, 8)
+    y = torch.randint(0, 3, (2, 8, 8))
+    for f in (layer_sensitivity, measured_costs):
+        with pytest.raises(ValueError, match='nothing happens') as e: f(Net(0), [(x, y)], law, progress=False)
+        assert eval(str(e.value).split('`')[1], globals()) == law.at(law.levels[0])

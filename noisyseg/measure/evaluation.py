@@ -28,8 +28,9 @@ def open_loader(
     "A loader that yields the same batches each time, or an error."
     dl = valid_part(dl)
     if getattr(dl, 'shuffle', False) is True or isinstance(getattr(dl, 'sampler', None), RandomSampler):
-        raise ValueError("dl: this loader shuffles, so each measurement would see other batches. "
-                         "Pass dls.valid, or dl.new(shuffle=False, drop_last=False)")
+        mend = ('`dls.valid`, or `dl.new(shuffle=False, drop_last=False)`' if hasattr(dl, 'new') else
+                '`torch.utils.data.DataLoader(dl.dataset, dl.batch_size, collate_fn=dl.collate_fn)`')
+        raise ValueError(f"dl: this loader shuffles, so each measurement would see other batches. Pass {mend}")
     try: batches = iter(dl)
     except TypeError:
         raise TypeError(f"dl: expected a DataLoader or a list of batches (images, masks or labels), got "

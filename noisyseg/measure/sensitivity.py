@@ -85,7 +85,7 @@ def layer_sensitivity(
     models, _ = check_models({name: model}), as_place(on)
     d = entry_of('', disturbance, [getattr(disturbance, 'level', 0)]).disturbance
     if d.level == d.nothing:
-        raise ValueError(f"disturbance: at level {d.level:g} nothing happens; try {d.at(d.levels[0])}")
+        raise ValueError(f"disturbance: at level {d.level:g} nothing happens; try `{d.at(d.levels[0])!r}`")
     store_path(store)
     with untouched([model]):
         groups = check_groups(groups, model, where)

@@ -47,6 +47,19 @@ def interruption(
 _fixed = ['model', 'disturbance', 'law', 'where', 'group', 'level', 'class', 'protocol']
 _draws = ['seed', 'draw']
 
+# %% ../../nbs/measure/08_summary.ipynb #7c1de008
+def _check_names(df, by):
+    "ValueError where pd.read_csv has taken names for missing values: groups would leave their rows out."
+    lost = {c: df[c].isna() for c in dict.fromkeys(['model', *by]) if c in df and c in _fixed and c != 'level'}
+    if 'class' in df:
+        nameless = df['class'].isna()
+        # a score of the whole has no class
+        lost['class'] = nameless & df['metric'].isin(df.loc[~nameless & (df['class'] != ''), 'metric'])
+    if wrong := {c: int(l.sum()) for c, l in lost.items() if l.any()}:
+        column, n = next(iter(wrong.items()))
+        raise ValueError(f"df: {n} rows have no name in the column {column!r}; was it read by pd.read_csv, which takes "
+                         f"names such as 'None' and 'NA' for missing? `load_sweep(path)` reads a sweep as it is")
+
 # %% ../../nbs/measure/08_summary.ipynb #817b478c
 def _rows(df, metric, by):
     "The rows of one metric and the columns to group them by, checked."
@@ -58,6 +71,7 @@ def _rows(df, metric, by):
         raise ValueError(f"df: expected the tidy rows of a sweep; there is no column {', '.join(missing)}: "
                          f"`load_sweep(path)` reads one")
     if df.empty: raise ValueError("df: there are no rows in it; `load_sweep(path)` reads a sweep")
+    _check_names(df, by)
     if 'class' in df and df['class'].isna().any():   # read by pd.read_csv; groups would leave such rows out
         df = df.assign(**{'class': df['class'].astype(object).fillna('')})
     d = df[df['metric'] == (main_metric(df) if metric is None else metric)]

@@ -85,7 +85,7 @@ def harden(
     if law is None and not methods:
         raise TypeError(f"disturbance: {disturbance} is no law of weight noise, so say how to train: methods=[…]")
     if law is not None and law.level == law.nothing:
-        raise ValueError(f"disturbance: at level {law.level:g} nothing happens; try {law.at(law.levels[0])}")
+        raise ValueError(f"disturbance: at level {law.level:g} nothing happens; try `{law.at(law.levels[0])!r}`")
     clock = ByTheClock(minutes, lr)
     learn = segmentation_learner(dls, copy.deepcopy(model), law, methods=[*methods],
                                  **{'noise_args': dict(seed=seed) if law else None, **kwargs})

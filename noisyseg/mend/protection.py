@@ -10,6 +10,7 @@ __all__ = ['SHARES', 'measured_costs', 'predicted_costs', 'sensitivity', 'plot_s
 
 # %% ../../nbs/mend/02_protection.ipynb #38f126a2
 from dataclasses import dataclass
+from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ def _weights_of(disturbance, where):
         raise TypeError(f"disturbance: expected one that acts on weights, such as MaxGaussian(0.05), got {disturbance}")
     if disturbance.level == disturbance.nothing:
         raise ValueError(f"disturbance: at level {disturbance.level:g} nothing happens; try "
-                         f"`{disturbance.at(disturbance.levels[0])}`")
+                         f"`{disturbance.at(disturbance.levels[0])!r}`")
     return as_selector(disturbance.where if where is None else where)
 
 def _one(name): return Selector(lambda n, module, weight: n == name, name)
@@ -193,6 +194,7 @@ def plot_sensitivity(
 ):  # a plotly figure
     "Predicted against measured costs, a point for each weight; on the line they are equal."
     d = costs.reset_index()
+    d['weight'] = [escape(str(w), False) for w in d['weight']]   # plotly reads markup
     rank = d['predicted'].corr(d['measured'], method='spearman')
     fig = px.scatter(d, x='predicted', y='measured', hover_name='weight', size='n', size_max=18, log_x=True, log_y=True,
                      template='plotly_white', height=340, labels=dict(predicted='predicted, nats'),

@@ -188,7 +188,7 @@ class Rescued(Composed):
 
     @contextmanager
     def acting(self, model, where=None, generator=None):
-        if self.images is None: raise ValueError(f"{self.label}: without pictures; `rescued({self.part}, images)`")
+        if self.images is None: raise ValueError(f"{self.label}: without pictures; `rescued({self.part!r}, images)`")
         with self.part.acting(model, where, generator), rescue(model, self.images): yield
 
     drawn = Disturbance.drawn

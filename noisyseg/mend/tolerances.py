@@ -10,6 +10,7 @@ __all__ = ['STEPS', 'misses_allowed', 'clean_score', 'Tolerance', 'tolerance', '
 # %% ../../nbs/mend/01_tolerances.ipynb #dd17476c
 import math
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -182,7 +183,8 @@ def plot_tolerance(
     import plotly.graph_objects as go   # dear to import
     fig = go.Figure()
     for i, t in enumerate(found):
-        d, name = t.trials, names[i] if names else t.disturbance.label
+        d = t.trials
+        name = escape(str(names[i] if names else t.disturbance.label), False)   # plotly reads markup
         fig.add_scatter(x=d['level'], y=[name] * len(d), mode='lines+markers', name=name, showlegend=False,
                         text=_said(d),
                         marker=dict(size=11, symbol=['circle' if p else 'circle-open' for p in d['proven']]))
@@ -192,6 +194,7 @@ def plot_tolerance(
         title = (f'Filled: proven that {first.share:.0%} of chips lose at most {100 * first.drop:.3g} points, '
                  f'{first.confidence:.0%} confidence')
     share = first.disturbance.share
-    fig.update_xaxes(title=first.disturbance.axis_title(), rangemode='tozero', tickformat='.0%' if share else None)
+    fig.update_xaxes(title=escape(first.disturbance.axis_title(), False), rangemode='tozero',
+                     tickformat='.0%' if share else None)
     return fig.update_layout(template='plotly_white', height=110 + 50 * len(found), title_text=title,
                              title_font_size=13, margin=dict(l=10, r=10, t=50, b=40))

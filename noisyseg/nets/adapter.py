@@ -119,7 +119,7 @@ def _warn_of_probabilities(logits, name):
     low, high = logits.detach().aminmax()
     if low >= 0 and high <= 1 and low < high:
         warnings.warn(f"{name}: all values of its single channel lie between 0 and 1. Does it end with a sigmoid? "
-                      "Foreground is where a logit is above 0: leave the sigmoid out (smp: activation=None)",
+                      "Class 1 is where a logit is above 0: leave the sigmoid out (smp: activation=None)",
                       stacklevel=3)
 
 # %% ../../nbs/nets/01_adapter.ipynb #72c261fa
@@ -144,5 +144,5 @@ def logits_of(
     out = as_logits(run_model(model, x), size, name)
     if len(out) != len(x):
         raise ValueError(f"{name}: expected logits for a batch of {len(x)} images, got {tuple(out.shape)}")
-    if out.ndim > 2 and out.shape[1] == 1 and out.numel(): _warn_of_probabilities(out, name)
+    if out.ndim > 1 and out.shape[1] == 1 and out.numel(): _warn_of_probabilities(out, name)
     return out

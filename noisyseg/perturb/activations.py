@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .clone import HoldInterrupts, as_generator, fill_normal
 from .disturbance import Disturbance, check_choice, check_number, settings_of, usual
@@ -36,18 +37,30 @@ def layers_of(
     return found
 
 # %% ../../nbs/perturb/08_activations.ipynb #26e8d036
-def _of_first(f, out):
-    "Apply to a tensor, or to the first of a tuple (attention, recurrent layers)."
-    if isinstance(out, tuple) and out and isinstance(out[0], Tensor): return (f(out[0]), *out[1:])
-    return f(out) if isinstance(out, Tensor) else out
+def _on(f, x, module):
+    "Apply to a tensor, or to the padded batch that a packed one stands for; None for what is neither."
+    if isinstance(x, Tensor): return f(x)
+    if not isinstance(x, PackedSequence): return None
+    first = getattr(module, 'batch_first', True)
+    padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), first)
+    data = pack_padded_sequence(f(padded), lengths, first).data
+    return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+
+def _of_first(f, out, module):
+    "Apply to what comes out, or to the first of a tuple (attention, recurrent layers)."
+    if not isinstance(out, tuple) or isinstance(out, PackedSequence): return _on(f, out, module)
+    new = _on(f, out[0], module) if out else None
+    return None if new is None else (new, *out[1:])
 
 def _of_inputs(f, module, args, kwargs):
-    "Apply to what a layer multiplies: its first argument, and for attention query, key and value."
-    n, names = (3, ('query', 'key', 'value')) if isinstance(module, nn.MultiheadAttention) else (1, ('input',))
+    "Apply to what a layer multiplies: its first argument, for attention query, key and value, both of nn.Bilinear."
+    n, names = 1, ('input',)
+    if isinstance(module, nn.MultiheadAttention): n, names = 3, ('query', 'key', 'value')
+    if isinstance(module, nn.Bilinear): n, names = 2, ('input1', 'input2')
     seen = {}   # the same tensor stays the same tensor
     def once(x):
-        if isinstance(x, Tensor) and id(x) not in seen: seen[id(x)] = f(x)
-        return seen.get(id(x), x)
+        if id(x) not in seen: seen[id(x)] = x if (new := _on(f, x, module)) is None else new
+        return seen[id(x)]
     return tuple(once(a) for a in args[:n]) + args[n:], {k: once(v) if k in names else v for k, v in kwargs.items()}
 
 # %% ../../nbs/perturb/08_activations.ipynb #bc872673
@@ -77,25 +90,39 @@ class hooked:
         self.handles = []
         self.hold = HoldInterrupts()
 
-    def _begin(self):
-        for m in self.model.modules():
-            if isinstance(m, nn.TransformerEncoder):
-                self.handles.append(m.register_forward_pre_hook(_unfused, with_kwargs=True))
-        self.ran = False
-        self.silent = set(self.layers)
-        def running(module, args): self.ran = True
-        self.handles.append(self.model.register_forward_pre_hook(running))
-        for name, m in self.layers.items():
-            self.handles.append(m.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            if self.on_output: self.handles.append(m.register_forward_hook(self._after(name)))
+# %% ../../nbs/perturb/08_activations.ipynb #7c1de004
+@patch
+def _begin(self:hooked):
+    for m in self.model.modules():
+        if isinstance(m, nn.TransformerEncoder):
+            self.handles.append(m.register_forward_pre_hook(_unfused, with_kwargs=True))
+    self.ran = False
+    sides = [i for i, f in enumerate((self.on_input, self.on_output)) if f]
+    self.silent = {(name, i) for name in self.layers for i in sides or [0]}
+    def running(module, args): self.ran = True
+    self.handles.append(self.model.register_forward_pre_hook(running))
+    for name, m in self.layers.items():
+        self.handles.append(m.register_forward_pre_hook(self._before(name), with_kwargs=True))
+        if self.on_output: self.handles.append(m.register_forward_hook(self._after(name)))
 
-    def _before(self, name):
-        def hook(module, args, kwargs):
-            self.silent.discard(name)
-            if self.on_input: return _of_inputs(lambda x: self.on_input(x, name), module, args, kwargs)
-        return hook
+@patch
+def _noted(self:hooked, f, name, side):
+    "The function, which says that this side of the layer was reached."
+    def act(x):
+        self.silent.discard((name, side))
+        return f(x, name)
+    return act
 
-    def _after(self, name): return lambda module, args, out: _of_first(lambda y: self.on_output(y, name), out)
+@patch
+def _before(self:hooked, name):
+    def hook(module, args, kwargs):
+        if self.on_input: return _of_inputs(self._noted(self.on_input, name, 0), module, args, kwargs)
+        if not self.on_output: self.silent.discard((name, 0))
+    return hook
+
+@patch
+def _after(self:hooked, name):
+    return lambda module, args, out: _of_first(self._noted(self.on_output, name, 1), out, module)
 
 # %% ../../nbs/perturb/08_activations.ipynb #62e5a89f
 @patch
@@ -116,9 +143,10 @@ def __enter__(self:hooked) -> hooked:
 def __exit__(self:hooked, *exc):
     self._leave()
     if exc[0] is None and self.ran and self.silent: warnings.warn(
-        f"{', '.join(sorted(self.silent)[:3])}: not called in this block though the network ran, so what goes through "
-        f"was not disturbed (compiled, or computed without calling the layer?). Leave out with where= what is not "
-        f"used, or take the network before torch.compile", stacklevel=2)
+        f"{', '.join(sorted({name for name, _ in self.silent})[:3])}: not called in this block though the network ran, "
+        f"or with something else than tensors in or out, so what goes through was not all disturbed (compiled, "
+        f"computed without calling the layer, a dict?). Leave out with where= what is not used, or take the network "
+        f"before torch.compile", stacklevel=2)
 
 # %% ../../nbs/perturb/08_activations.ipynb #eb3dc048
 @patch
@@ -176,6 +204,28 @@ def _check_ranges(d):
         raise ValueError(f"{type(d).__name__}: ranges are tuples (layer, largest input, largest output) as "
                          f"`{type(d).__name__}().calibrated(model, batches)` makes them, got {str(d.ranges)[:80]}")
 
+# %% ../../nbs/perturb/08_activations.ipynb #7c1de005
+@patch
+def _by_sample(self:Activations, f, model, layers):
+    "Samples in dimension 0, also of layers in which time comes first, as their own `batch_first` or one around says."
+    if self.ranges: return f
+    known = {n: m.batch_first for n, m in model.named_modules() if isinstance(getattr(m, 'batch_first', None), bool)}
+    known |= {n: m.self_attn.batch_first for n, m in model.named_modules()
+              if isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))}
+    if all(known.values()): return f
+    def first(name):
+        inside = [n for n in known if not n or name == n or name.startswith(f'{n}.')]
+        return known[max(inside, key=len)] if inside else None
+    firsts = {name: first(name) for name in layers}
+    def at(x, name):
+        if x.ndim != 3 or firsts[name] or hasattr(layers[name], 'kernel_size'): return f(x, name)
+        if firsts[name] is False: return f(x.transpose(0, 1), name).transpose(0, 1)
+        warnings.warn(f"{name}: takes dimension 0 for the samples, each with a range of its own, but a part of the "
+                      f"network has batch_first=False. If time comes first here, take fixed ranges: "
+                      f"`disturbance.calibrated(model, batches)`", stacklevel=2)
+        return f(x, name)
+    return at
+
 # %% ../../nbs/perturb/08_activations.ipynb #18b10dc6
 def _of_real(f):
     "Act in float32 or better, on floating-point tensors that hold something; the gradient passes straight through."
@@ -183,6 +233,9 @@ def _of_real(f):
         if x.is_nested:
             raise ValueError(f"{name}: activations in nested tensors have no common shape, so they can't be disturbed: "
                              f"give the network padded ones, `torch.nested.to_padded_tensor(x, 0.)`")
+        if x.is_complex():
+            raise ValueError(f"{name or 'model'}: complex activations have no range that converters or noise could go by: leave "
+                             f"the layer out, `where=conv_and_linear & ~by_name({f'{name}.*'.strip('.')!r})`")
         if not x.is_floating_point() or not x.numel(): return x
         real = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         new = f(real, name).to(x.dtype)
@@ -194,8 +247,8 @@ def acting(self:Activations, model: nn.Module, where=None, generator=None) -> ho
     "A block in which the activations of the layers that `where` picks are disturbed."
     g = as_generator(generator)
     draw = lambda like: fill_normal(torch.empty_like(like), g)
-    def side(f): return f and _of_real(lambda x, name: f(x, name, draw))
     layers = layers_of(model, self.where if where is None else where)
+    def side(f): return f and _of_real(self._by_sample(lambda x, name: f(x, name, draw), model, layers))
     if self.level == self.nothing: return hooked(model, layers)
     return hooked(model, layers, side(self.on_input), side(self.on_output))
 

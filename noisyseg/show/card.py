@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from ..measure.card import Untouched, card_summary, card_table
 from ..measure.summary import interruption, kind_of
-from .pictures import INK, LINE_HEIGHT, noisyseg_template, subtitle
+from .pictures import INK, LINE_HEIGHT, noisyseg_template, plain_text, subtitle
 
 # %% ../../nbs/show/04_card.ipynb #97b03e2a
 def _panel(s, models):
@@ -27,8 +27,8 @@ def _panel(s, models):
     def tell(m, l):
         half, n = wide['half'].loc[m, l], wide['n'].loc[m, l]
         interval = f' ± {100 * half:.1f} (95 %, n = {n})' if half > 0 else ''
-        return (f"<b>{m}</b><br>{100 * wide['mean'].loc[m, l]:.1f} %{interval}<br>{100 * wide['lost'].loc[m, l]:.1f} "
-                f"points below its clean score")
+        return (f"<b>{plain_text(m)}</b><br>{100 * wide['mean'].loc[m, l]:.1f} %{interval}<br>"
+                f"{100 * wide['lost'].loc[m, l]:.1f} points below its clean score")
     return levels, wide['mean'], wide['lost'], [[tell(m, l) for l in levels] for m in models]
 
 # %% ../../nbs/show/04_card.ipynb #c4a8c3e6
@@ -38,11 +38,12 @@ def _ticks(df, label, levels):
     law = df.loc[df['disturbance'] == label, 'law'].iloc[0]
     kind = kind_of(label, law, df.attrs.get('disturbances'))
     # 'rate = 0.001' is wider than a column
-    return [kind.amount(l).rpartition('= ')[2] if kind.log else f'{l:g}'.replace('0.', '.') for l in levels]
+    short = lambda l: kind.amount(l).rpartition('= ')[2] if kind.log else f'{l:g}'.removeprefix('0') or '0'
+    return [plain_text(short(l)) for l in levels]
 
 def _stacked(name):
     "A name in lines as wide as two columns."
-    return '<br>'.join(textwrap.wrap(name, 11, break_long_words=False, break_on_hyphens=False))
+    return '<br>'.join(map(plain_text, textwrap.wrap(name, 11, break_long_words=False, break_on_hyphens=False)))
 
 # %% ../../nbs/show/04_card.ipynb #430ce05c
 # cells have a colour of their own, so that their numbers are read on dark pages, too
@@ -57,6 +58,7 @@ def plot_card(
     "Each model's score under each disturbance, coloured by the points it lost, with mCE and training cost."
     s, table = card_summary(df, unit), card_table(df, unit)
     models = list(table.index)
+    shown = [plain_text(m) for m in models]
     metric = s['metric'].iloc[0]
     panels = list(dict.fromkeys(s['disturbance']))
     extra = [c for c in table if c[0] in ('mCE', 'training cost')]
@@ -67,15 +69,15 @@ def plot_card(
     top = max(100 * s['lost'].max(), 1)
     for i, p in enumerate(panels, 1):
         levels, mean, lost, tell = _panel(s[s['disturbance'] == p], models)
-        fig.add_heatmap(row=1, col=i, x=_ticks(df, p, levels), y=models,
+        fig.add_heatmap(row=1, col=i, x=_ticks(df, p, levels), y=shown,
                         z=(100 * lost).round(2).to_numpy(), text=(100 * mean).map('{:.0f}'.format).to_numpy(),
                         texttemplate='%{text}',
                         hovertext=tell, hoverinfo='text', coloraxis='coloraxis', xgap=1, ygap=1)
     for i, c in enumerate(extra, len(panels) + 1):
         text = [t if t != 'unknown' else '?' for t in table[c]]
-        fig.add_heatmap(row=1, col=i, x=[''], y=models, z=[[0]] * len(models), text=[[t] for t in text],
+        fig.add_heatmap(row=1, col=i, x=[''], y=shown, z=[[0]] * len(models), text=[[t] for t in text],
                         texttemplate='%{text}',
-                        hovertext=[[f'<b>{m}</b><br>{c[0]}: {t}<br>{c[1]}'] for m, t in zip(models, table[c])],
+                        hovertext=[[f'<b>{m}</b><br>{c[0]}: {t}<br>{c[1]}'] for m, t in zip(shown, table[c])],
                         hoverinfo='text',
                         colorscale=[[0, GREY], [1, GREY]], showscale=False, xgap=1, ygap=1)
     return _dressed(fig, df, metric, unit, title, top, len(models))
@@ -86,7 +88,7 @@ def _below(df, unit):
     told = ["colour: points below the model's own clean score",
             f"on hover: 95 % interval over {'noise draws' if unit == 'draw' else 'training seeds'}"]
     if df['cost'].isna().any(): told.append('?: unknown')
-    if interruption(df): told.append(f'interrupted after {interruption(df)}')
+    if interruption(df): told.append(f'interrupted after {plain_text(interruption(df))}')
     return subtitle(*told)
 
 # %% ../../nbs/show/04_card.ipynb #afcded1a
@@ -99,7 +101,7 @@ def _dressed(fig, df, metric, unit, title, top, n):
     if n < 4: bar |= dict(tickvals=[0, top], ticktext=['0', f'{top:.0f}'])
     fig.update_layout(template=noisyseg_template, height=190 + more + 30 * n, hovermode='closest',
                       margin=dict(l=40, r=10, t=130 + more, b=40),
-                      title=dict(text=f'Robustness card: {metric} (%)' if title is None else title,
+                      title=dict(text=f'Robustness card: {plain_text(metric)} (%)' if title is None else title,
                                  subtitle=dict(text=below)),
                       coloraxis=dict(cmin=0, cmax=top, colorscale=[[0, FAINT], [0.5, '#f1ca73'], [1, '#d96e19']],
                                      colorbar=bar))

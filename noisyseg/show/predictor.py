@@ -59,7 +59,7 @@ class NoisyPredictor:
             for k, m in self.models.items(): found[k] = class_count(logits_of(m, x, x.shape[2:], k))
         if len(set(found.values())) > 1:
             raise ValueError(f"models: expected the same number of classes from each, got {found}")
-        return next(iter(found.values()))
+        return _expect_bytes(found[k], k)
 
     def close(self):
         "Let go of models, images, clones and predictions."
@@ -188,6 +188,7 @@ def _predict(self:NoisyPredictor, name, sample, disturbance, where, seed, layer,
     with untouched([model]), self._acting(name, disturbance, where, seed, protected, rescued):
         counts = _counts(before, values()) if weight else None
         with before_noise: logits = logits_of(model, x, size, name).float()
+    _expect_bytes(class_count(logits), name)
     sure = confidence(logits)[0]
     if not sure.isfinite().all(): raise ValueError(f"{name} predicts numbers that are not finite under {disturbance}")
     shown = torch.stack([to_classes(logits)[0].to(torch.uint8), (sure * 255).round().to(torch.uint8)])
@@ -199,6 +200,13 @@ def _counts(before, after):
     edge = max(1.4 * before.abs().max().item(), 1e-12)
     count = lambda w: torch.histc(w, BINS, -edge, edge).int().tolist()
     return dict(edge=edge, before=count(before), after=count(after))
+
+# %% ../../nbs/show/05_predictor.ipynb #7c1de009
+def _expect_bytes(classes, name):
+    "The number of classes, or an error where a byte does not hold a class number."
+    if classes <= 256: return classes
+    raise ValueError(f"{name}: predictions are kept as bytes, for up to 256 classes, got {classes}; such a network can "
+                     f"be measured, `sweep(model, dl, disturbance)`")
 
 # %% ../../nbs/show/05_predictor.ipynb #8a952c4b
 @patch

@@ -235,10 +235,31 @@ def _check_fit(state, model, card, path):
         return half and a.dtype == torch.float16 and b.is_floating_point() and a.shape == b.shape
     wrong = [f'{k} ({kind(state, k)} in the file, {kind(own, k)} in the model)'
              for k in sorted(own.keys() | state.keys()) if not fits(k)]
-    if not wrong: return _check_ties(state, own, path)
+    if not wrong:
+        _check_recipe(model, card, path)
+        return _check_ties(state, own, path)
     raise ValueError(f"{path.name} does not fit this model: {len(wrong)} of {len(own.keys() | state.keys())} tensors "
                      f"differ, first "
                      f"{wrong[0]}. The card says {card.get('architecture')}. {_mend(state, own, wrong)}")
+
+# %% ../../nbs/train/06_checkpoints.ipynb #7c1de003
+# settings that change nothing in evaluation, or only how fast and in how much memory it is reached
+_alike = 'pretrained', 'dropout', 'checkpoint', 'decoder'
+
+def _differing(a, b):
+    "Names of settings that two recipes both have and give other values, where it matters."
+    if not (isinstance(a, dict) and isinstance(b, dict)): return [] if a == b else ['']
+    return [f'{k}.{d}'.strip('.') for k in a if k in b and k not in _alike
+            for d in _differing(a[k], b[k])]
+
+def _check_recipe(model, card, path):
+    "A network with weights of the same shapes may still compute something else."
+    there, here = card.get('architecture'), _plain(getattr(model, 'recipe', None))
+    if not here or not isinstance(there, dict) or 'factory' not in there or not (wrong := _differing(there, here)):
+        return
+    raise ValueError(f"{path.name} holds another network with weights of the same shapes: {', '.join(wrong)} differ. "
+                     f"The card says {there}, this model is {here}. `load_model({str(path)!r})` builds what was "
+                     f"saved; `model.load_state_dict(load_model({str(path)!r}).state_dict())` takes the weights alone")
 
 # %% ../../nbs/train/06_checkpoints.ipynb #ab56bbfe
 def _kind(v): return f'{str(v.dtype)[6:]} {tuple(v.shape)}' if isinstance(v, Tensor) else 'data'
@@ -274,8 +295,10 @@ def _check_ties(state, own, path):
         if not isinstance(v, Tensor) or v.is_meta or not v.numel(): continue
         other = first.setdefault((v.device, v.data_ptr(), v.shape, v.stride()), k)
         if state_digest({'': state[k]}) != state_digest({'': state[other]}):
+            owner, _, leaf = k.rpartition('.')
             raise ValueError(f"{path.name} does not fit this model: {other} and {k} are one weight here, and two "
-                             f"different ones in the file. Untie them, `model.{k} = nn.Parameter(model.{k}.clone())`")
+                             f"different ones in the file. Untie them, `import copy; "
+                             f"m = model.get_submodule({owner!r}); m.{leaf} = copy.deepcopy(m.{leaf})`")
 
 # %% ../../nbs/train/06_checkpoints.ipynb #172e8497
 def _unpacked(card, tensors, path):
@@ -294,7 +317,7 @@ def _build(card, state, path):
     factory = arch.get('factory') if isinstance(arch, dict) else None
     if not isinstance(factory, str) or factory not in FACTORIES:
         raise ValueError(f"{path.name} names no architecture of noisyseg ({arch}): build the model yourself and pass "
-                         f"it as model=, `load_model({path.name!r}, model)`")
+                         f"it as model=, `load_model({str(path)!r}, model)`")
     try:
         args = dict(arch['args'])
         # the weights come from the file, and nothing comes from elsewhere
@@ -302,7 +325,7 @@ def _build(card, state, path):
         with offline(): model = FACTORIES[factory](**args)
     except Exception as e:
         raise ValueError(f"{path.name}: its card describes no model that can be built ({type(e).__name__}: {e}). Was "
-                         f"it changed? With the right model, `load_model({path.name!r}, model)` goes on") from e
+                         f"it changed? With the right model, `load_model({str(path)!r}, model)` goes on") from e
     if card['weights'].get('half'): return model
     for k, v in chain(model.named_parameters(), model.named_buffers()):
         there = state.get(k)

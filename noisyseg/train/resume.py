@@ -8,7 +8,8 @@ Docs: https://noisyseg.github.io/noisyseg/train/resume.html.md"""
 __all__ = ['describe_run', 'Resumable']
 
 # %% ../../nbs/train/07_resume.ipynb #cc7b1001
-import os, random, re, signal, threading, time, warnings
+import inspect, os, random, re, signal, threading, time, warnings
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..perturb.clone import holding
 from .serialization import load_state, random_state, save_state, set_random_state
-from ..basics import remove_parts, versions
+from ..basics import digest, remove_parts, versions
 from .method import LoopCallback
 
 # %% ../../nbs/train/07_resume.ipynb #19c59b3c
@@ -139,6 +140,53 @@ def _same(a, b): return torch.equal(a, b) if isinstance(a, Tensor) and isinstanc
 # str(f) would hold an address in memory, another one each time
 def _name(f): return getattr(f, '__name__', type(f).__name__)
 
+# %% ../../nbs/train/07_resume.ipynb #7c1de001
+def _leaf(v):
+    "One setting as plain data that another process would find, too."
+    if isinstance(v, (np.ndarray, Tensor)):
+        a = np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v)
+        # other processors round the last bits of what a program draws in another way
+        return a.tolist() if a.size <= 64 else f'{a.shape}, mean {np.mean(a.flat[::997]):.4g}'
+    if isinstance(v, os.PathLike): return Path(v).name   # the folder may lie elsewhere
+    if v is None or isinstance(v, (bool, int, str)): return v
+    return repr(v) if isinstance(v, (float, Enum)) else getattr(v, '__qualname__', type(v).__name__)
+
+def _settings(o, at='', top=True):
+    "Name -> plain data: the settings of an object, and of the modules, lists and functions with arguments in it."
+    if isinstance(o, partial): inside = {'': o.func} | dict(enumerate(o.args)) | o.keywords
+    elif isinstance(o, dict): inside = o
+    elif isinstance(o, (list, tuple)): inside = dict(enumerate(o))
+    elif isinstance(o, nn.Module) or top and hasattr(o, '__dict__') and not hasattr(o, '__qualname__'):
+        inside = {k: v for k, v in vars(o).items() if not k.startswith('_') and k != 'training'}
+        if isinstance(o, nn.modules.loss._Loss): inside |= o._buffers   # weights of classes
+        inside |= getattr(o, '_modules', {})
+    else: return {at: _leaf(o)}
+    out = {at: type(o).__name__}
+    for k, v in inside.items(): out |= _settings(v, f'{at}.{k}'.strip('.'), False)
+    return out
+
+# %% ../../nbs/train/07_resume.ipynb #7c1de002
+def _layers(model):
+    "Name -> kind and settings of each module, with the functions that it calls (activations)."
+    def said(m):
+        # what observers of quantization print moves as the fit goes
+        more = '' if type(m).__module__.startswith('torch.ao.') else m.extra_repr()
+        functions = [f'{k}={v.__name__}' for k, v in vars(m).items() if inspect.isroutine(v)]
+        return re.sub(' at 0x[0-9a-f]+', '', f"{type(m).__name__}({', '.join([more, *functions])})")
+    return {n: said(m) for n, m in model.named_modules()}
+
+def _data(data):
+    "Name -> what a training set is made of, as far as it says so; not where its files lie."
+    if (read := getattr(data, 'read', None)) is None: out = {}
+    else: out = _settings(read, 'read')
+    for k in ('augment', 'transform', 'target_transform', 'transforms'):
+        if (v := getattr(data, k, None)) is not None: out |= _settings(v, k)
+    items = getattr(data, 'items', None)
+    if isinstance(items, (list, tuple, L)) and len(items):
+        out |= {f'first item {k}'.strip(): v for k, v in _settings(items[0], top=False).items()}
+        out['items'] = digest(*(repr(_settings(i, top=False)) for i in items))
+    return {'': type(data).__name__} | out
+
 # %% ../../nbs/train/07_resume.ipynb #38c88f26
 def describe_run(
     learn,  # a Learner that is fitting
@@ -153,7 +201,8 @@ def describe_run(
     return {'epochs': learn.n_epoch, 'batches': len(learn.dls.train),
             'batch size': getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'images': size(data),
             'seed of the data': getattr(data, 'seed', None), 'model': type(learn.model).__name__,
-            'loss': type(learn.loss_func).__name__,
+            'loss': type(learn.loss_func).__name__, 'settings of the loss': _settings(learn.loss_func),
+            'layers': _layers(learn.model), 'data': _data(data),
             'optimizer': type(inner).__name__, 'steps of the optimizer': [_name(getattr(c, 'func', c))
             for c in getattr(inner, 'cbs', [])],
             'learning rate': [float(h['lr']) for h in opt.hypers],
@@ -169,18 +218,20 @@ def describe_run(
 
 # %% ../../nbs/train/07_resume.ipynb #ded1303c
 def _differences(there, here):
-    "In words; a seed that is not drawn yet in one of two fits every seed."
+    "In words; a seed that is not drawn yet in one of two fits every seed, and an older file says less."
     out = []
-    for k in ('tensors', 'seeds'):
+    for k in sorted(here.keys() & there.keys(), key=list(here).index):
         a, b = there[k], here[k]
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            if a != b: out.append(f'{k}: was {a}, is {b}')
+            continue
         wrong = [n for n in sorted(a.keys() | b.keys()) if a.get(n) != b.get(n)
-                 and (k == 'tensors' or None not in (a.get(n), b.get(n)))]
+                 and (k != 'seeds' or None not in (a.get(n), b.get(n)))]
         if wrong:
-            out.append(f'{k}: {wrong[0]} was {a.get(wrong[0])}, is {b.get(wrong[0])}'
+            out.append(f'{k}: {wrong[0]} was {a.get(wrong[0])}, is {b.get(wrong[0])}'.replace(':  ', ': ')
                        + (f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''))
-    out += [f'{k}: was {there.get(k)}, is {v}' for k, v in here.items() if k not in ('tensors', 'seeds')
-            and there.get(k) != v]
     return [o if len(o) < 300 else f'{o.split(":")[0]} is another' for o in out]
+
 
 # %% ../../nbs/train/07_resume.ipynb #3d29c04f
 _units = {'s': 1, 'min': 60, 'h': 3600}

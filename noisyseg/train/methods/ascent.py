@@ -237,6 +237,22 @@ def _excursion(self:Ascent, groups, params, ascend, descend):
     self.recover()
     return result
 
+# %% ../../../nbs/train/methods/02_ascent.ipynb #7c1de007
+@patch
+@contextmanager
+def _others(self:Ascent, params):
+    "Parameters that another optimizer steps: as always, a gradient is added to what they have, but only the last one."
+    mine = set(params)
+    had = {p: p.grad for p in self.names if p not in mine}
+    try:
+        clear_gradients(had)
+        yield list(had)
+    except BaseException:
+        for p, g in had.items(): p.grad = g
+        raise
+    for p, g in had.items():
+        if g is not None: p.grad = g if p.grad is None else g.add_(p.grad)
+
 # %% ../../../nbs/train/methods/02_ascent.ipynb #1838d956
 @patch
 def gradients(self:Ascent,
@@ -247,7 +263,15 @@ def gradients(self:Ascent,
     onto: bool = False,  # add to the gradients that are there, instead of replacing them
 ) -> list:  # what the jobs' first passes returned
     "The mean over jobs of the gradient at each job's own top, in .grad (SAM, algorithm 1; section 4.1)."
-    params, results = [p for g in groups for p in g['params']], []
+    params = [p for g in groups for p in g['params']]
+    with self._others(params) as others:
+        return self._mean(groups, [*params, *others], jobs, weights, up, onto)
+
+# %% ../../../nbs/train/methods/02_ascent.ipynb #7c1de006
+@patch
+def _mean(self:Ascent, groups, params, jobs, weights, up, onto):
+    "What `gradients` does."
+    results = []
     weights = [1] * len(jobs) if weights is None else weights
     if len(weights) != len(jobs) or not sum(weights) > 0:
         raise ValueError(f"weights= gives each of the {len(jobs)} jobs its share, got {weights!r}")

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ...basics import check_number, check_whole
-from .ascent import Ascent, default_rho
+from .ascent import Ascent, clear_gradients, default_rho
 
 # %% ../../../nbs/train/methods/03_sam.ipynb #1fa6f572
 class _Around(torch.optim.Optimizer):
@@ -126,11 +126,11 @@ def step(self:SAM,
 # %% ../../../nbs/train/methods/03_sam.ipynb #ec80acea
 @patch
 def first_step(self:SAM) -> bool:  # is a second gradient needed?
-    "After backward(): climb along the gradient and clear it."
+    "After backward(): climb along the gradient and clear it, in the whole model."
     self.ascent.recover()
     self._begun = True
     if self._n_steps % self.every or not self.ascent.climb(self.param_groups): return False
-    self.zero_grad()
+    clear_gradients(self.ascent.names)   # also those that another optimizer steps: they get the second one alone
     return True
 
 @patch
