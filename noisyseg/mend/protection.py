@@ -134,8 +134,8 @@ def predicted_costs(
     where = as_selector(law.where if where is None else where)
     sites = select(model, where)
     if name := _together(law, sites):
-        raise ValueError(f"law: the numbers of {name} move together under {law}, and a prediction takes each by itself. "
-                         f"They can be measured: `measured_costs(model, dl, {law!r}, of='divergence')`, or "
+        raise ValueError(f"law: the numbers of {name} move together under {law}, and a prediction takes each by "
+                         f"itself. They can be measured: `measured_costs(model, dl, {law!r}, of='divergence')`, or "
                          f"`protect(model, dl, {law!r}, by='layer', costs='measured')`")
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
