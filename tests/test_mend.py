@@ -12,12 +12,14 @@ from torch import nn
 import noisyseg
 from noisyseg import MaxGaussian, NoiseExplorer, Quantize, compose, perturbed, sweep
 from noisyseg.data.corruptions import Corruption
-from noisyseg.mend import tolerances
-from noisyseg.mend.protection import measured_costs, predicted_costs, protect
+from noisyseg.mend import protection, tolerances
+from noisyseg.mend.protection import measured_costs, predicted_costs, protect, sensitivity
 from noisyseg.mend.recalibration import norm_layers, rescue, rescued
 from noisyseg.measure.summary import holm
 from noisyseg.mend.smoothing import certified_mask
 from noisyseg.mend.tolerances import misses_allowed, tolerance
+from noisyseg.perturb.bit_flips import BitFlips
+from noisyseg.perturb.devices import LogNormal, PhaseChange, StuckCells, UnequalPairs
 from noisyseg.perturb.disturbance import Disturbance
 from noisyseg.perturb.laws import AbsoluteGaussian
 from noisyseg.perturb.selectors import Spared, conv_and_norm, kernels_and_scales
@@ -171,6 +173,23 @@ def test_predicted_costs_are_the_hessian_of_a_linear_network():
     def loss(w): return nn.functional.cross_entropy(nn.functional.conv2d(x, w.view(3, 2, 1, 1)), y)
     hessian = torch.autograd.functional.hessian(loss, net.weight.detach().flatten()).diagonal().view(3, 2).sum(1)
     torch.testing.assert_close(found, 0.5 * 0.1**2 * hessian, rtol=0.1, atol=0)
+
+def test_numbers_that_move_together_are_measured_not_predicted(net, scenes):
+    "A factor for a whole channel: each number by itself says nothing; unlike drift that is compensated for all of them"
+    one, shaky = [tuple(t[:1] for t in scenes[0])], UnequalPairs(0.2)
+    with pytest.raises(ValueError, match=r"measured_costs\(model, dl, UnequalPairs\(mismatch=0.2"):
+        predicted_costs(net, one, shaky, where=conv_and_norm)
+    with pytest.raises(ValueError, match="by='layer', costs='measured'"): protect(net, one, shaky, progress=False)
+    found = sensitivity(net, one, shaky, draws=1, where='heads.*', progress=False)
+    assert list(found) == ['n', 'measured']
+    kept = protect(net, one, shaky, by='layer', budget=0.05, draws=1, where='heads.*', compare=False, progress=False)
+    assert kept.costs.name == 'measured'
+    torch.manual_seed(1)
+    weights = [torch.randn(s) for s in ((8, 3, 1, 1), (4, 16, 3, 3), (8, 9), (8,), ())]
+    laws = [MaxGaussian(), LogNormal(0.2, 10.), StuckCells(0.05, 'max'), PhaseChange(), BitFlips(1e-3),
+            compose(Quantize(4), StuckCells(0.05), MaxGaussian())]
+    assert all(protection._apart(law, w) for law in laws for w in weights)
+    assert not any(protection._apart(law, w) for law in (shaky, compose(MaxGaussian(1e-3), shaky)) for w in weights[:3])
 
 def test_costs_are_of_the_weights_that_are_asked_for(net, scenes):
     costs = measured_costs(net, scenes[:1], MaxGaussian(0.1), draws=1, where='heads.*', progress=False)

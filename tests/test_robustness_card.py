@@ -13,7 +13,7 @@ from noisyseg.measure.card import card_summary, card_table, robustness_card, sta
 from noisyseg.measure.corruption_errors import mean_corruption_error
 from noisyseg.measure.store import load_sweep
 from noisyseg.measure.sweeps import sweep
-from noisyseg.perturb.laws import MaxGaussian
+from noisyseg.perturb.laws import AbsoluteGaussian, MaxGaussian
 from noisyseg.perturb.clone import perturbed
 from noisyseg.measure.summary import summarise
 from noisyseg.perturb.disturbance import Disturbance, Law
@@ -64,6 +64,18 @@ def test_the_rows_are_the_sweeps_own(classify):
     theirs = sweep(model, batches, TWO, levels=(1, 3), class_names=NAMES, progress=False)
     ours = df.query("model == 'b' and train_seed == 0 and disturbance == 'corrupted inputs'")
     assert ours['value'].tolist() == pytest.approx(theirs['value'].tolist(), nan_ok=True)
+
+
+def test_a_list_is_measured_whole():
+    "What shares a label is averaged, as in a dict; at levels that all of them name"
+    wide = MaxGaussian(per='tensor')
+    df = card(disturbances=[*TWO, MaxGaussian(), wide], draws=1)
+    assert df.equals(card(disturbances={'corrupted inputs': TWO, 'weight noise': [MaxGaussian(), wide]}, draws=1))
+    assert df['law'].nunique() == 5
+    with pytest.raises(ValueError, match='is there twice'): card(disturbances=[wide, wide], levels=None)
+    with pytest.raises(ValueError, match="whose levels differ; give each a label of its own: `{'first'"):
+        card(disturbances={'noise': [MaxGaussian(), AbsoluteGaussian()]}, levels=None)
+    card(disturbances={'noise': [MaxGaussian(), AbsoluteGaussian()]}, levels={'noise': 0.1}, draws=1)
 
 
 def test_mce_and_cost_are_by_the_baseline():

@@ -129,7 +129,7 @@ def test_selectors_of_one_name_must_pick_the_same_weights(whole):
     both, alone = (sweep(law=d, on='here') for d in ({'head': Head(), 'stem': Stem()}, {'stem': Stem()}))
     assert_frame_equal(both[both['disturbance'] == 'stem'].reset_index(drop=True), alone, check_exact=True)
     with pytest.raises(ValueError, match="'<lambda>' is there twice"):
-        layer_sensitivity(Net(), batches(), law, groups=[lambda n, m, w: n == '0.weight', lambda n, m, w: n == '4.weight'])
+        layer_sensitivity(Net(), batches(), law, groups=[Stem.where.test, Head.where.test])
 
 
 # --- interrupted and killed
@@ -266,7 +266,7 @@ def test_damaged_store_is_measured_again(tmp_path, whole, data):
 
 class Weighted(MaskTask):
     "A task with settings of several kinds."
-    def __init__(self, by): self.by, self.names, self._seen = by, {'a', 'b'}, object()
+    def __init__(self, by): self.by, self.names, self.other, self._seen = by, {'a', 'b'}, object(), random.random()
 
 
 @pytest.mark.parametrize('what, said', [

@@ -54,6 +54,22 @@ class Untouched(Disturbance):
     def kind_name(self) -> str: return ''
 
 # %% ../../nbs/measure/12_card.ipynb #ee57f6d2
+def _by_label(disturbances):
+    "One disturbance, or a list of them, as the lists of those that share a label."
+    found = {}
+    for d in disturbances if isinstance(disturbances, (list, tuple)) else [disturbances]:
+        found.setdefault(getattr(d, 'label', ''), []).append(d)
+    return found
+
+def _check_alike(label, several):
+    "What is averaged must be at the same levels."
+    several = several if isinstance(several, (list, tuple)) else [several]
+    kinds = {(d.unit, tuple(d.levels)): d for d in several if isinstance(d, Disturbance)}
+    if len(kinds) > 1:
+        a, b, *_ = kinds.values()
+        raise ValueError(f"disturbances: {label!r} stands for {a} and {b}, whose levels differ; give each a label of "
+                         f"its own: `{{'first': …, 'second': …}}`")
+
 def _card_levels(disturbances, given, metric):
     "The levels of each disturbance: those given, else the defaults, without the one that means nothing."
     given = {} if given is None else given
@@ -64,6 +80,7 @@ def _card_levels(disturbances, given, metric):
     for label, several in disturbances.items():
         d = several[0] if isinstance(several, (list, tuple)) and several else several
         if not isinstance(d, Disturbance): continue   # none left in a list, or the sweep says what is wrong with it
+        if label not in given: _check_alike(label, several)
         levels = given.get(label, STANDARD_LEVELS.get(metric, {}).get(type(d), d.levels))
         levels = [levels] if isinstance(levels, (int, float)) else list(levels)
         found[label] = [l for l in levels if l != d.nothing]
@@ -84,7 +101,7 @@ def _costs(cost, names, baseline):
 def robustness_card(
     models,  # a module, or a dict name -> module; ('name', training seed) -> module where there are several runs
     dl,  # batches (images, labels) or (images, masks), the same each time: a loader, DataLoaders (.valid), a list
-    disturbances=None,  # a dict label -> disturbance or list of them, averaged; None: `standard_disturbances`
+    disturbances=None,  # a dict label -> one or a list, averaged; one, or a list; None: `standard_disturbances`
     *,
     levels: dict = None,  # label -> levels, where () leaves one out; None: the usual ones
     draws: int = 10,  # draws for each level
@@ -107,9 +124,7 @@ def robustness_card(
     costs = _costs(cost, names, baseline)
     batches = Batches(dl, cache_mb, task)
     if disturbances is None: disturbances = standard_disturbances(batches.first[0].shape[2:])
-    if not isinstance(disturbances, Mapping):
-        several = disturbances if isinstance(disturbances, (list, tuple)) else [disturbances]
-        disturbances = {getattr(d, 'label', ''): d for d in several}
+    if not isinstance(disturbances, Mapping): disturbances = _by_label(disturbances)
     asked = {Untouched.label: [0.], **_card_levels(disturbances, levels, batches.task.metric)}
     df = sweep(models, batches, {Untouched.label: Untouched(), **disturbances}, levels=asked, draws=draws, seed=seed,
                task=task, ignore_index=ignore_index, class_names=class_names, store=store, progress=progress,

@@ -55,6 +55,10 @@ def _same(now, then, versions):
     return [t._version for t in _tensors(then)] == versions
 
 # %% ../../nbs/measure/05_prefix.ipynb #2cb6f4f9
+def _must_run(module):
+    "With autograd, in training mode, or with hooks inside, nothing is taken from memory."
+    return torch.is_grad_enabled() or any(m.training for m in module.modules()) or _listened(module)
+
 _PLAIN = int, float, str, torch.Size
 
 def _held(module):
@@ -86,6 +90,12 @@ class _Kept:
         self.calls.append((inputs, [t._version for t in _tensors(inputs)], out, [t._version for t in _tensors(out)],
                            size))
         return size
+
+    def watched(self, module, run):
+        "What a run gives, and whether it left nothing else on the module: seen in the first pass, with each batch."
+        if self.state != 'unknown': return run(), True
+        before = _held(module)
+        return run(), _unchanged(_held(module), before)
 
     def drop(self):
         "The module must run each time, such as one behind the noise: keep nothing; how many bytes that frees."
@@ -122,8 +132,7 @@ class PrefixCache:
 
     def _remembering(self, forward, module, k):
         def remembering(*args, **kwargs):
-            training = torch.is_grad_enabled() or any(m.training for m in module.modules())
-            if k.state == 'runs' or training or _listened(module): return forward(*args, **kwargs)
+            if k.state == 'runs' or _must_run(module): return forward(*args, **kwargs)
             inputs, i = (args, kwargs), k.at
             k.at += 1
             if i < len(k.calls):
@@ -133,9 +142,8 @@ class PrefixCache:
                     k.state = 'before'
                     self.hits += 1
                     return _copied(out)
-            before = _held(module) if k.state == 'unknown' else None   # tried in the first pass, with each batch
-            new = forward(*args, **kwargs)
-            if before and not _unchanged(_held(module), before): self.room += k.drop()
+            new, nothing_left = k.watched(module, lambda: forward(*args, **kwargs))
+            if not nothing_left: self.room += k.drop()
             if k.state != 'runs' and i == len(k.calls) and (i == 0 or k.state == 'before'):
                 self.room -= k.keep(inputs, new, self.room)
             return new

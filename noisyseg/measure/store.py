@@ -196,7 +196,8 @@ def _differ(there, now):
 def _differences(old, new):
     "In words, what makes the grids `old` and `new` two experiments."
     if 'cells' not in old: return ['it was written by an older noisyseg; load_sweep reads it']
-    found = [f"{k}: {old[k]!r} there, {v!r} now" for k, v in new.items() if k not in _TOLD and _differ(old.get(k, v), v)]
+    found = [f"{k}: {old[k]!r} there, {v!r} now" for k, v in new.items()
+             if k not in _TOLD and _differ(old.get(k, v), v)]
     shared = [name for name in new['models'] if name in old['models']]
     # another torch may print the same layer in other words
     same_torch = old.get('versions', {}).get('torch') == new.get('versions', {}).get('torch')

@@ -98,6 +98,21 @@ def _variance(law, weight):
     return sum(w * d.square() for w, d in zip(share / share.sum(), shift))
 
 # %% ../../nbs/mend/02_protection.ipynb #abbc7ce2
+def _apart(law, weight):
+    "Does each number of a weight follow from its own number of the draw, all but a little?"
+    w = torch.atleast_1d(weight)
+    w = torch.cat([w] * -(-512 // w.numel()), min(1, w.ndim - 1))   # large enough to tell
+    generator = torch.Generator().manual_seed(0)
+    z, other = torch.randn(2, w.numel(), generator=generator).to(w)
+    other[:65], other[66::2] = z[:65], z[66::2]   # the first 64 numbers of a draw also start others
+    shift = law(w.clone(), z.view(w.shape)) - law(w.clone(), other.view(w.shape))
+    kept, drawn = shift.flatten()[64::2], shift.flatten()[65::2]
+    return bool(kept.square().mean() <= 0.1 * drawn.square().mean())
+
+@torch.no_grad()
+def _together(law, sites): return next((s.name for s in sites if not _apart(law, s.value())), None)
+
+# %% ../../nbs/mend/02_protection.ipynb #9aea1400
 def predicted_costs(
     model: nn.Module,  # the model; it comes out as it went in, without gradients
     dl,  # batches, as for `sweep`; a few are enough
@@ -119,6 +134,10 @@ def predicted_costs(
                         f"answers could be drawn: measured_costs(…, of='score') measures instead")
     where = as_selector(law.where if where is None else where)
     sites = select(model, where)
+    if name := _together(law, sites):
+        raise ValueError(f"law: the numbers of {name} move together under {law}, and a prediction takes each by "
+                         f"itself. They can be measured: `measured_costs(model, dl, {law!r}, of='divergence')`, or "
+                         f"`protect(model, dl, {law!r}, by='layer', costs='measured')`")
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in flags: p.requires_grad_(True)
@@ -154,7 +173,7 @@ def sensitivity(
     parts = _parts(model, where, channels)
     index = pd.MultiIndex.from_tuples([(p.weight, p.group) for p in parts], names=['weight', 'group'])
     found = pd.DataFrame({'n': [p.n for p in parts]}, index=index)
-    if isinstance(disturbance, Law):
+    if isinstance(disturbance, Law) and (of is None or not _together(disturbance, select(model, where))):
         costs = predicted_costs(model, dl, disturbance, passes=passes, where=where, seed=seed, task=kwargs.get('task'))
         found['predicted'] = [costs[p.weight][p.rows].sum().item() for p in parts]
     if of is not None:
@@ -256,7 +275,9 @@ def _orders(units, model, where, compare, seed):
 def _costs(model, dl, disturbance, by, costs, args, measuring):
     "What each weight costs, and how that is divided among its channels."
     logits = Batches(dl, task=args['task']).task.logits
-    if costs is None: costs = 'predicted' if isinstance(disturbance, Law) and logits else 'measured'
+    if costs is None:
+        apart = isinstance(disturbance, Law) and not _together(disturbance, select(model, args['where']))
+        costs = 'predicted' if apart and logits else 'measured'
     check_choice('costs', costs, 'predicted', 'measured')
     parts = None
     if by == 'channel' or costs == 'predicted': parts = predicted_costs(model, dl, disturbance, **args)
