@@ -27,7 +27,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
 from ..basics import check_whole
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
-from .loaders import ColourOnly, as_image, seeded, stats_of
+from .loaders import ColourOnly, TorchOnly, as_image, seeded, stats_of
 from .files import can_reduce, colorize, named, read_image, to_rgb
 from .datasets import scenes
 from .own import custom_masks
@@ -45,7 +45,7 @@ def strong_view(
     "Colour jitter, greyscale and blur: what UniMatch (arXiv 2208.09910) adds to a weak view"
     blur = v2.GaussianBlur(2*math.ceil(3*sigma[1]) + 1, sigma)
     colour = [v2.RandomApply([v2.ColorJitter(*jitter)], p_jitter), v2.RandomGrayscale(p_grey)]
-    return v2.Compose([*map(ColourOnly, colour), v2.RandomApply([blur], p_blur)])
+    return TorchOnly([*map(ColourOnly, colour), v2.RandomApply([blur], p_blur)])
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #995997c8
 class _WithInside:
@@ -78,7 +78,7 @@ class ViewDataset(MaskDataset):
         "Three views, bytes (3, height, width), and where they show the image, bool (height, width)"
         i = range(len(self))[i]
         weak, inside = super().item(i, epoch)
-        with seeded(self.seed, epoch, i, 1):
+        with seeded(self.seed, epoch, i, 1, others=not isinstance(self.strong, TorchOnly)):
             strong = [TensorImage(self.strong(tv_tensors.Image(weak)).as_subclass(Tensor)) for _ in range(2)]
         return weak, *strong, inside.as_subclass(Tensor)>0
 
