@@ -88,7 +88,8 @@ def test_categories_of_other_names(tmp_path, monkeypatch):
         images=[dict(id=1, file_name='a.jpg')],
         categories=[dict(id=1, name='cat', keypoints=['nose', 'tail']),
                     dict(id=2, name='man', keypoints=['head', 'foot'])],
-        annotations=[dict(image_id=1, category_id=k, bbox=[0, 0, 5, 5], keypoints=[k, 1, 2, 3, 3, 2]) for k in (1, 2)])))
+        annotations=[dict(image_id=1, category_id=k, bbox=[0, 0, 5, 5], keypoints=[k, 1, 2, 3, 3, 2])
+                     for k in (1, 2)])))
     with pytest.raises(ValueError, match="'cat' and 'man' have keypoints of other names") as e:
         read_keypoints(file, tmp_path)
     exec(str(e.value).split('category k, ')[1], dict(json=json, Path=Path, file=file, k=2))

@@ -67,10 +67,11 @@ def _like_coco(d):
              for o in d['annotations'] if any(np.ravel(o.get('keypoints', [])))]
     first, *others = [c for c in d['categories'] if 'keypoints' in c]
     if differs := [c for c in others if list(c['keypoints'])!=list(first['keypoints'])]:
-        raise ValueError(f"categories {first.get('name')!r} and {differs[0].get('name')!r} have keypoints of other names: "
-                         "make a file of each category k, d = json.loads(Path(file).read_text()); d['categories'] = [c "
-                         "for c in d['categories'] if c['id']==k]; d['annotations'] = [o for o in d['annotations'] if "
-                         "o['category_id']==k]; Path(f'{k}.json').write_text(json.dumps(d))")
+        two = ' and '.join(repr(c.get('name')) for c in (first, differs[0]))
+        raise ValueError(f"categories {two} have keypoints of other names: make a file of each category k, "
+                         "d = json.loads(Path(file).read_text()); "
+                         "d['categories'] = [c for c in d['categories'] if c['id']==k]; "
+                         "d['annotations'] = [o for o in d['annotations'] if o['category_id']==k]; Path(f'{k}.json').write_text(json.dumps(d))")
     return first['keypoints'], found
 
 def _points(points, names, image):

@@ -284,7 +284,8 @@ def masked_and_rest(
     if n is None: return items, []
     if isinstance(n, float) and 0<n<1: n = max(1, round(n*len(items)))
     if isinstance(n, (int,float)): return split_labelled(dls, n, split_seed, verbose=verbose)
-    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str,Path)): return list(n[0]), [(o,) for o in n[1]]
+    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str,Path)):
+        return list(n[0]), [(o,) for o in n[1]]
     n, names = [o for o in n if isinstance(o, int)], [o for o in n if not isinstance(o, int)]
     if wrong := [o for o in n if not -len(items)<=o<len(items)]:
         raise ValueError(f"n names {wrong[0]}, which is none of the {len(items)} images: expected names or numbers "
