@@ -71,7 +71,8 @@ def _like_coco(d):
         raise ValueError(f"categories {two} have keypoints of other names: make a file of each category k, "
                          "d = json.loads(Path(file).read_text()); "
                          "d['categories'] = [c for c in d['categories'] if c['id']==k]; "
-                         "d['annotations'] = [o for o in d['annotations'] if o['category_id']==k]; Path(f'{k}.json').write_text(json.dumps(d))")
+                         "d['annotations'] = [o for o in d['annotations'] if o['category_id']==k]; "
+                         "Path(f'{k}.json').write_text(json.dumps(d))")
     return first['keypoints'], found
 
 def _points(points, names, image):
