@@ -3,9 +3,11 @@ import gc
 import hashlib
 import json
 import pickle
+import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -605,6 +607,34 @@ def test_polygons_on_both_sides(tmp_path, monkeypatch):
     dls = coco('train.json', tmp_path, 'valid.json', size=32, bs=2, device='cpu')
     assert [[i[1].stem for i in dl.dataset.items] for dl in dls.loaders] == [['2', '3', '4', '5'], ['0', '1']]
 
+# --- randomness
+
+@pytest.mark.parametrize('draw', [torch.rand, np.random.rand, lambda n: [random.random() for _ in range(n)],
+                                  np.random.randn], ids=['torch', 'numpy', 'random', 'normal'])
+def test_an_augmentation_of_yours_may_draw_from_any_generator(draw):
+    "An item depends on (seed, epoch, i) alone, and nothing has been drawn outside"
+    def augment(x, y): return (x + int(100*abs(float(draw(1)[0])))).to(torch.uint8), y
+    items = [(np.full((32, 32, 3), 10*i, np.uint8), np.zeros((32, 32), np.uint8)) for i in range(4)]
+    make = partial(mask_dataloaders, items, items, lambda o: o, ['a'], [(0, 0, 0)], 255, 32, 2, augment)
+    first = lambda dls, *at: dls.train_ds.item(*at)[0].flatten()[0].item()
+    one, other = make(seed=0), make(seed=1)
+    for g in (torch.manual_seed, np.random.seed, random.seed): g(3)
+    untouched = [float(draw(1)[0]) for _ in range(4)]
+    for g in (torch.manual_seed, np.random.seed, random.seed): g(3)
+    values, seen = [], []
+    for _ in range(4):
+        values.append(float(draw(1)[0]))
+        seen.append(first(one, 1, 0))
+    assert values == untouched and len({*seen}) == 1
+    assert len({first(d, 1, e) for d in (one, other) for e in range(3)}) > 1
+
+def test_strong_views_of_yours_may_draw_from_any_generator():
+    from noisyseg.data.semi_supervised import ViewDataset
+    strong = lambda x: (x*0 + np.random.randint(200) + random.randint(0, 50)).to(torch.uint8)
+    ds = ViewDataset([np.zeros((32, 32, 3), np.uint8)], lambda o: o, (32, 32), strong=strong, seed=1)
+    assert len({int(ds.item(0, 0)[1].flatten()[0]) for _ in range(4)}) == 1
+    assert len({int(ds.item(0, e)[k].flatten()[0]) for e in range(4) for k in (1, 2)}) > 2
+
 # --- the doctor
 
 def test_groups_stay_on_one_side(tmp_path):
@@ -629,7 +659,6 @@ def test_frames_of_one_film_on_both_sides_are_a_finding(tmp_path):
                 write(tmp_path/'i'/f'{film}_{k:03}.png', canvas[at:at+64, at:at+64])
                 write(tmp_path/'m'/f'{film}_{k:03}.png', labels[at:at+64, at:at+64])
     write_films(4, 2)
-    from functools import partial
     load = partial(custom_masks, tmp_path/'i', tmp_path/'m', scene_classes, size=64, bs=2, check=False)
     from noisyseg.data.doctor import relatives, survey
     def found(**kw):

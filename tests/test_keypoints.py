@@ -1,5 +1,6 @@
 "Keypoints: files, crops, mirrors, heat, PCK, and the task with sweep, card, noise and training."
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from noisyseg import (MaxGaussian, Quantize, load_model, perturbed, plot_sweep, robustness_card, save_model, sweep)
 from noisyseg.data.keypoints import (CRITTER, Pose, animal_pose, critter, critters, cut_out, keypoint_dataloaders,
-                                     mirrored, read_keypoints)
+                                     mirror_order, mirrored, read_keypoints)
 from noisyseg.measure.keypoints import KeypointTask, places
 from noisyseg.nets.pose import pose_tiny
 from noisyseg.perturb.selectors import kernels_and_scales
@@ -54,6 +55,46 @@ def test_twice_mirrored_is_as_before():
     once = mirrored(y.copy(), names, 32)
     assert np.allclose(mirrored(once, names, 32), y, atol=1e-5)
     assert once[names.index('left_ear'), 2] == y[names.index('right_ear'), 2]
+
+
+@pytest.mark.parametrize('left, right', [
+    ('left_eye', 'right_eye'), ('L_eye', 'R_eye'), ('Left_Eye', 'Right_Eye'), ('leftEye', 'rightEye'), ('LEye', 'REye'),
+    ('eye-left', 'eye-right'), ('eye left', 'eye right'), ('lefteye', 'righteye'), ('EYE_L', 'EYE_R'), ('earL', 'earR'),
+    ('eyeleft', 'eyeright'), ('left', 'right'), ('upper left eye', 'upper right eye')])
+def test_sides_in_any_spelling(left, right):
+    y = np.array([[10, 1, 1], [20, 1, 1], [30, 1, 1]], np.float32)
+    assert mirrored(y, [left, 'nose', right], 64)[:, 0].tolist() == [34, 44, 54]
+
+
+@pytest.mark.parametrize('name', ['left_eye', 'L_eye', 'earR', 'Righteye'])
+def test_a_side_without_a_partner(name):
+    pose = Pose(marked(50, []), np.ones((2, 3), np.float32), (5, 5, 45, 45))
+    with pytest.raises(ValueError, match=f"'{name}' is on one side.*augment=False"):
+        keypoint_dataloaders([pose], [pose], ['nose', name], 32, 1)
+    assert keypoint_dataloaders([pose], [pose], ['nose', name], 32, 1, augment=False).vocab == ['nose', name]
+
+
+def test_names_without_sides():
+    for names in (['upright', 'bright_spot', 'L1', 'L5', 'clr'], ['l', 'm', 'r'], [0, 1, 2]):
+        assert mirror_order(names) == [*range(len(names))]
+    with pytest.raises(ValueError, match='differ in more than their spelling'): mirror_order(['nose_tip', 'Nose-Tip'])
+
+
+def test_categories_of_other_names(tmp_path, monkeypatch):
+    "The line that is offered makes a file of each"
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path/'k.json'
+    file.write_text(json.dumps(dict(
+        images=[dict(id=1, file_name='a.jpg')],
+        categories=[dict(id=1, name='cat', keypoints=['nose', 'tail']),
+                    dict(id=2, name='man', keypoints=['head', 'foot'])],
+        annotations=[dict(image_id=1, category_id=k, bbox=[0, 0, 5, 5], keypoints=[k, 1, 2, 3, 3, 2])
+                     for k in (1, 2)])))
+    with pytest.raises(ValueError, match="'cat' and 'man' have keypoints of other names") as e:
+        read_keypoints(file, tmp_path)
+    exec(str(e.value).split('category k, ')[1], dict(json=json, Path=Path, file=file, k=2))
+    names, (one,) = read_keypoints('2.json', tmp_path)
+    assert names == ['head', 'foot'] and one.points[0, 0] == 2
 
 
 def test_one_seed_is_one_set(dls):

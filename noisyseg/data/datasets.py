@@ -321,9 +321,10 @@ def coco(
     train, source = coco_items(annotations, images)
     valid, valid_source = coco_items(valid_annotations, images if valid_images is None else valid_images)
     keep_apart({'to train on': image_files(train), 'for validation': image_files(valid)},
-               f"make two files of one: d = json.loads(Path({str(annotations)!r}).read_text()); n = (len(d['images'])+4)"
-               "//5; Path('valid.json').write_text(json.dumps(d | {'images': d['images'][:n]})); Path('train.json')"
-               ".write_text(json.dumps(d | {'images': d['images'][n:]}))")
+               f"make two files of one: d = json.loads(Path({str(annotations)!r}).read_text()); "
+               "n = (len(d['images'])+4)//5; "
+               "Path('valid.json').write_text(json.dumps(d | {'images': d['images'][:n]})); "
+               "Path('train.json').write_text(json.dumps(d | {'images': d['images'][n:]}))")
     labels, valid_labels = ({k: _class_of(c) for k,c in sorted(s.cats.items())} for s in (source, valid_source))
     # several categories of one name are one class
     vocab = list(dict.fromkeys(['background', *labels.values()]))

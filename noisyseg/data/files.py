@@ -506,8 +506,9 @@ def named(
         for end in (text, whole, _bare(text), _bare(whole)):
             fits = lambda p: any(f'/{o}'.endswith(f'/{end}') for o in (p, _bare(p)))
             if hits := [i for i in at.get(PurePath(end).name, []) if fits(paths[i])]: break
-        else: raise ValueError(f"{name} names {str(v)!r}, which is none of the {len(paths)} images: expected names such "
-                               f"as {next(iter(short_names(files)), 'a')!r}")
+        else:
+            raise ValueError(f"{name} names {str(v)!r}, which is none of the {len(paths)} images: expected names such "
+                             f"as {next(iter(short_names(files)), 'a')!r}")
         if (k := len({paths[i] for i in hits}))>1:
             longer = short_names(files)[hits[0]]
             raise ValueError(f"{name}: {str(v)!r} names {k} images: write "

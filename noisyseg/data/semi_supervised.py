@@ -27,7 +27,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
 from ..basics import check_whole
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
-from .loaders import ColourOnly, as_image, seeded, stats_of
+from .loaders import ColourOnly, TorchOnly, as_image, seeded, stats_of
 from .files import can_reduce, colorize, named, read_image, to_rgb
 from .datasets import scenes
 from .own import custom_masks
@@ -45,7 +45,7 @@ def strong_view(
     "Colour jitter, greyscale and blur: what UniMatch (arXiv 2208.09910) adds to a weak view"
     blur = v2.GaussianBlur(2*math.ceil(3*sigma[1]) + 1, sigma)
     colour = [v2.RandomApply([v2.ColorJitter(*jitter)], p_jitter), v2.RandomGrayscale(p_grey)]
-    return v2.Compose([*map(ColourOnly, colour), v2.RandomApply([blur], p_blur)])
+    return TorchOnly([*map(ColourOnly, colour), v2.RandomApply([blur], p_blur)])
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #995997c8
 class _WithInside:
@@ -78,7 +78,7 @@ class ViewDataset(MaskDataset):
         "Three views, bytes (3, height, width), and where they show the image, bool (height, width)"
         i = range(len(self))[i]
         weak, inside = super().item(i, epoch)
-        with seeded(self.seed, epoch, i, 1):
+        with seeded(self.seed, epoch, i, 1, others=not isinstance(self.strong, TorchOnly)):
             strong = [TensorImage(self.strong(tv_tensors.Image(weak)).as_subclass(Tensor)) for _ in range(2)]
         return weak, *strong, inside.as_subclass(Tensor)>0
 
@@ -284,7 +284,8 @@ def masked_and_rest(
     if n is None: return items, []
     if isinstance(n, float) and 0<n<1: n = max(1, round(n*len(items)))
     if isinstance(n, (int,float)): return split_labelled(dls, n, split_seed, verbose=verbose)
-    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str,Path)): return list(n[0]), [(o,) for o in n[1]]
+    if isinstance(n, tuple) and len(n)==2 and not isinstance(n[0], (int,str,Path)):
+        return list(n[0]), [(o,) for o in n[1]]
     n, names = [o for o in n if isinstance(o, int)], [o for o in n if not isinstance(o, int)]
     if wrong := [o for o in n if not -len(items)<=o<len(items)]:
         raise ValueError(f"n names {wrong[0]}, which is none of the {len(items)} images: expected names or numbers "
