@@ -146,7 +146,8 @@ def test_what_cannot_be_read(out, error):
 def test_a_binary_classifier_with_a_sigmoid_is_named():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     x = torch.randn(6, 3, 2, 2)
-    with pytest.warns(UserWarning, match='Does it end with a sigmoid'): logits_of(nn.Sequential(net, nn.Sigmoid()), x, ())
+    ended = nn.Sequential(net, nn.Sigmoid())
+    with pytest.warns(UserWarning, match='Does it end with a sigmoid'): logits_of(ended, x, ())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         logits_of(net, x, ())

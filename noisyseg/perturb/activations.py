@@ -234,8 +234,8 @@ def _of_real(f):
             raise ValueError(f"{name}: activations in nested tensors have no common shape, so they can't be disturbed: "
                              f"give the network padded ones, `torch.nested.to_padded_tensor(x, 0.)`")
         if x.is_complex():
-            raise ValueError(f"{name or 'model'}: complex activations have no range that converters or noise could go by: leave "
-                             f"the layer out, `where=conv_and_linear & ~by_name({f'{name}.*'.strip('.')!r})`")
+            raise ValueError(f"{name or 'model'}: complex activations have no range that a disturbance could go by: "
+                             f"leave the layer out, `where=conv_and_linear & ~by_name({f'{name}.*'.strip('.')!r})`")
         if not x.is_floating_point() or not x.numel(): return x
         real = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         new = f(real, name).to(x.dtype)
