@@ -24,8 +24,7 @@ from ..basics import check_choice, check_whole
 from .archives import fetch_and_extract
 from .loaders import augmenter, mask_dataloaders
 from .files import (MissingData, PairReader, check_fit, check_sizes, data_root, distinct_palette,
-                                 label_table, pair_files, read_image)
-from .splits import image_files, keep_apart
+                                 image_files, keep_apart, label_table, pair_files, read_image)
 from .procedural import outlines, scene, scene_classes, scene_palette
 
 # %% ../../nbs/data/05_datasets.ipynb #ee047737

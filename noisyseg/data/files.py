@@ -8,8 +8,8 @@ Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 __all__ = ['FORMATS', 'LARGE', 'MissingData', 'data_root', 'UnusableFile', 'open_image', 'read_image', 'reduction', 'strips',
            'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'palette_of', 'lossless',
            'read_mask', 'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size',
-           'check_fit', 'files_by_name', 'pair_files', 'short_names', 'named', 'check_sizes', 'colorize',
-           'distinct_palette', 'denormalize', 'to_rgb']
+           'check_fit', 'files_by_name', 'pair_files', 'short_names', 'named', 'image_files', 'keep_apart',
+           'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../../nbs/data/02_files.ipynb #c6e4bdd0
 import os
@@ -515,6 +515,35 @@ def named(
                              f"{(paths[hits[0]] if longer==_bare(text) else longer)!r}, or whichever it is")
         found |= set(hits)
     return found
+
+# %% ../../nbs/data/02_files.ipynb #209add9d
+def _one_path(file): return normalize('NFC', str(file))   # letters may be composed in several ways
+
+def image_files(
+    items # image files, or tuples that hold one and more, such as (image, mask)
+) -> list: # the files; items without one are left out
+    "The files of images"
+    parts = [i if isinstance(i, (tuple,list,L)) else (i,) for i in items]
+    return [f for p in parts for f in [o for o in p if isinstance(o, (str,Path))][:1]]
+
+def keep_apart(
+    sides:dict, # {'labelled': image files, 'unlabelled': ..., 'for validation': ...}
+    mend:str='keep every image on one side', # what the message says to do
+    key=lambda file: _one_path(os.path.realpath(file)) # file -> what is compared
+):
+    "An error where two sides have an image in common"
+    seen = {}
+    for side,files in sides.items():
+        keys = {key(f): f for f in files}
+        if both := [k for k in keys if k in seen]:
+            other = seen[both[0]][0]
+            both = [k for k in both if seen[k][0]==other]
+            file = keys[both[0]]
+            twin = seen[both[0]][1]
+            copy = '' if _one_path(file)==_one_path(twin) else f', which has the content of {twin}'
+            more = f' (and {len(both)-1} more)' if len(both)>1 else ''
+            raise ValueError(f"{other} and {side} at once: {file}{copy}{more}; {mend}")
+        seen |= {k: (side, f) for k,f in keys.items()}
 
 # %% ../../nbs/data/02_files.ipynb #25fafce6
 def check_sizes(

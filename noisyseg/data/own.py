@@ -18,9 +18,8 @@ from fastai.data.core import DataLoaders
 from ..basics import check_whole
 from .doctor import errors, raise_faults, survey
 from .loaders import mask_dataloaders
-from .files import (PairReader, check_sizes, distinct_palette, label_table, named, pair_files,
-                                 palette_of, read_image, short_names, stored_values)
-from .splits import keep_apart
+from .files import (PairReader, check_sizes, distinct_palette, keep_apart, label_table, named,
+                                 pair_files, palette_of, read_image, short_names, stored_values)
 
 # %% ../../nbs/data/07_own.ipynb #fee3824d
 def hold_out(

@@ -28,10 +28,10 @@ from fastai.torch_core import TensorImage, TensorMask, default_device, to_cpu
 from ..basics import check_whole
 from .loaders import MaskDataset, MaskDL, augmenter, height_width, mask_dataloaders
 from .loaders import ColourOnly, TorchOnly, as_image, seeded, stats_of
-from .files import can_reduce, colorize, named, read_image, to_rgb
+from .files import can_reduce, colorize, image_files, keep_apart, named, read_image, to_rgb
 from .datasets import scenes
 from .own import custom_masks
-from .splits import check_apart, check_images, image_files, keep_apart, pair_some, split_labelled
+from .splits import check_apart, check_images, pair_some, split_labelled
 from .procedural import outlines
 
 # %% ../../nbs/data/10_semi_supervised.ipynb #6d9f4842
