@@ -97,7 +97,8 @@ class Tolerance:
     @property
     def drawn(self) -> bool:
         "Are there chips to speak of? What is the same in each draw was tried once."
-        return bool((self.trials['chips'] > 1).any())
+        chips = self.trials.get('chips')   # None: somebody made it of levels alone
+        return chips is None or bool((chips > 1).any())
 
     def __str__(self):
         drop = f'{100 * self.drop:.3g} points of {100 * self.clean:.1f}'
