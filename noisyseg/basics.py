@@ -6,11 +6,11 @@ Docs: https://noisyseg.github.io/noisyseg/basics.html.md"""
 
 # %% auto #0
 __all__ = ['check_whole', 'check_number', 'check_share', 'check_choice', 'evaluating', 'seed_for', 'whole_file', 'write_atomic',
-           'remove_parts', 'locked', 'digest', 'state_digest', 'versions', 'unwrapped', 'plain_name', 'expect_module',
-           'valid_part', 'offline']
+           'remove_parts', 'locked', 'digest', 'without_addresses', 'state_digest', 'versions', 'unwrapped',
+           'plain_name', 'expect_module', 'valid_part', 'offline']
 
 # %% ../nbs/basics.ipynb #adb43524
-import glob, hashlib, math, operator, os, platform, socket, sys, threading
+import glob, hashlib, math, operator, os, platform, re, socket, sys, threading
 from collections import Counter
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -168,6 +168,13 @@ def digest(
         h.update(f'{tuple(t.shape)} {t.dtype}'.encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+# %% ../nbs/basics.ipynb #851cd2b4
+def without_addresses(
+    text: str,  # as `repr` gives it
+) -> str:  # the same, without ' at 0x7f…'
+    "What is printed of an object, alike in each process."
+    return re.sub(' at 0x[0-9a-fA-F]+', '', text)
 
 # %% ../nbs/basics.ipynb #b0000011
 def state_digest(

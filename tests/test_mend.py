@@ -1,5 +1,6 @@
 """What mends a network: is it what it says it is? The lessons are nbs/mend."""
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,8 @@ def test_what_is_drawn_once_is_tried_once():
     mild = tolerance(net, data, Corruption('gaussian_noise'), drop=0.9, levels=[1], progress=False)
     assert str(mild) == 'at severity 1, it loses at most 90 points of 100.0 on these pictures'
     assert 'chips' not in str(tolerances.plot_tolerance(mild))
+    by_hand = replace(mild, trials=mild.trials[['level']])   # of levels alone, as for marks in the explorer
+    assert 'chips' in str(by_hand)
 
 def test_what_has_no_level_of_nothing_is_compared_with_the_clean_network(net, scenes):
     "A composition does something at every level: its quantization stays"

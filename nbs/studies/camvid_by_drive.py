@@ -59,8 +59,7 @@ import pandas as pd
 import torch
 from camvid_weight_noise import drive_and_frame
 from fastai.torch_core import default_device
-from PIL import Image
-from study import command_line, keep, machine, out
+from study import command_line, keep, keep_masks, machine, out
 from voc_weight_noise import ALPHA, CANDIDATES, kept, train
 
 from noisyseg.data.datasets import camvid, camvid_classes, camvid_palette
@@ -248,9 +247,8 @@ def masks(a, drive='0006R0', seed=0):
         model = load_model(NETWORKS/f'{stem(a, way, drive, seed)}.safetensors', device=x.device)
         with perturbed(model, MaxGaussian(times * trained_levels(a)[drive], alpha=ALPHA), generator=0):
             found.append(model(x)[0].argmax(0))
-    picture = Image.fromarray(torch.cat(found, 1).cpu().numpy().astype(np.uint8), 'P')
-    picture.putpalette([v for rgb in [*camvid_palette, (255, 255, 255)] for v in rgb])
-    picture.save(out(a, 'camvid_by_drive_masks.csv').with_suffix('.png'))
+    file = out(a, 'camvid_by_drive_masks.csv').with_suffix('.png')
+    keep_masks(file, torch.cat(found, 1), [*camvid_palette, (255, 255, 255)])
 
 if __name__ == '__main__':
     command_line(dict(choose=choose, run=run, table=table, masks=masks), __doc__, SIZES, (0, 1),

@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.external import fastai_path
+from PIL import Image
 
 from noisyseg import __version__
 from noisyseg.basics import write_atomic
@@ -82,3 +84,9 @@ def keep(path, df, a, **info):
     companion(path, a, **info)
 
 def out(a, name): return HERE/(name if a.size == 'small' else name.replace('.csv', f'_{a.size}.csv'))
+
+def keep_masks(path, labels, palette):
+    "Labels (height, width) as a PNG with a palette, [(red, green, blue), …]."
+    picture = Image.fromarray(labels.cpu().numpy().astype(np.uint8), 'P')
+    picture.putpalette([v for rgb in palette for v in rgb])
+    picture.save(path)

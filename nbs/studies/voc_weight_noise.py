@@ -49,12 +49,10 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import set_seed
-from PIL import Image
-from study import EpochLog, NoPeeking, command_line, keep, machine, out
+from study import EpochLog, NoPeeking, command_line, keep, keep_masks, machine, out
 
 from noisyseg.data.files import data_root, distinct_palette
 from noisyseg.data.own import custom_masks
@@ -214,9 +212,7 @@ def masks(a, seed=0):
         model = load_model(NETWORKS/f'{a.size}-{way}-{seed}.safetensors', device=x.device)
         with perturbed(model, MaxGaussian(level, alpha=ALPHA), generator=0): columns.append(model(x).argmax(1))
     rows = torch.cat(columns, 2).flatten(0, 1)
-    picture = Image.fromarray(rows.cpu().numpy().astype(np.uint8), 'P')
-    picture.putpalette([v for rgb in distinct_palette(len(SEVEN)) for v in rgb])
-    picture.save(out(a, 'voc_weight_noise_masks.csv').with_suffix('.png'))
+    keep_masks(out(a, 'voc_weight_noise_masks.csv').with_suffix('.png'), rows, distinct_palette(len(SEVEN)))
 
 if __name__ == '__main__':
     command_line(dict(choose=choose, run=run, table=table, layers=layers, masks=masks), __doc__, SIZES, (0, 1, 2),

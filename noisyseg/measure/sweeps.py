@@ -9,7 +9,7 @@ __all__ = ['check_models', 'check_levels', 'reads_inputs', 'Entry', 'entry_of', 
            'fingerprint', 'cells_of', 'wanted', 'groups_of', 'run_grid', 'in_notebook', 'sweep']
 
 # %% ../../nbs/measure/09_sweeps.ipynb #9a41120c
-import math, re, sys, warnings
+import math, sys, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain, groupby
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..basics import check_whole, digest, expect_module, unwrapped, versions
+from ..basics import check_whole, digest, expect_module, unwrapped, versions, without_addresses
 from .evaluation import Batches, draw_seed, scores, untouched
 from .jobs import Interrupted, as_place, run_jobs
 from .prefix import PrefixCache
@@ -223,9 +223,7 @@ def _network(m):
     "A network's weights and how it is built, which they do not tell: its activations, its eps."
     with suppress(ValueError): m = unwrapped(m)   # a wrapper changes no score
     weights = digest(*(t for t in m.state_dict().values() if isinstance(t, torch.Tensor)))
-    return {'weights': weights, 'built': digest(_without_addresses(m))}
-
-def _without_addresses(v): return re.sub(' at 0x[0-9a-fA-F]+', '', repr(v))
+    return {'weights': weights, 'built': digest(without_addresses(repr(m)))}
 
 def _settings(task):
     "What a task was made with, as text that is the same in another process; attributes with a _ are its own business."
@@ -234,7 +232,7 @@ def _settings(task):
         if isinstance(v, nn.Module): return _network(v)
         return sorted(map(repr, v)) if isinstance(v, (set, frozenset)) else v
     with np.printoptions(threshold=sys.maxsize):
-        return ', '.join(f'{k}={_without_addresses(tree_map(plain, v))}' for k, v in vars(task).items() if k[0] != '_')
+        return ', '.join(f'{k}={without_addresses(repr(tree_map(plain, v)))}' for k, v in vars(task).items() if k[0] != '_')
 
 # %% ../../nbs/measure/09_sweeps.ipynb #bf4a7d32
 def fingerprint(

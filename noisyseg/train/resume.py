@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..perturb.clone import holding
 from .serialization import load_state, random_state, save_state, set_random_state
-from ..basics import digest, remove_parts, versions
+from ..basics import digest, remove_parts, versions, without_addresses
 from .method import LoopCallback
 
 # %% ../../nbs/train/07_resume.ipynb #19c59b3c
@@ -172,7 +172,7 @@ def _layers(model):
         # what observers of quantization print moves as the fit goes
         more = '' if type(m).__module__.startswith('torch.ao.') else m.extra_repr()
         functions = [f'{k}={v.__name__}' for k, v in vars(m).items() if inspect.isroutine(v)]
-        return re.sub(' at 0x[0-9a-f]+', '', f"{type(m).__name__}({', '.join([more, *functions])})")
+        return without_addresses(f"{type(m).__name__}({', '.join([more, *functions])})")
     return {n: said(m) for n, m in model.named_modules()}
 
 def _data(data):
@@ -209,7 +209,7 @@ def describe_run(
             'weight decay': [float(h.get('wd') or 0) for h in opt.hypers],
             'schedule': [{k: [np.asarray(f(p)).tolist() for p in (0., .2, .4, .6, .8, .99)] for k, f in s.items()}
                          for s in scheds],
-            'methods': [re.sub(' at 0x[0-9a-f]+', '', cb.describe()) for cb in learn.cbs
+            'methods': [without_addresses(cb.describe()) for cb in learn.cbs
                         if hasattr(type(cb), 'describe')],
             'callbacks': sorted(n for n, (cb, _) in states.items() if not getattr(type(cb), 'watches', False)),
             'seeds': {n: getattr(cb, 'seed', None) for n, (cb, _) in states.items() if 'seed' in vars(cb)},
