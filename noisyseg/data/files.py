@@ -6,10 +6,10 @@ Docs: https://noisyseg.github.io/noisyseg/data/files.html.md"""
 
 # %% auto #0
 __all__ = ['FORMATS', 'LARGE', 'MissingData', 'data_root', 'UnusableFile', 'open_image', 'read_image', 'reduction', 'strips',
-           'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'palette_of', 'lossless',
-           'read_mask', 'row_blocks', 'read_colour_mask', 'can_reduce', 'PairReader', 'image_size', 'other_size',
-           'check_fit', 'files_by_name', 'pair_files', 'short_names', 'named', 'image_files', 'keep_apart',
-           'check_sizes', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
+           'orientation', 'upright', 'as_image', 'as_mask', 'label_table', 'stored_values', 'lossless', 'read_mask',
+           'row_blocks', 'read_colour_mask', 'palette_of', 'can_reduce', 'PairReader', 'image_size', 'other_size',
+           'check_fit', 'files_by_name', 'pair_files', 'check_sizes', 'short_names', 'named', 'image_files',
+           'keep_apart', 'colorize', 'distinct_palette', 'denormalize', 'to_rgb']
 
 # %% ../../nbs/data/02_files.ipynb #c6e4bdd0
 import os
@@ -261,19 +261,6 @@ def _stored(im):
     raise UnusableFile(f"a mask of mode {im.mode!r}; expected one class number a pixel. For masks in colours pass "
                        "colours={(r,g,b): class}, with each colour that occurs")
 
-# %% ../../nbs/data/02_files.ipynb #465fdaaa
-def palette_of(
-    path:str|Path # a mask
-) -> np.ndarray|None: # bytes (numbers, 3), the colour of each; None: the file has no palette
-    "The colours in which a mask's numbers are shown; its pixels are not read"
-    if Path(str(path)).suffix.lower() in ('.npy', '.mat'): return None
-    def colours(im):
-        if im.mode!='P' or im.palette is None: return None
-        kind, data = im.palette.getdata()
-        if kind!='RGB': data = bytes(im.getpalette())
-        return np.frombuffer(data, np.uint8)[:len(data)//3*3].reshape(-1, 3)
-    return open_image(path, colours, 'mask')
-
 # %% ../../nbs/data/02_files.ipynb #ef15f538
 def lossless(
     im # open PIL image of a mask
@@ -358,6 +345,19 @@ def _colours_of(im):
     lossless(im)
     im.load()
     return upright(strips(im, 'RGB'), orientation(im))
+
+# %% ../../nbs/data/02_files.ipynb #465fdaaa
+def palette_of(
+    path:str|Path # a mask
+) -> np.ndarray|None: # bytes (numbers, 3), the colour of each; None: the file has no palette
+    "The colours in which a mask's numbers are shown; its pixels are not read"
+    if Path(str(path)).suffix.lower() in ('.npy', '.mat'): return None
+    def colours(im):
+        if im.mode!='P' or im.palette is None: return None
+        kind, data = im.palette.getdata()
+        if kind!='RGB': data = bytes(im.getpalette())
+        return np.frombuffer(data, np.uint8)[:len(data)//3*3].reshape(-1, 3)
+    return open_image(path, colours, 'mask')
 
 # %% ../../nbs/data/02_files.ipynb #9d4cb17e
 def can_reduce(
@@ -479,6 +479,17 @@ def pair_files(
             raise MissingData(f"{f}: this mask has no image; expected a file named {name.removesuffix(suffix)!r}")
     return L((f, ys[name+suffix]) for name,f in xs.items())
 
+# %% ../../nbs/data/02_files.ipynb #25fafce6
+def check_sizes(
+    pairs # (image, mask) files
+):
+    "Open every file's header: an error where one is no image, or where a mask's size is not its image's"
+    for image,mask in pairs:
+        size = image_size(image)
+        if Path(mask).suffix == '.mat':
+            if not Path(mask).is_file(): raise MissingData(f"{mask}: this mask is not there. Is the set complete?")
+        elif (mask_size := image_size(mask, 'mask')) != size: raise ValueError(other_size(image, mask, size, mask_size))
+
 # %% ../../nbs/data/02_files.ipynb #7a6638f0
 def _paths(files): return [normalize('NFC', Path(os.path.abspath(f)).as_posix()) for f in files]
 def _bare(path): return PurePath(path).with_suffix('').as_posix() if PurePath(path).name else path
@@ -544,17 +555,6 @@ def keep_apart(
             more = f' (and {len(both)-1} more)' if len(both)>1 else ''
             raise ValueError(f"{other} and {side} at once: {file}{copy}{more}; {mend}")
         seen |= {k: (side, f) for k,f in keys.items()}
-
-# %% ../../nbs/data/02_files.ipynb #25fafce6
-def check_sizes(
-    pairs # (image, mask) files
-):
-    "Open every file's header: an error where one is no image, or where a mask's size is not its image's"
-    for image,mask in pairs:
-        size = image_size(image)
-        if Path(mask).suffix == '.mat':
-            if not Path(mask).is_file(): raise MissingData(f"{mask}: this mask is not there. Is the set complete?")
-        elif (mask_size := image_size(mask, 'mask')) != size: raise ValueError(other_size(image, mask, size, mask_size))
 
 # %% ../../nbs/data/02_files.ipynb #d7a691ec
 def colorize(

@@ -232,7 +232,8 @@ def _settings(task):
         if isinstance(v, nn.Module): return _network(v)
         return sorted(map(repr, v)) if isinstance(v, (set, frozenset)) else v
     with np.printoptions(threshold=sys.maxsize):
-        return ', '.join(f'{k}={without_addresses(repr(tree_map(plain, v)))}' for k, v in vars(task).items() if k[0] != '_')
+        told = {k: repr(tree_map(plain, v)) for k, v in vars(task).items() if k[0] != '_'}
+    return without_addresses(', '.join(f'{k}={v}' for k, v in told.items()))
 
 # %% ../../nbs/measure/09_sweeps.ipynb #bf4a7d32
 def fingerprint(
